@@ -1,0 +1,242 @@
+"""Command line: parse, call, print. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from overcrank import __version__
+from overcrank.errors import OvercrankError, UserError
+
+
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        return _shown(lambda: super(_Group, self).invoke(context))
+
+
+class _Command(click.Command):
+    def invoke(self, context: click.Context) -> Any:
+        return _shown(lambda: super(_Command, self).invoke(context))
+
+
+def _shown(call: Callable[[], Any]) -> Any:
+    """Our errors are one sentence on stderr and their own exit code."""
+    try:
+        return call()
+    except OvercrankError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib import metadata
+
+    click.echo(f"overcrank {__version__}")
+    names = {
+        "TensorRT for RTX": ("tensorrt-rtx",),
+        "TensorRT": ("tensorrt",),
+        "torch": ("torch",),
+        "diffusers": ("diffusers",),
+        "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    }
+    for title, distributions in names.items():
+        found = "not installed"
+        for name in distributions:
+            try:
+                found = f"{metadata.version(name)}{' (' + name + ')' if title == 'onnxruntime' else ''}"
+                break
+            except metadata.PackageNotFoundError:
+                continue
+        click.echo(f"{title} {found}")
+    context.exit()
+
+
+def _store_option(function: Any) -> Any:
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Where bundles and cached graphs are kept [default: $OVERCRANK_HOME, else the user cache].",
+    )(function)
+
+
+def _bounds(prefix: str) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for axis in ("frames", "width", "height"):
+            word = "Largest" if prefix == "max" else "Smallest"
+            function = click.option(f"--{prefix}-{axis}", type=int, help=f"{word} {axis} the engine takes.")(function)
+        return function
+
+    return add
+
+
+@click.command(cls=_Command, name="build-engine")
+@click.option("--model", required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
+@click.option(
+    "--gpu",
+    "gpus",
+    required=True,
+    multiple=True,
+    help="sm_75 … sm_121, a card (rtx4090, dgx-spark), all, or auto; several with commas or by repeating.",
+)
+@click.option("--precision", default="auto", show_default=True, help="fp16, bf16, or auto (bf16 where there is bf16).")
+@click.option("--weights", type=click.Choice(["inputs", "embedded"]), default="inputs", show_default=True)
+@click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
+@click.option("--width", type=int, help="Width in pixels.")
+@click.option("--frames", type=int, help="Number of frames.")
+@click.option("--batch", type=int, help="Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2].")
+@_bounds("min")
+@_bounds("max")
+@click.option("--static", is_flag=True, help="Serve this one shape only.")
+@click.option("--components", default="", help="Comma-separated components [default: the family's usual ones].")
+@click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to put the bundle in.")
+@_store_option
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress.")
+def build_engine(**options: Any) -> None:
+    """Build TensorRT engines of MODEL for GPU, on any machine: no GPU, no weights needed."""
+    from overcrank.engines import report
+    from overcrank.engines.build import build
+    from overcrank.engines.store import Store
+
+    started = time.monotonic()
+    requests = _requests(options)
+    store = Store(options["store"], options["out"])
+    with report.progress_display(options["quiet"] or options["as_json"]) as progress:
+        built = build(requests, store, progress, options["jobs"])
+    seconds = time.monotonic() - started
+    if options["as_json"]:
+        click.echo(report.as_json(built, seconds))
+    else:
+        report.summary(built, seconds)
+
+
+def _requests(options: dict[str, Any]) -> list[Any]:
+    from overcrank.engines.build import Request
+    from overcrank.engines.profiles import profile_for
+    from overcrank.engines.targets import PRECISIONS, precision_for, targets_for
+    from overcrank.errors import TargetError
+    from overcrank.models import components, resolve
+
+    words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
+    targets = targets_for(words, options["flavour"])
+    precision = options["precision"]
+    if precision not in ("auto", *PRECISIONS):
+        raise TargetError(f"Unknown precision '{precision}': use auto, {', '.join(PRECISIONS)}.")
+    precisions = [precision_for(t, precision) for t in targets]
+    if precision not in ("auto", "fp16", "bf16"):
+        raise TargetError(f"--precision {precision} is not built yet: use fp16, bf16 or auto.")
+    variant = resolve(options["model"])
+    names = tuple(n for n in options["components"].replace(",", " ").split())
+    components(variant, names)
+    axes = ("height", "width", "frames")
+    bounds = {
+        side: {a: v for a in axes if (v := options[f"{side}_{a}"]) is not None} for side in ("min", "max")
+    }
+    profile = profile_for(
+        variant,
+        *(options[a] for a in (*axes, "batch")),
+        minimum=bounds["min"],
+        maximum=bounds["max"],
+        static=options["static"],
+    )
+    checkpoint = _checkpoint(options["model"], variant) if options["weights"] == "embedded" else None
+    return [
+        Request(variant, t, p, profile, options["flavour"], names, checkpoint)
+        for t, p in zip(targets, precisions, strict=True)
+    ]
+
+
+def _checkpoint(model: str, variant: Any) -> Path:
+    """The diffusers folder whose weights are embedded: the one named, or the hub's copy."""
+    from overcrank.models import hub_folder
+
+    folder = Path(model).expanduser()
+    return folder if folder.is_dir() else hub_folder(variant)
+
+
+@click.group(cls=_Group)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Show versions.")
+def main() -> None:
+    """Faster video diffusion: TensorRT engines for any card, built on any machine."""
+
+
+main.add_command(build_engine)
+
+
+@main.command(cls=_Command)
+@click.argument("bundle")
+@click.option("--weights", default="random", show_default=True, help="'random', or a diffusers folder.")
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
+@_store_option
+def verify(bundle: str, weights: str, tolerance: float, store: Path | None) -> None:
+    """Run a bundle's graphs in ONNX Runtime against the eager modules."""
+    from overcrank.engines.store import Store
+    from overcrank.runtime.verify import print_checks, verify_bundle
+
+    path = Store(store).resolve(bundle)
+    folder = None if weights == "random" else Path(weights).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--weights {weights} is neither 'random' nor a folder.")
+    if not print_checks(verify_bundle(path, folder), tolerance):
+        sys.exit(1)
+
+
+@main.group(cls=_Group)
+def engines() -> None:
+    """Look at and remove built bundles."""
+
+
+@engines.command("list", cls=_Command)
+@_store_option
+def engines_list(store: Path | None) -> None:
+    """Every bundle in the store."""
+    from overcrank.engines.show import print_list
+    from overcrank.engines.store import Store
+
+    print_list(Store(store))
+
+
+@engines.command("show", cls=_Command)
+@click.argument("bundle")
+@_store_option
+def engines_show(bundle: str, store: Path | None) -> None:
+    """A bundle's manifest, readably, with its hashes checked (exit 1 if one is wrong)."""
+    from overcrank.engines.show import print_bundle
+    from overcrank.engines.store import Store
+
+    if not print_bundle(Store(store).resolve(bundle)):
+        sys.exit(1)
+
+
+@engines.command("rm", cls=_Command)
+@click.argument("bundles", nargs=-1, required=True)
+@_store_option
+def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
+    """Remove bundles."""
+    from overcrank.engines.store import Store
+
+    where = Store(store)
+    for path in [where.resolve(b) for b in bundles]:
+        where.remove(path)
+        click.echo(f"removed {path}")
+
+
+@engines.command("lint", cls=_Command)
+@click.argument("bundle")
+@click.option("--compare/--no-compare", default=True, help="Also compile a shallow network both ways and compare.")
+@_store_option
+def engines_lint(bundle: str, compare: bool, store: Path | None) -> None:
+    """What a bundle's plans do: kernels, GEMM epilogues, work on weights at run time."""
+    from overcrank.engines.lint import print_lint
+    from overcrank.engines.store import Store
+
+    print_lint(Store(store).resolve(bundle), compare)

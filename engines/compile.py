@@ -1,0 +1,142 @@
+"""ONNX graph → TensorRT engine, one path for both flavours; needs no GPU on TensorRT for RTX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overcrank.engines.flavours import load_flavour
+from overcrank.engines.profiles import Range
+from overcrank.engines.targets import Target
+from overcrank.errors import CompileError, TargetError
+
+Progress = Callable[[str, float], None]
+"""Called with a phase and the fraction of it that is done."""
+
+SCRATCH = re.compile(r"Max Scratch Memory: (\d+) bytes")
+
+
+@dataclass
+class Compiled:
+    plan: Any  # buffer of the serialized engine
+    activation_bytes: int | None  # at the profile's maximum; None if the flavour did not say
+    warnings: list[str] = field(default_factory=list)
+
+
+def engine_from_graph(
+    graph: Path,
+    target: Target | None,
+    ranges: Mapping[str, Range],
+    *,
+    flavour: str = "tensorrt_rtx",
+    progress: Progress = lambda phase, fraction: None,
+) -> Compiled:
+    """Compile `graph` (strongly typed) for `target`, or for the machine's own card if None.
+
+    Raises CompileError with the compiler's own words.
+    """
+    trt = load_flavour(flavour)
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    progress("parsing", 0.0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        what = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        raise CompileError(f"{graph.name}: the compiler cannot read the graph: {what[:500]}")
+    _make_attention_decomposable(network)
+    config = builder.create_builder_config()
+    if flavour == "tensorrt_rtx" and target is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.compute_capability), 0)
+    elif target is not None:
+        _require_local_card(target)
+    _add_profile(builder, network, config, ranges)
+    config.progress_monitor = _monitor(trt, progress)
+    try:
+        plan = builder.build_serialized_network(network, config)
+    except Exception as error:
+        raise CompileError(f"{graph.name}: {_reason(log, error)}") from error
+    if plan is None:
+        raise CompileError(f"{graph.name}: {_reason(log, None)}")
+    return Compiled(plan, log.activation_bytes, log.warnings)
+
+
+def _reason(log: Any, error: Exception | None) -> str:
+    words = log.errors[-1] if log.errors else str(error or "no reason given")
+    return f"the compiler gave up: {words[:500]}"
+
+
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
+        """Keeps errors and warnings, and the activation memory that only the log tells."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+            self.activation_bytes: int | None = None
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+            elif match := SCRATCH.search(message):
+                self.activation_bytes = int(match.group(1))
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = max(1, steps)
+            progress(phase, 0.0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            progress(phase, min(1.0, (step + 1) / self.steps.get(phase, 1)))
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            progress(phase, 1.0)
+
+    return Monitor()
+
+
+def _make_attention_decomposable(network: Any) -> None:
+    """Head sizes without a dedicated kernel compile as matrix products instead of failing."""
+    for i in range(network.num_layers):
+        attention = getattr(network.get_layer(i), "attention", None)
+        if attention is not None:
+            attention.decomposable = True
+
+
+def _add_profile(builder: Any, network: Any, config: Any, ranges: Mapping[str, Range]) -> None:
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        if tensor.name in ranges:
+            profile.set_shape(tensor.name, *ranges[tensor.name])
+        elif -1 in tuple(tensor.shape):
+            raise CompileError(f"input '{tensor.name}' is dynamic but has no range in the profile")
+    config.add_optimization_profile(profile)
+
+
+def _require_local_card(target: Target) -> None:
+    """Classic TensorRT builds only for the card it runs on."""
+    from overcrank.engines.targets import targets_for
+
+    local = targets_for(["auto"], "tensorrt")[0]
+    if local != target:
+        raise TargetError(
+            f"TensorRT builds only for the card it runs on ({local.name}), not for {target.name}; "
+            f"use --flavour tensorrt_rtx, which builds for any card."
+        )

@@ -1,0 +1,157 @@
+"""What a bundle is: identity, files, inputs and outputs, as a versioned pydantic schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from overcrank.errors import IntegrityError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class EngineKey(NamedTuple):
+    """Every field that invalidates an engine.
+
+    `graph` digests all a graph is made from (configuration, family and export code, exporter
+    versions); the graph file's own SHA-256 stands beside it in the manifest.
+    """
+
+    component: str
+    graph: str
+    recipe: str
+    target: str
+    profile: str
+    flavour: str
+    flavour_version: str
+    flags: str
+    weights: str
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self._asdict(), sort_keys=True).encode()).hexdigest()
+
+    def differing(self, other: EngineKey) -> list[str]:
+        """Names of the fields in which two keys differ."""
+        return [f for f in self._fields if getattr(self, f) != getattr(other, f)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Model):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class TensorEntry(_Model):
+    name: str
+    dtype: str
+    dims: list[int | str]
+    min: list[int] | None = None
+    opt: list[int] | None = None
+    max: list[int] | None = None
+
+
+class ParameterEntry(_Model):
+    """Graph input ← parameter of the diffusers module; `view` is the shape it is bound with."""
+
+    input: str
+    parameter: str
+    dtype: str
+    shape: list[int]
+    view: list[int]
+
+
+class ShapeEntry(_Model):
+    height: int
+    width: int
+    frames: int
+    batch: int
+
+
+class ComponentEntry(_Model):
+    name: str
+    cls: str
+    subfolder: str
+    attribute: str
+    config: dict[str, object]
+    key: EngineKey
+    engine: File
+    graph: File
+    inputs: list[TensorEntry]
+    outputs: list[TensorEntry]
+    parameters: list[ParameterEntry]
+    activation_bytes: int | None
+    export_seconds: float
+    compile_seconds: float
+    lint: str
+
+
+class Manifest(_Model):
+    schema_version: Literal[1] = 1
+    overcrank: str
+    model: str
+    family: str
+    hub_id: str
+    configs: dict[str, dict[str, object]]
+    target: str
+    precision: str
+    flavour: str
+    flavour_version: str
+    min: ShapeEntry
+    opt: ShapeEntry
+    max: ShapeEntry
+    weights: str
+    versions: dict[str, str]
+    created: str
+    build_seconds: float
+    peak_ram_bytes: int
+    components: list[ComponentEntry]
+
+    def component(self, name: str) -> ComponentEntry:
+        for entry in self.components:
+            if entry.name == name:
+                return entry
+        raise IntegrityError(f"the bundle has no component '{name}'")
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The bundle's manifest; raises IntegrityError naming file and field when it is not one."""
+    file = bundle / MANIFEST
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise IntegrityError(f"{bundle} is not a bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise IntegrityError(f"{file}: {where}: {first['msg']}; rebuild the bundle.") from error
+
+
+def file_entry(path: Path) -> File:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(name=path.name, bytes=path.stat().st_size, sha256=digest)
+
+
+def check_files(bundle: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the bundle's files, one sentence each; empty when all match."""
+    wrong = []
+    for entry in manifest.components:
+        for file in (entry.engine, entry.graph):
+            path = bundle / file.name
+            if Path(file.name).name != file.name:
+                wrong.append(f"{file.name}: a file name with a path is not allowed")
+            elif not path.is_file():
+                wrong.append(f"{file.name} is missing")
+            elif (found := file_entry(path)) != file:
+                what = "size" if found.bytes != file.bytes else "SHA-256"
+                wrong.append(f"{file.name} does not match the manifest ({what} differs)")
+    return wrong

@@ -1,0 +1,120 @@
+"""Read an engine without a GPU: which kernels it launches and what they do to the weights.
+
+A TensorRT-RTX plan holds, as text, the program it runs: one instruction per launch, with the
+names of the tensors it reads. `function` is a generated kernel named after the operations
+it fuses (`__myl_CastMulMean…`), `runtime_fusion` a GEMM with its epilogue
+(`__myl_FcAddMulAdd`), `fully_connected` a GEMM, `corrltn` a convolution. The GEMM inside a
+`runtime_fusion` is listed a second time, as the fusion's body.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_INSTRUCTION = re.compile(
+    rb'^ {1,4}(function|runtime_fusion|fully_connected|corrltn)=\{ name="?([^\s"]+)"?([^\n]*)', re.M
+)
+_READS = re.compile(rb"\binput_args=\{([^}]*)\}")
+_NAME = re.compile(rb'"([^"]+)"')
+_OPERATION = re.compile(r"[A-Z][a-z]+")
+_MOVES = {"Tran", "Move", "Cast", "Resh", "Copy", "Repl"}
+_INTERNAL = ("proxy__", "__mye", "__myln", "__scratch")
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a plan does per call. `known` is False for a plan this reader cannot vouch for."""
+
+    known: bool
+    kernels: int = 0  # generated ones; GEMMs, convolutions and attentions come on top
+    epilogues: Counter[str] = field(default_factory=Counter)  # fused behind a GEMM → how often
+    gemms: int = 0
+    linears: int = 0  # matrix products of the graph; more than `gemms` where some are merged
+    convolutions: int = 0
+    attentions: int = 0
+    weight_moves: tuple[tuple[str, str], ...] = ()  # (kernel, parameter)
+
+    def verdict(self) -> str:
+        """One line for people."""
+        if not self.known:
+            return "plan not in a form this reader knows; nothing is claimed about its kernels"
+        parts = [f"{self.kernels} generated kernels"]
+        if self.gemms:
+            fused = self.epilogues.total()
+            parts.append(f"{self.gemms} GEMMs ({fused} with fused epilogue, {self.gemms - fused} without)")
+        if self.convolutions:
+            parts.append(f"{self.convolutions} convolutions")
+        if self.attentions:
+            parts.append(f"{self.attentions} fused attentions")
+        kinds = Counter(_kind(kernel) for kernel, _ in self.weight_moves)
+        moved = ", ".join(f"{n} weights {kind} at every call" for kind, n in kinds.items())
+        return ", ".join(parts) + ("; " + moved if moved else "; no weight transposed, cast or moved")
+
+    def lost(self, embedded: PlanReport) -> Counter[str]:
+        """GEMM epilogues that the embedded plan fuses and this one does not."""
+        return embedded.epilogues - self.epilogues
+
+    def difference(self, embedded: PlanReport) -> str:
+        """One line: what constant weights would have gained."""
+        if not (self.known and embedded.known):
+            return "cannot be compared: a plan is not in a known form"
+        lost, more = self.lost(embedded), embedded.lost(self)
+        merged = (embedded.linears - embedded.gemms) - (self.linears - self.gemms)
+        parts = [f"{n} × GEMM+{e} only when embedded" for e, n in lost.items()]
+        parts += [f"{n} × GEMM+{e} only with weights as inputs" for e, n in more.items()]
+        if merged:
+            parts.append(f"{merged} projections merged into a neighbour's GEMM only when embedded")
+        return "; ".join(parts) or "the same GEMM kernels"
+
+
+def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
+    """Report on a plan; `parameters` are the names of the network's weight inputs."""
+    data = engine.read_bytes() if isinstance(engine, Path) else engine
+    epilogues: Counter[str] = Counter()
+    products: set[str] = set()
+    convolutions: set[str] = set()
+    moves: list[tuple[str, str]] = []
+    weights = set(parameters)
+    kernels = attentions = 0
+    for match in _INSTRUCTION.finditer(data):
+        kind, name = match[1].decode(), match[2].decode()
+        if kind == "runtime_fusion":
+            epilogues[name.removeprefix("__myl_Fc")] += 1
+        elif kind == "fully_connected":
+            products.add(name)
+        elif kind == "corrltn":
+            convolutions.add(name)
+        elif "mha" in name:
+            attentions += 1
+        else:
+            kernels += 1
+            if set(_OPERATION.findall(name)) <= _MOVES:
+                read = _reads(match[3])
+                moves += [(name, r) for r in read] if read and set(read) <= weights else []
+    if not (kernels or products):
+        return PlanReport(known=False)
+    return PlanReport(
+        known=True,
+        kernels=kernels,
+        epilogues=epilogues,
+        gemms=len(products),
+        linears=sum(1 + name.count("+") for name in products),
+        convolutions=len(convolutions),
+        attentions=attentions,
+        weight_moves=tuple(moves),
+    )
+
+
+def _reads(rest: bytes) -> list[str]:
+    """Named tensors an instruction reads, without the compiler's own shape scalars."""
+    match = _READS.search(rest)
+    names = [n.decode() for n in _NAME.findall(match[1])] if match else []
+    return [re.sub(r"\.\d+$", "", n) for n in names if not n.startswith(_INTERNAL)]
+
+
+def _kind(kernel: str) -> str:
+    return "transposed" if "Tran" in kernel else "cast" if "Cast" in kernel else "copied"

@@ -1,0 +1,72 @@
+"""Video shapes → the ranges an engine is built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from overcrank.errors import ShapeError
+from overcrank.models.base import Component, Variant, VideoShape
+
+Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Smallest, best-served and largest video an engine takes; TensorRT's optimization profile."""
+
+    min: VideoShape
+    opt: VideoShape
+    max: VideoShape
+
+    def __post_init__(self) -> None:
+        for axis in ("height", "width", "frames", "batch"):
+            low, best, high = (getattr(s, axis) for s in (self.min, self.opt, self.max))
+            if not low <= best <= high:
+                raise ShapeError(
+                    f"{axis} {best} lies outside the profile's {low} … {high}; "
+                    f"set --min-{axis} or --max-{axis}, or use --static."
+                )
+
+    def ranges(self, component: Component) -> dict[str, Range]:
+        """(min, opt, max) shape of each input of `component` that is dynamic."""
+        low, best, high = (dict(component.sizes(s)) for s in (self.min, self.opt, self.max))
+        low |= dict(component.free_axes)
+        return {
+            t.name: (t.shape(low), t.shape(best), t.shape(high))
+            for t in component.inputs
+            if any(isinstance(d, str) for d in t.dims)
+        }
+
+
+def profile_for(
+    variant: Variant,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    batch: int | None = None,
+    *,
+    minimum: dict[str, int] | None = None,
+    maximum: dict[str, int] | None = None,
+    static: bool = False,
+) -> Profile:
+    """The profile of a build; every shape is checked by the variant's family.
+
+    Unset bounds come from the variant and widen to include what was asked for.
+    """
+    from overcrank.models import check_shape
+
+    native = variant.native
+    opt = VideoShape(height or native.height, width or native.width, frames or native.frames, batch or 2)
+    check_shape(variant, opt)
+    if static:
+        if minimum or maximum:
+            raise ShapeError("--static fixes every shape; drop the --min-… and --max-… options.")
+        return Profile(opt, opt, opt)
+    axes = ("height", "width", "frames")
+    low = {a: min(getattr(variant.minimum, a), getattr(opt, a)) for a in axes} | (minimum or {})
+    high = {a: max(getattr(variant.maximum, a), getattr(opt, a)) for a in axes} | (maximum or {})
+    bottom = VideoShape(**low, batch=1)
+    top = VideoShape(**high, batch=max(2, opt.batch))
+    check_shape(variant, bottom)
+    check_shape(variant, top)
+    return Profile(bottom, opt, top)

@@ -1,0 +1,75 @@
+"""Bundles printed for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from overcrank.engines.manifest import Manifest, check_files, read_manifest
+from overcrank.engines.report import human_bytes, profile_line
+from overcrank.engines.store import Store
+
+
+def print_list(store: Store) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = store.list()
+    console = Console(soft_wrap=True)
+    if not found:
+        console.print(f"no bundles in {store.bundles}; build one: build-engine --model ltx --gpu sm_89")
+        return
+    table = Table(title=str(store.bundles))
+    for column in ("bundle", "GPU", "precision", "profile", "engines", "TensorRT"):
+        table.add_column(column, overflow="fold")
+    for path, manifest in found:
+        if isinstance(manifest, Manifest):
+            size = human_bytes(sum(c.engine.bytes for c in manifest.components))
+            version = f"{manifest.flavour} {manifest.flavour_version}"
+            table.add_row(path.name, manifest.target, manifest.precision, profile_line(manifest), size, version)
+        else:
+            table.add_row(path.name, "", "", f"unreadable: {manifest}", "", "")
+    console.print(table)
+
+
+def print_bundle(bundle: Path) -> bool:
+    """Print the manifest and the check of every file; returns whether all files match."""
+    from rich.console import Console
+
+    manifest = read_manifest(bundle)
+    wrong = check_files(bundle, manifest)
+    console = Console(soft_wrap=True, highlight=False)
+    for label, value in (
+        ("bundle", str(bundle)),
+        ("model", f"{manifest.model} (family {manifest.family}{', ' + manifest.hub_id if manifest.hub_id else ''})"),
+        ("target", f"{manifest.target}, {manifest.precision}, {manifest.flavour} {manifest.flavour_version}"),
+        ("profile", profile_line(manifest)),
+        ("weights", manifest.weights),
+        ("built", f"{manifest.created} by overcrank {manifest.overcrank} in {manifest.build_seconds:.1f} s, "
+                  f"peak RAM {human_bytes(manifest.peak_ram_bytes)}"),
+        ("with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
+    ):
+        console.print(f"{label:<9}{value}")
+    for entry in manifest.components:
+        values = sum(_product(p.shape) for p in entry.parameters)
+        console.print(f"\n{entry.name} ({entry.cls}{'.' + entry.attribute if entry.attribute else ''})")
+        console.print(f"  engine      {human_bytes(entry.engine.bytes)}, sha256 {entry.engine.sha256}")
+        console.print(f"  graph       {human_bytes(entry.graph.bytes)}, sha256 {entry.graph.sha256}")
+        console.print(f"  activation  {human_bytes(entry.activation_bytes)} at the largest shape")
+        console.print(f"  parameters  {len(entry.parameters)} ({values / 1e9:.2f} billion values)")
+        console.print(f"  plan        {entry.lint}")
+        for tensor in entry.inputs:
+            shapes = f"{tensor.min} … {tensor.opt} … {tensor.max}" if tensor.min else str(tensor.dims)
+            console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}", markup=False)
+        for tensor in entry.outputs:
+            console.print(f"  output      {tensor.name} {tensor.dtype} {tensor.dims}", markup=False)
+    for problem in wrong:
+        console.print(f"\nWRONG {problem}")
+    console.print("\nfiles do NOT match the manifest" if wrong else "\nevery file matches its SHA-256")
+    return not wrong
+
+
+def _product(shape: list[int]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out

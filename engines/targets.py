@@ -1,0 +1,146 @@
+"""The Target table: which GPU architecture takes which number format and TensorRT flavour.
+
+Pure data from NVIDIA's compute-capability and TensorRT support matrices; no imports.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from overcrank.errors import TargetError
+
+PRECISIONS = ("fp16", "bf16", "fp8", "int8", "nvfp4")
+
+
+@dataclass(frozen=True)
+class Target:
+    name: str
+    generation: str
+    cards: tuple[str, ...]
+    precisions: tuple[str, ...]
+    flavours: tuple[str, ...]
+
+    @property
+    def compute_capability(self) -> str:
+        """TensorRT's ComputeCapability member, e.g. "SM89"."""
+        return self.name.replace("_", "").upper()
+
+
+_RTX, _CLASSIC = "tensorrt_rtx", "tensorrt"
+_BOTH = (_RTX, _CLASSIC)
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "sm_75",
+        "Turing",
+        ("rtx2060", "rtx2070", "rtx2080", "rtx2080ti", "titanrtx", "gtx1650", "gtx1660", "t4"),
+        ("fp16", "int8"),
+        _BOTH,
+    ),
+    Target("sm_80", "Ampere", ("a100", "a30"), ("fp16", "bf16", "int8"), _BOTH),
+    Target(
+        "sm_86",
+        "Ampere",
+        ("rtx3050", "rtx3060", "rtx3060ti", "rtx3070", "rtx3070ti", "rtx3080", "rtx3080ti", "rtx3090")
+        + ("rtx3090ti", "rtxa2000", "rtxa4000", "rtxa5000", "rtxa6000", "a10", "a40"),
+        ("fp16", "bf16", "int8"),
+        _BOTH,
+    ),
+    Target(
+        "sm_89",
+        "Ada",
+        ("rtx4050", "rtx4060", "rtx4060ti", "rtx4070", "rtx4070super", "rtx4070ti", "rtx4070tisuper")
+        + ("rtx4080", "rtx4080super", "rtx4090", "rtx4090d", "rtx2000ada", "rtx4000ada", "rtx5000ada")
+        + ("rtx6000ada", "l4", "l40", "l40s"),
+        ("fp16", "bf16", "fp8", "int8"),
+        _BOTH,
+    ),
+    Target("sm_90", "Hopper", ("h100", "h200", "gh200"), ("fp16", "bf16", "fp8", "int8"), (_CLASSIC,)),
+    Target("sm_100", "Blackwell", ("b200", "gb200"), PRECISIONS, (_CLASSIC,)),
+    Target(
+        "sm_120",
+        "Blackwell",
+        ("rtx5050", "rtx5060", "rtx5060ti", "rtx5070", "rtx5070ti", "rtx5080", "rtx5090", "rtx5090d")
+        + ("rtxpro4000", "rtxpro4500", "rtxpro5000", "rtxpro6000"),
+        PRECISIONS,
+        _BOTH,
+    ),
+    Target("sm_121", "Blackwell", ("dgxspark", "gb10"), PRECISIONS, _BOTH),
+)
+BY_NAME = {t.name: t for t in TARGETS}
+FLAVOUR_TITLES = {_RTX: "TensorRT for RTX", _CLASSIC: "TensorRT"}
+
+
+def targets_for(words: Iterable[str], flavour: str) -> tuple[Target, ...]:
+    """Targets named by `--gpu`: sm_XX, a card, "all" or "auto"; each served by `flavour`.
+
+    Raises TargetError for an unknown name, a flavour that does not serve it, or "auto"
+    on a machine without an NVIDIA card.
+    """
+    found: dict[str, Target] = {}
+    for word in words:
+        for target in _named(word, flavour):
+            if flavour not in target.flavours:
+                raise TargetError(
+                    f"{FLAVOUR_TITLES[flavour]} cannot build for {target.name} ({target.generation}: "
+                    f"{', '.join(target.cards)}); use --flavour tensorrt on a machine that has TensorRT, "
+                    f"or one of {', '.join(t.name for t in TARGETS if flavour in t.flavours)}."
+                )
+            found[target.name] = target
+    if not found:
+        raise TargetError("--gpu is empty; give sm_75 … sm_121, a card such as rtx4090, 'all' or 'auto'.")
+    return tuple(found.values())
+
+
+def precision_for(target: Target, precision: str) -> str:
+    """`precision`, or for "auto" bf16 where the target has it, else fp16."""
+    if precision == "auto":
+        return "bf16" if "bf16" in target.precisions else "fp16"
+    if precision not in target.precisions:
+        have = [t.name for t in TARGETS if precision in t.precisions]
+        where = f"; {precision} needs one of {', '.join(have)}" if have else ""
+        raise TargetError(
+            f"{target.name} ({target.generation}) has no {precision}: "
+            f"use --precision {'|'.join(target.precisions)}{where}."
+        )
+    return precision
+
+
+def _named(word: str, flavour: str) -> tuple[Target, ...]:
+    key = re.sub(r"[^a-z0-9]", "", word.lower())
+    if key == "all":
+        return tuple(t for t in TARGETS if flavour in t.flavours)
+    if key == "auto":
+        return (_local_card(),)
+    for target in TARGETS:
+        if key in (target.name.replace("_", ""), *target.cards):
+            return (target,)
+    names = {re.sub(r"[^a-z0-9]", "", n): n for t in TARGETS for n in (t.name, *t.cards)}
+    close = difflib.get_close_matches(key, names, n=3)
+    hint = f"did you mean {' or '.join(names[c] for c in close)}? " if close else ""
+    raise TargetError(
+        f"Unknown GPU '{word}': {hint}Use {', '.join(BY_NAME)}, a card such as rtx4090, rtx-5090 or "
+        f"dgx-spark, 'all', or 'auto'."
+    )
+
+
+def _local_card() -> Target:
+    query = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise TargetError(
+            "--gpu auto needs an NVIDIA card and driver on this machine, and nvidia-smi found none; "
+            "name the card instead, for example --gpu rtx4090 (no GPU is needed to build)."
+        ) from error
+    capability, _, card = out.strip().splitlines()[0].partition(",")
+    name = "sm_" + capability.strip().replace(".", "")
+    if name not in BY_NAME:
+        raise TargetError(
+            f"This machine's {card.strip()} is {name}, which is not among {', '.join(BY_NAME)}."
+        )
+    return BY_NAME[name]

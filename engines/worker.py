@@ -1,0 +1,165 @@
+"""One component of one bundle, built in a worker process: graph, engine, and what is known of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from overcrank.engines.compile import engine_from_graph
+from overcrank.engines.manifest import ComponentEntry, EngineKey, ParameterEntry, TensorEntry, file_entry
+from overcrank.engines.plan import read_plan
+from overcrank.engines.profiles import Profile
+from overcrank.engines.store import Store, store_errors, written_whole
+from overcrank.engines.targets import Target
+from overcrank.errors import CompileError
+from overcrank.export.cache import CachedGraph, cached_graph, load_cached
+from overcrank.models import components
+from overcrank.models.base import Component, Tensor, Variant
+
+Report = Callable[[str, float], None]
+"""Called with what is being done and the fraction of it that is done."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one component of one bundle is made from."""
+
+    variant: Variant
+    key: EngineKey
+    precision: str
+    target: Target
+    profile: Profile
+    flavour: str
+    weights: tuple[Path, ...]  # safetensors files to embed; empty: weights are inputs
+    staging: Path
+    store: Store
+
+    @property
+    def component(self) -> Component:
+        return components(self.variant, (self.key.component,))[0]
+
+    @property
+    def graph_folder(self) -> Path:
+        return self.store.graphs / self.key.graph[:16]
+
+    @property
+    def done(self) -> Path:
+        return self.staging / f"{self.key.component}.json"
+
+
+def finished(job: Job) -> ComponentEntry | None:
+    """The component left complete by an earlier run, if its files are still what it says."""
+    if not job.done.is_file():
+        return None
+    entry = ComponentEntry.model_validate_json(job.done.read_text("utf-8"))
+    files = (entry.engine, entry.graph)
+    whole = all((job.staging / f.name).is_file() and file_entry(job.staging / f.name) == f for f in files)
+    return entry if whole and entry.key == job.key else None
+
+
+def has_graph(job: Job) -> bool:
+    return load_cached(job.graph_folder) is not None
+
+
+def export_component(job: Job, report: Report) -> None:
+    """Put the component's graph into the store's cache; needs torch, and no TensorRT."""
+    report("exporting", 0.0)
+    with job.store.lock(f"graph-{job.graph_folder.name}"), store_errors(job.store.graphs):
+        cached_graph(job.component, job.precision, job.graph_folder)
+    report("exported", 1.0)
+
+
+def compile_component(job: Job, report: Report) -> None:
+    """Compile the cached graph, read the plan, and leave it all in `job.staging`; needs no torch."""
+    component, graph = job.component, load_cached(job.graph_folder)
+    if graph is None:
+        raise CompileError(f"{job.graph_folder} vanished during the build; run the same command again.")
+    start = time.monotonic()
+    with _with_weights(job, graph) as source:
+        compiled = engine_from_graph(
+            source,
+            job.target,
+            job.profile.ranges(component),
+            flavour=job.flavour,
+            progress=lambda phase, fraction: report(f"compiling · {phase}", fraction),
+        )
+    seconds = time.monotonic() - start
+    report("writing", 0.0)
+    engine, onnx = (job.staging / f"{component.name}.{kind}" for kind in ("engine", "onnx"))
+    with written_whole(engine) as part:
+        part.write_bytes(memoryview(compiled.plan))
+    with written_whole(onnx) as part:
+        part.write_bytes(graph.onnx.read_bytes())
+    entry = _entry(job, graph, engine, onnx, compiled.activation_bytes, seconds)
+    with written_whole(job.done) as part:
+        part.write_text(entry.model_dump_json(), "utf-8")
+    report("done", 1.0)
+
+
+@contextmanager
+def _with_weights(job: Job, graph: CachedGraph) -> Iterator[Path]:
+    """The graph to compile: as it is, or a temporary copy that carries the checkpoint's values."""
+    if not job.weights:
+        yield graph.onnx
+        return
+    import onnx_ir as ir
+
+    from overcrank.export.weights import checkpoint_values, embed
+
+    model = ir.load(graph.onnx)
+    embed(model, graph.parameters, checkpoint_values(job.weights, graph.parameters))
+    onnx = job.staging / f".{job.key.component}.embedded.onnx"
+    data = onnx.with_suffix(".weights")
+    with store_errors(onnx):
+        try:
+            ir.save(model, onnx, external_data=data.name)
+            yield onnx
+        finally:
+            onnx.unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
+
+
+def _entry(
+    job: Job, graph: CachedGraph, engine: Path, onnx: Path, activation: int | None, seconds: float
+) -> ComponentEntry:
+    component, ranges = job.component, job.profile.ranges(job.component)
+    names = [] if job.weights else [p.input for p in graph.parameters]
+    dtypes = {"compute": job.precision}
+
+    def tensors(specs: tuple[Tensor, ...]) -> list[TensorEntry]:
+        return [
+            TensorEntry(
+                name=t.name,
+                dtype=dtypes.get(t.dtype, t.dtype),
+                dims=list(t.dims),
+                **dict(zip(("min", "opt", "max"), map(list, ranges.get(t.name, ())), strict=False)),
+            )
+            for t in specs
+        ]
+
+    return ComponentEntry(
+        name=component.name,
+        cls=component.cls,
+        subfolder=component.subfolder,
+        attribute=component.attribute,
+        config=json.loads(json.dumps(dict(component.config))),
+        key=job.key,
+        engine=file_entry(engine),
+        graph=file_entry(onnx),
+        inputs=tensors(component.inputs),
+        outputs=tensors(component.outputs),
+        parameters=[
+            ParameterEntry(
+                input=p.input, parameter=p.name, dtype=p.dtype, shape=list(p.module_shape), view=list(p.shape)
+            )
+            for p in graph.parameters
+        ],
+        activation_bytes=activation,
+        export_seconds=round(graph.seconds, 2),
+        compile_seconds=round(seconds, 2),
+        lint=read_plan(engine, names).verdict(),
+    )

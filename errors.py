@@ -1,0 +1,62 @@
+"""Every error a user can meet, as one tree.
+
+OvercrankError            exit 1: something failed that the user could not have known
+├── UserError             exit 2: the request itself is wrong; nothing was written
+│   ├── ModelError        unknown model, not a diffusers folder, hub unreachable
+│   ├── TargetError       unknown card, or a precision the card lacks
+│   ├── ShapeError        a video shape the model cannot make
+│   ├── CheckpointError   weights that are truncated or of another architecture
+│   └── StoreError        a store or output folder that cannot be used
+├── ExportError           module → ONNX failed
+├── CompileError          ONNX → engine failed
+├── IntegrityError        a bundle's files do not match its manifest
+└── BuildCancelled        the user pressed Ctrl-C
+"""
+
+from __future__ import annotations
+
+
+class OvercrankError(Exception):
+    """Base of every error that is shown as one sentence; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class UserError(OvercrankError):
+    exit_code = 2
+
+
+class ModelError(UserError):
+    pass
+
+
+class TargetError(UserError):
+    pass
+
+
+class ShapeError(UserError):
+    pass
+
+
+class CheckpointError(UserError):
+    pass
+
+
+class StoreError(UserError):
+    pass
+
+
+class ExportError(OvercrankError):
+    pass
+
+
+class CompileError(OvercrankError):
+    pass
+
+
+class IntegrityError(OvercrankError):
+    pass
+
+
+class BuildCancelled(OvercrankError):
+    exit_code = 130

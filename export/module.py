@@ -1,0 +1,103 @@
+"""diffusers class + config → module, with or without values in its parameters."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import ModelError
+from overcrank.models.base import Component, Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[precision])
+    return dtype
+
+
+def abstract_module(component: Component, config: Config, precision: str) -> nn.Module:
+    """The component's module with fake parameters: shapes and dtypes, no storage.
+
+    Buffers hold real values (rotary tables, latent statistics). Parameter dtypes are what
+    diffusers' from_pretrained(torch_dtype=…) would give.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with init_empty_weights(include_buffers=False):
+        whole = _construct(component, config)
+    cast_like_diffusers(whole, torch_dtype(precision))
+    module = part(whole, component)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for owner in module.modules():
+            for name, old in owner.named_parameters(recurse=False):
+                empty = torch.empty(old.shape, dtype=old.dtype)
+                owner.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+    return module.eval()
+
+
+def random_module(component: Component, config: Config, precision: str, seed: int = 0) -> nn.Module:
+    """The component's module with seeded random weights, none of them degenerate.
+
+    Parameters that diffusers initializes to constants (norm scales, zeroed gates) are
+    refilled, so that a graph that drops or swaps one cannot pass a comparison.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        whole = _construct(component, config)
+        for value in whole.parameters():
+            if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+                value.add_(torch.randn(value.shape, generator=generator) * 0.1)
+    cast_like_diffusers(whole, torch_dtype(precision))
+    return part(whole, component).eval().requires_grad_(False)
+
+
+def cast_like_diffusers(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating parameters to `dtype`, except the ones diffusers keeps in fp32."""
+    kept = getattr(module, "_keep_in_fp32_modules", None) or []
+    for owner_name, owner in module.named_modules():
+        parts = owner_name.split(".")
+        for name, value in owner.named_parameters(recurse=False):
+            keep = any(word in parts or word == name for word in kept)
+            if value.is_floating_point() and not keep:
+                value.data = value.data.to(dtype)
+
+
+def part(whole: nn.Module, component: Component) -> nn.Module:
+    return whole.get_submodule(component.attribute) if component.attribute else whole
+
+
+def _construct(component: Component, config: Config) -> nn.Module:
+    import diffusers
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    cls: Any = getattr(diffusers, component.cls)
+    known = inspect.signature(cls.__init__).parameters
+    unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
+    if unknown:
+        raise ModelError(
+            f"{component.subfolder}/config.json has field '{unknown[0]}', which {component.cls} of "
+            f"diffusers {diffusers.__version__} does not know; upgrade diffusers or correct the field."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module: nn.Module = cls(**{k: v for k, v in config.items() if k in known})
+        except Exception as error:
+            raise ModelError(
+                f"{component.cls} cannot be built from {component.subfolder}/config.json: {error}"
+            ) from error
+    return module

@@ -1,0 +1,126 @@
+"""A diffusers checkpoint's values, for engines that carry their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+STEM = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the module: its input in the graph and its place in the checkpoint."""
+
+    input: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    module_shape: tuple[int, ...]
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of one component folder, complete ones only.
+
+    Raises CheckpointError for a missing, truncated or unreadable file.
+    """
+    index = folder / f"{STEM}.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = tuple(folder / name for name in names)
+    else:
+        files = tuple(sorted(folder.glob(f"{STEM}*.safetensors")))[:1]
+    if not files:
+        raise CheckpointError(
+            f"{folder} has no {STEM}.safetensors, which --weights embedded needs; "
+            f"build without it to bind weights at render time."
+        )
+    for file in files:
+        _check_complete(file)
+    return files
+
+
+def _check_complete(file: Path) -> None:
+    """safetensors: 8 bytes of header length, a JSON header, then exactly the bytes it lists."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; download the checkpoint again.")
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > size:
+                raise ValueError("the header is cut off")
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); download it again.") from error
+    for name, entry in header.items():
+        if name != "__metadata__" and 8 + length + entry["data_offsets"][1] > size:
+            raise CheckpointError(
+                f"{file} is truncated: tensor '{name}' ends at byte {8 + length + entry['data_offsets'][1]:,} "
+                f"of {size:,}; download it again."
+            )
+
+
+def weights_digest(files: Iterable[Path]) -> str:
+    """SHA-256 over the content of the files, in order."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()
+
+
+def embed(model: ir.Model, parameters: Iterable[Parameter], values: Callable[[str], Any]) -> None:
+    """Turn parameter inputs into initializers whose values are read when the model is saved."""
+    import onnx_ir as ir
+
+    inputs = {v.name: v for v in model.graph.inputs}
+    for parameter in parameters:
+        value = inputs[parameter.input]
+        model.graph.inputs.remove(value)
+        dtype = ir.DataType[{"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT"}[parameter.dtype]]
+
+        def read(parameter: Parameter = parameter, dtype: ir.DataType = dtype) -> ir.TensorProtocol:
+            import torch
+
+            tensor = values(parameter.name).to(getattr(torch, parameter.dtype))
+            raw = tensor.flatten().view(torch.uint8).numpy().view(dtype.numpy())
+            return ir.Tensor(raw.reshape(parameter.shape), dtype, name=parameter.input)
+
+        value.const_value = ir.LazyTensor(
+            read, dtype=dtype, shape=ir.Shape(parameter.shape), name=parameter.input
+        )
+        model.graph.register_initializer(value)
+
+
+def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) -> Callable[[str], Any]:
+    """A reader of the checkpoint's tensors, after checking that it has every parameter.
+
+    Raises CheckpointError naming the first tensor that is missing or of another shape.
+    """
+    from safetensors import safe_open
+
+    homes: dict[str, Any] = {}
+    listed = list(files)
+    for file in listed:
+        handle = safe_open(file, framework="pt")
+        homes |= dict.fromkeys(handle.keys(), handle)
+    for parameter in parameters:
+        if parameter.name not in homes:
+            raise CheckpointError(f"{listed[0].parent} has no tensor '{parameter.name}'; it is of another architecture.")
+        shape = tuple(homes[parameter.name].get_slice(parameter.name).get_shape())
+        if shape != parameter.module_shape:
+            raise CheckpointError(
+                f"{listed[0].parent}: tensor '{parameter.name}' is {list(shape)}, the architecture needs "
+                f"{list(parameter.module_shape)}; check config.json."
+            )
+    return lambda name: homes[name].get_tensor(name)

@@ -1,0 +1,114 @@
+"""The nouns of a model family. Pure data: imports neither torch nor TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Config = Mapping[str, Any]
+Sizes = Mapping[str, int]
+"""Axis name → length, for example {"batch": 2, "tokens": 6144, "text": 128}."""
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """What a user asks for: pixels, frames, and how many videos go through one call."""
+
+    height: int
+    width: int
+    frames: int
+    batch: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One graph input or output.
+
+    `dtype` is "compute" (the engine's 16-bit type, fp32 when verified) or a fixed
+    "float32", "int64", "bool". A dimension is a length, or the name of a dynamic axis.
+    """
+
+    name: str
+    dims: tuple[int | str, ...]
+    dtype: str = "compute"
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(d if isinstance(d, int) else sizes[d] for d in self.dims)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A chain of identical submodules: traced `traced` deep, repeated in the graph to `full`."""
+
+    path: str
+    traced: int
+    full: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """A submodule that becomes an engine.
+
+    `cls` is a diffusers class, built from `config`; `attribute` is the part of it that
+    runs ("" is the whole, "decoder" a VAE's decoder); one that is not `default` is built on
+    request. The rest are plain functions:
+
+    - `forward(module, *inputs)` is what is traced: tensors in the order of `inputs` to a
+      tensor, or a tuple in the order of `outputs`.
+    - `adapt(module, **call)` turns a call of the stock module into the named inputs.
+    - `sample(module, sizes, generator)` makes such a call with seeded random tensors.
+    - `sizes(shape)` gives the axis lengths of a video shape.
+
+    `traced_config` and `repeats` describe the shallow module that is traced in place of
+    the full one (export/repeat.py); `trace_sizes` are the axis lengths it is traced at.
+    `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that
+    its length is scale * root + offset; `free_axes` maps an axis that no video shape sets
+    to its smallest length.
+    """
+
+    name: str
+    cls: str
+    subfolder: str
+    config: Config
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    forward: Callable[..., Any]
+    adapt: Callable[..., dict[str, Any]]
+    sample: Callable[..., dict[str, Any]]
+    sizes: Callable[[VideoShape], Sizes]
+    trace_sizes: Sizes
+    attribute: str = ""
+    default: bool = True
+    free_axes: Sizes = field(default_factory=dict)
+    traced_config: Config = field(default_factory=dict)
+    repeats: tuple[Repeat, ...] = ()
+    affine_axes: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
+
+    def at_depth(self, config: Config) -> Component:
+        """The same component traced as it is, with no chain repeated."""
+        return replace(self, config=config, traced_config={}, repeats=())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published checkpoint layout of a family."""
+
+    name: str
+    family: str
+    title: str
+    hub_id: str
+    configs: Mapping[str, Config]
+    native: VideoShape
+    minimum: VideoShape
+    maximum: VideoShape
+    fps: int
+    pipelines: tuple[str, ...]
+    text_length: int = 128
+    guidance: float = 1.0
+    steps: int = 30
+    hub_file: str = ""
+    tasks: tuple[str, ...] = ("text-to-video",)

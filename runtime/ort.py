@@ -1,0 +1,93 @@
+"""ONNX Runtime on CPU as a session for the very graph TensorRT compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from overcrank.errors import OvercrankError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+
+def widened(model: ir.Model) -> ir.Model:
+    """Turn a 16-bit graph into the same graph in fp32, in place.
+
+    1. Inputs, outputs and constants of 16-bit types become fp32; casts to them, casts to fp32.
+    2. Attention masks are expanded over the query axis, which ONNX Runtime's CPU kernel needs.
+    """
+    import onnx_ir as ir
+
+    narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    graph = model.graph
+    for value in graph.inputs:
+        if value.dtype in narrow:
+            value.dtype = ir.DataType.FLOAT
+    for value in graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype in narrow:
+            wide = value.const_value.numpy().astype(np.float32)
+            value.const_value = ir.tensor(wide, name=value.name)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in list(graph):
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in {int(d) for d in narrow}:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+        for value in node.outputs:
+            if value.dtype in narrow:
+                value.dtype = ir.DataType.FLOAT
+        if node.op_type == "Attention" and len(node.inputs) > 3 and node.inputs[3] is not None:
+            _expand_mask(graph, node)
+    return model
+
+
+def _expand_mask(graph: ir.Graph, node: ir.Node) -> None:
+    """[B, 1, 1, L] → [B, 1, S, L], S being the query length."""
+    import onnx_ir as ir
+
+    one = graph.initializers.get("overcrank_one")
+    if one is None:
+        one = ir.Value(name="overcrank_one", const_value=ir.tensor(np.array([1], np.int64), name="overcrank_one"))
+        graph.register_initializer(one)
+    bounds = [ir.AttrInt64("start", 2), ir.AttrInt64("end", 3)]
+    length = ir.Node("", "Shape", [node.inputs[0]], bounds)
+    target = ir.Node("", "Concat", [one, one, length.outputs[0], one], [ir.AttrInt64("axis", 0)])
+    expand = ir.Node("", "Expand", [node.inputs[3], target.outputs[0]])
+    graph.insert_before(node, [length, target, expand])
+    node.replace_input_with(3, expand.outputs[0])
+
+
+class OrtSession:
+    """Runs one graph; parameters are bound once and shared with the tensors they come from."""
+
+    def __init__(self, model: ir.Model | Path, parameters: Mapping[str, torch.Tensor]) -> None:
+        """`parameters`: graph input → tensor of the shape the graph declares."""
+        import onnx_ir as ir
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        loaded = ir.load(model) if isinstance(model, Path) else model
+        content = ir.to_proto(widened(loaded)).SerializeToString()
+        try:
+            self._session: Any = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise OvercrankError(f"ONNX Runtime {ort.__version__} cannot load the graph: {error}") from error
+        self.outputs = [o.name for o in self._session.get_outputs()]
+        self._wanted = {i.name for i in self._session.get_inputs()}
+        self._bound = {k: v.detach().numpy() for k, v in parameters.items()}
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named tensors in, named tensors out; 16-bit inputs are widened."""
+        import torch
+
+        feeds = dict(self._bound)
+        for name, tensor in inputs.items():
+            if name in self._wanted:
+                wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+                feeds[name] = wide.detach().contiguous().numpy()
+        results = self._session.run(self.outputs, feeds)
+        return {name: torch.from_numpy(r) for name, r in zip(self.outputs, results, strict=True)}
