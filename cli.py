@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from overcrank import __version__
 from overcrank.errors import OvercrankError, UserError
 
@@ -90,7 +89,9 @@ def _bounds(prefix: str) -> Callable[[Any], Any]:
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
 @click.option("--width", type=int, help="Width in pixels.")
 @click.option("--frames", type=int, help="Number of frames.")
-@click.option("--batch", type=int, help="Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2].")
+@click.option(
+    "--batch", type=int, help="Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2]."
+)
 @_bounds("min")
 @_bounds("max")
 @click.option("--static", is_flag=True, help="Serve this one shape only.")
@@ -138,9 +139,7 @@ def _requests(options: dict[str, Any]) -> list[Any]:
     names = tuple(n for n in options["components"].replace(",", " ").split())
     components(variant, names)
     axes = ("height", "width", "frames")
-    bounds = {
-        side: {a: v for a in axes if (v := options[f"{side}_{a}"]) is not None} for side in ("min", "max")
-    }
+    bounds = {side: {a: v for a in axes if (v := options[f"{side}_{a}"]) is not None} for side in ("min", "max")}
     profile = profile_for(
         variant,
         *(options[a] for a in (*axes, "batch")),

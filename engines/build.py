@@ -175,7 +175,9 @@ def _run(bundles: list[_Bundle], progress: Progress, workers: int | None) -> int
             shutil.rmtree(bundle.staging, ignore_errors=True)
         raise
     except BrokenProcessPool as error:
-        raise CompileError("A build worker died (out of memory?); the same command resumes what is finished.") from error
+        raise CompileError(
+            "A build worker died (out of memory?); the same command resumes what is finished."
+        ) from error
     finally:
         _stop(pool)
 

@@ -47,7 +47,7 @@ def engine_from_graph(
     if not parser.parse_from_file(str(graph)):
         what = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise CompileError(f"{graph.name}: the compiler cannot read the graph: {what[:500]}")
-    _make_attention_decomposable(network)
+    _make_attention_decomposable(trt, network)
     config = builder.create_builder_config()
     if flavour == "tensorrt_rtx" and target is not None:
         config.num_compute_capabilities = 1
@@ -111,12 +111,14 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def _make_attention_decomposable(network: Any) -> None:
+def _make_attention_decomposable(trt: Any, network: Any) -> None:
     """Head sizes without a dedicated kernel compile as matrix products instead of failing."""
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for i in range(network.num_layers):
-        attention = getattr(network.get_layer(i), "attention", None)
-        if attention is not None:
-            attention.decomposable = True
+        layer = network.get_layer(i)
+        if kind is not None and layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
 
 
 def _add_profile(builder: Any, network: Any, config: Any, ranges: Mapping[str, Range]) -> None:

@@ -35,6 +35,4 @@ def load_flavour(flavour: str) -> Any:
     try:
         return importlib.import_module(flavour)
     except Exception as error:
-        raise TargetError(
-            f"{FLAVOUR_TITLES[flavour]} is installed but does not load: {error}"
-        ) from error
+        raise TargetError(f"{FLAVOUR_TITLES[flavour]} is installed but does not load: {error}") from error

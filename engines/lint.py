@@ -38,7 +38,6 @@ def compared(
     """Compile the traced depth of `component` with weights as inputs, and with random ones embedded."""
     import onnx_ir as ir
     import torch
-
     from overcrank.export.graph import onnx_from_component
     from overcrank.export.weights import embed
 

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from overcrank.errors import IntegrityError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

@@ -79,7 +79,9 @@ def summary(built: list[Built], seconds: float) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for bundle in built:
         manifest = bundle.manifest
-        table = Table(title=f"{manifest.model} · {manifest.target} · {manifest.precision} · weights {manifest.weights[:15]}")
+        table = Table(
+            title=f"{manifest.model} · {manifest.target} · {manifest.precision} · weights {manifest.weights[:15]}"
+        )
         for column in ("component", "engine", "activation memory", "export", "compile"):
             table.add_column(column, justify="left" if column == "component" else "right")
         for entry in manifest.components:

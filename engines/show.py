@@ -44,8 +44,11 @@ def print_bundle(bundle: Path) -> bool:
         ("target", f"{manifest.target}, {manifest.precision}, {manifest.flavour} {manifest.flavour_version}"),
         ("profile", profile_line(manifest)),
         ("weights", manifest.weights),
-        ("built", f"{manifest.created} by overcrank {manifest.overcrank} in {manifest.build_seconds:.1f} s, "
-                  f"peak RAM {human_bytes(manifest.peak_ram_bytes)}"),
+        (
+            "built",
+            f"{manifest.created} by overcrank {manifest.overcrank} in {manifest.build_seconds:.1f} s, "
+            f"peak RAM {human_bytes(manifest.peak_ram_bytes)}",
+        ),
         ("with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
     ):
         console.print(f"{label:<9}{value}")

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-
 from overcrank.engines.manifest import MANIFEST, Manifest, read_manifest
 from overcrank.errors import IntegrityError, StoreError
 
@@ -97,7 +96,9 @@ def store_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"The disk that holds {path} is full; free space or give --store or --out elsewhere.") from error
+            raise StoreError(
+                f"The disk that holds {path} is full; free space or give --store or --out elsewhere."
+            ) from error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StoreError(f"{path} cannot be written ({reason}); give a writable --store or --out.") from error
 

@@ -140,7 +140,5 @@ def _local_card() -> Target:
     capability, _, card = out.strip().splitlines()[0].partition(",")
     name = "sm_" + capability.strip().replace(".", "")
     if name not in BY_NAME:
-        raise TargetError(
-            f"This machine's {card.strip()} is {name}, which is not among {', '.join(BY_NAME)}."
-        )
+        raise TargetError(f"This machine's {card.strip()} is {name}, which is not among {', '.join(BY_NAME)}.")
     return BY_NAME[name]

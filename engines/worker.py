@@ -107,7 +107,6 @@ def _with_weights(job: Job, graph: CachedGraph) -> Iterator[Path]:
         yield graph.onnx
         return
     import onnx_ir as ir
-
     from overcrank.export.weights import checkpoint_values, embed
 
     model = ir.load(graph.onnx)

@@ -44,7 +44,7 @@ def _code_digest(forward: Any) -> str:
     """SHA-256 of the export package and of the family's own file."""
     import inspect
 
-    files = sorted(Path(__file__).parent.glob("*.py")) + [Path(inspect.getfile(forward))]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(getattr(forward, "func", forward)))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
@@ -74,7 +74,6 @@ def cached_graph(component: Component, precision: str, folder: Path) -> CachedGr
     if found is not None:
         return found
     import onnx_ir as ir
-
     from overcrank.export.graph import onnx_from_component
 
     start = time.monotonic()

@@ -50,9 +50,7 @@ def onnx_from_component(component: Component, precision: str, *, shortcut: bool 
     return Exported(model, _parameter_table(component, model, full))
 
 
-def _traced(
-    component: Component, config: Config, precision: str, repeats: tuple[Repeat, ...]
-) -> ir.Model:
+def _traced(component: Component, config: Config, precision: str, repeats: tuple[Repeat, ...]) -> ir.Model:
     module = abstract_module(component, config, precision)
     stage = "torch.export"
     try:
@@ -95,9 +93,7 @@ def _program(component: Component, module: nn.Module, precision: str) -> Any:
             for t in component.inputs
         )
     axes = _axes(component)
-    dynamic = tuple(
-        {i: axes[d] for i, d in enumerate(t.dims) if isinstance(d, str)} for t in component.inputs
-    )
+    dynamic = tuple({i: axes[d] for i, d in enumerate(t.dims) if isinstance(d, str)} for t in component.inputs)
     with _quiet(), torch.no_grad():
         return torch.export.export(Traced(), inputs, dynamic_shapes=(dynamic,), strict=False)
 

@@ -70,8 +70,7 @@ def _target(node: ir.Node) -> tuple[int | str, ...] | None:
     given = list(data.shape) if data.shape is not None else []
     copied = [i < len(given) and not isinstance(d, int) and given[i] == d for i, d in enumerate(out)]
     target: list[int | str] = [
-        0 if same else d if isinstance(d, int) else str(d.value)
-        for d, same in zip(out, copied, strict=True)
+        0 if same else d if isinstance(d, int) else str(d.value) for d, same in zip(out, copied, strict=True)
     ]
     unknown = [i for i, d in enumerate(target) if isinstance(d, str)]
     if unknown:
@@ -89,9 +88,7 @@ def _symbol_sources(graph: ir.Graph) -> dict[str, tuple[ir.Value, int]]:
     return found
 
 
-def _target_value(
-    graph: ir.Graph, target: tuple[int | str, ...], sources: dict[str, tuple[ir.Value, int]]
-) -> ir.Value:
+def _target_value(graph: ir.Graph, target: tuple[int | str, ...], sources: dict[str, tuple[ir.Value, int]]) -> ir.Value:
     """A constant where the target is all numbers, else a Concat placed first in the graph."""
     import onnx_ir as ir
 

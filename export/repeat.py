@@ -124,11 +124,9 @@ def _alike(a: ir.Node | None, b: ir.Node | None) -> bool:
     return (
         a is not None
         and b is not None
-        and (a.op_type, a.domain, len(a.inputs), len(a.outputs))
-        == (b.op_type, b.domain, len(b.inputs), len(b.outputs))
+        and (a.op_type, a.domain, len(a.inputs), len(a.outputs)) == (b.op_type, b.domain, len(b.inputs), len(b.outputs))
         and [v is None for v in a.inputs] == [v is None for v in b.inputs]
-        and {k: str(v.value) for k, v in a.attributes.items()}
-        == {k: str(v.value) for k, v in b.attributes.items()}
+        and {k: str(v.value) for k, v in a.attributes.items()} == {k: str(v.value) for k, v in b.attributes.items()}
     )
 
 

@@ -96,9 +96,7 @@ def embed(model: ir.Model, parameters: Iterable[Parameter], values: Callable[[st
             raw = tensor.flatten().view(torch.uint8).numpy().view(dtype.numpy())
             return ir.Tensor(raw.reshape(parameter.shape), dtype, name=parameter.input)
 
-        value.const_value = ir.LazyTensor(
-            read, dtype=dtype, shape=ir.Shape(parameter.shape), name=parameter.input
-        )
+        value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(parameter.shape), name=parameter.input)
         model.graph.register_initializer(value)
 
 
@@ -116,7 +114,9 @@ def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) ->
         homes |= dict.fromkeys(handle.keys(), handle)
     for parameter in parameters:
         if parameter.name not in homes:
-            raise CheckpointError(f"{listed[0].parent} has no tensor '{parameter.name}'; it is of another architecture.")
+            raise CheckpointError(
+                f"{listed[0].parent} has no tensor '{parameter.name}'; it is of another architecture."
+            )
         shape = tuple(homes[parameter.name].get_slice(parameter.name).get_shape())
         if shape != parameter.module_shape:
             raise CheckpointError(

@@ -18,7 +18,16 @@ from typing import Any
 from overcrank.errors import ModelError, ShapeError
 from overcrank.models.base import Component, Config, Variant, VideoShape
 
-__all__ = ["check_shape", "components", "families", "family", "hub_folder", "resolve", "variant_from_configs", "variant_from_manifest"]
+__all__ = [
+    "check_shape",
+    "components",
+    "families",
+    "family",
+    "hub_folder",
+    "resolve",
+    "variant_from_configs",
+    "variant_from_manifest",
+]
 
 
 def families() -> tuple[str, ...]:
@@ -80,9 +89,7 @@ def resolve(model: str) -> Variant:
         return _from_hub(model)
     close = difflib.get_close_matches(model, [*names, *known], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}."
-    raise ModelError(
-        f"Unknown model '{model}' (not a family, a variant, a folder or a hub id like owner/name): {hint}"
-    )
+    raise ModelError(f"Unknown model '{model}' (not a family, a variant, a folder or a hub id like owner/name): {hint}")
 
 
 def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]) -> Variant:
@@ -99,9 +106,7 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
         nearest = alike[0] if alike else _variants()[module.DEFAULT]
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
         return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="")
-    raise ModelError(
-        f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}."
-    )
+    raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
 
 def variant_from_manifest(manifest: Any) -> Variant:
@@ -114,9 +119,7 @@ def variant_from_manifest(manifest: Any) -> Variant:
 
 
 def _same(published: Config, given: Config) -> bool:
-    return all(
-        _plain(published[k]) == _plain(given[k]) for k in published if k in given and not k.startswith("_")
-    )
+    return all(_plain(published[k]) == _plain(given[k]) for k in published if k in given and not k.startswith("_"))
 
 
 def _defaults_like(config: Config) -> Config:

@@ -8,7 +8,7 @@ original files gives them. Spatial compression 32, temporal 8: one denoiser toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,7 @@ def _variant(
 ) -> Variant:
     conditions = vae is _VAE_095
     shapes = {"native": VideoShape(512, 768, 121), "maximum": VideoShape(768, 768, 161)}
+    text = 256 if conditions else 128  # max_sequence_length of the pipelines
     return Variant(
         name=name,
         family="ltx",
@@ -115,6 +116,7 @@ def _variant(
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
         minimum=VideoShape(256, 256, 1),
         fps=24,
+        text_length=text,
         pipelines=PIPELINES if conditions else PIPELINES[:2],
         guidance=guidance,
         steps=steps,
@@ -127,7 +129,6 @@ _REPO = "Lightricks/LTX-Video"
 _BIG: Mapping[str, Any] = {
     "native": VideoShape(704, 1216, 121),
     "maximum": VideoShape(1216, 1216, 161),
-    "text_length": 256,
 }
 _091 = f"{_REPO}:ltx-video-2b-v0.9.1.safetensors"
 _096 = f"{_REPO}:ltxv-2b-0.9.6-dev-04-25.safetensors"
@@ -209,7 +210,7 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
             Tensor("rope_sin", (1, "tokens", inner // 2), "float32"),
         ),
         outputs=(Tensor("sample", ("batch", "tokens", config["out_channels"])),),
-        forward=denoiser,
+        forward=partial(denoiser, per_token=per_token),
         adapt=partial(adapt_denoiser, per_token=per_token),
         sample=partial(sample_denoiser, per_token=per_token),
         sizes=sizes,
@@ -277,9 +278,7 @@ def _vae_decoder(variant: Variant) -> Component:
         sample=partial(sample_vae_decoder, channels=vae["latent_channels"], timed=bool(temb)),
         sizes=sizes,
         trace_sizes=sizes(VideoShape(3 * spatial, 4 * spatial, 2 * temporal + 1)),
-        affine_axes={
-            f"{axis}_x{s}": (axis, s, 0) for s in scales if s > 1 for axis in ("height", "width")
-        },
+        affine_axes={f"{axis}_x{s}": (axis, s, 0) for s in scales if s > 1 for axis in ("height", "width")},
     )
 
 
@@ -323,6 +322,8 @@ def denoiser(
     encoder_attention_mask: T,  # [B, L], 1 keeps
     rope_cos: T,  # [1, S, inner / 2]
     rope_sin: T,
+    *,
+    per_token: bool,
 ) -> T:
     """LTXVideoTransformer3DModel.forward with the rotary tables given.
 
@@ -333,13 +334,14 @@ def denoiser(
     batch, dtype = hidden_states.shape[0], hidden_states.dtype
     x = m.proj_in(_flat(hidden_states))
     temb, embedded = m.time_embed(timestep.reshape(-1), hidden_dtype=dtype)
+    modulation = temb[None].chunk(6, dim=-1)
     text = _flat(m.caption_projection(encoder_hidden_states))
     bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None, :]
     rope = (rope_cos[..., None], rope_sin[..., None])
     with _forwards(list(m.transformer_blocks), _block):
         for block in m.transformer_blocks:
-            x = block(x, text, temb, rope, bias)
-    shift, scale = _modulations(m.scale_shift_table, embedded.repeat(1, 2))
+            x = block(x, text, modulation, rope, bias, per_token)
+    shift, scale = _modulations(m.scale_shift_table, (embedded[None],) * 2)
     x = m.proj_out(m.norm_out(x) * (1 + scale) + shift)
     return x.reshape(batch, -1, x.shape[-1])
 
@@ -349,9 +351,14 @@ def _flat(x: T) -> T:
     return x.reshape(1, -1, x.shape[-1])
 
 
-def _modulations(table: T, temb: T) -> tuple[T, ...]:
-    """adaLN values: [n, C] + [N, n·C] → n of [1, N, C], N being 1 or B·S."""
-    return (table.view(1, 1, -1) + temb[None]).chunk(table.shape[0], dim=-1)
+def _modulations(table: T, temb: tuple[T, ...]) -> list[T]:
+    """adaLN values: [n, C] and n of [1, N, C] → n of [1, N, C], N being 1 or B·S.
+
+    One sum per value, not one of [N, n·C]: with a timestep per token the compiler makes the
+    latter for every block in advance and keeps them all.
+    """
+    rows = table.view(1, 1, -1).chunk(table.shape[0], dim=-1)
+    return [row + value for row, value in zip(rows, temb, strict=True)]
 
 
 def _rotate(x: T, cos: T, sin: T) -> T:
@@ -376,13 +383,19 @@ def _attention(attn: Any, x: T, context: T, rope: tuple[T, T] | None, bias: T) -
     return attn.to_out[0](_flat(out.transpose(1, 2).flatten(2)))
 
 
-def _block(block: Any, x: T, text: T, temb: T, rope: tuple[T, T], bias: T) -> T:
-    shift1, scale1, gate1, shift2, scale2, gate2 = _modulations(block.scale_shift_table, temb)
-    y = block.norm1(x) * (1 + scale1) + shift1
-    x = x + _attention(block.attn1, y, y, rope, bias) * gate1
+def _block(block: Any, x: T, text: T, temb: tuple[T, ...], rope: tuple[T, T], bias: T, per_token: bool) -> T:
+    def gated(y: T, gate: int) -> T:
+        # A gate per token, summed first, is one more tensor that is made ahead for every block.
+        if per_token:
+            return y * block.scale_shift_table[gate] + y * temb[gate]
+        return y * ada[gate]
+
+    ada = _modulations(block.scale_shift_table, temb)
+    y = block.norm1(x) * (1 + ada[1]) + ada[0]
+    x = x + gated(_attention(block.attn1, y, y, rope, bias), 2)
     x = x + _attention(block.attn2, x, text, None, bias)
-    y = block.norm2(x) * (1 + scale2) + shift2
-    return x + block.ff(y) * gate2
+    y = block.norm2(x) * (1 + ada[4]) + ada[3]
+    return x + gated(block.ff(y), 5)
 
 
 @contextmanager
@@ -399,21 +412,25 @@ def _forwards(modules: list[Any], forward: Any, *more: Any) -> Iterator[None]:
 
 def vae_decoder(module: nn.Module, hidden_states: T, temb: T | None = None, *noise: T) -> T:
     planes = iter([plane for block in noise for plane in block.unbind(0)])
-    with _forwards(_named(module, "LTXVideoCausalConv3d"), _conv):
-        with _forwards(_named(module, "LTXVideoResnetBlock3d"), _resnet, planes):
-            out: T = module(hidden_states, temb)
+    with _vae_forwards(module, planes):
+        out: T = module(hidden_states, temb)
     return out
 
 
 def vae_encoder(module: nn.Module, hidden_states: T) -> T:
-    with _forwards(_named(module, "LTXVideoCausalConv3d"), _conv):
-        with _forwards(_named(module, "LTXVideoResnetBlock3d"), _resnet, iter(())):
-            out: T = module(hidden_states)
+    with _vae_forwards(module, iter(())):
+        out: T = module(hidden_states)
     return out
 
 
-def _named(module: nn.Module, cls: str) -> list[Any]:
-    return [m for m in module.modules() if type(m).__name__ == cls]
+@contextmanager
+def _vae_forwards(module: nn.Module, noise: Iterator[T]) -> Iterator[None]:
+    kinds = {"LTXVideoCausalConv3d": (_conv,), "LTXVideoResnetBlock3d": (_resnet, noise)}
+    with ExitStack() as stack:
+        for cls, (forward, *more) in kinds.items():
+            named = [m for m in module.modules() if type(m).__name__ == cls]
+            stack.enter_context(_forwards(named, forward, *more))
+        yield
 
 
 def _conv(conv: Any, x: T) -> T:

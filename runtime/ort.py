@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from overcrank.errors import OvercrankError
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,12 @@ def verify_bundle(bundle: Path, weights: Path | None) -> Iterator[Check]:
 
 
 def _checks(
-    bundle: Path, manifest: Manifest, entry: ComponentEntry, variant: Variant, component: Component, weights: Path | None
+    bundle: Path,
+    manifest: Manifest,
+    entry: ComponentEntry,
+    variant: Variant,
+    component: Component,
+    weights: Path | None,
 ) -> Iterator[Check]:
     session, module, note = _session(bundle, manifest, entry, component, weights)
     for label, shape in verification_shapes(variant, manifest):
@@ -76,7 +82,7 @@ def compare(component: Component, session: OrtSession, module: nn.Module, shape:
     for spec, reference in zip(component.outputs, references, strict=True):
         error = float((found[spec.name] - reference).abs().max())
         largest = float(reference.abs().max())
-        if not error == error or found[spec.name].shape != reference.shape:
+        if math.isnan(error) or found[spec.name].shape != reference.shape:
             error = float("inf")
         worst, relative = max(worst, error), max(relative, error / max(largest, 1e-12))
     return Check(component.name, shape, note, worst, relative, time.monotonic() - start)
@@ -114,7 +120,6 @@ def _session(
     """The graph and the module to compare: the bundle's own, or both at the traced depth."""
     import onnx_ir as ir
     import psutil
-
     from overcrank.export.graph import onnx_from_component
     from overcrank.export.module import random_module
 
@@ -142,7 +147,6 @@ def _session(
 
 def _load(module: nn.Module, folder: Path, parameters: tuple[Parameter, ...]) -> None:
     import torch
-
     from overcrank.export.weights import checkpoint_values, weight_files
 
     values = checkpoint_values(weight_files(folder), parameters)
@@ -173,8 +177,9 @@ def print_checks(checks: Iterator[Check], tolerance: float) -> bool:
         passed = check.relative_error <= tolerance
         good &= passed
         console.print(
-            f"{'ok  ' if passed else 'FAIL'} {check.component:<12} {check.shape!s:<12} max error {check.max_error:.2e}, "
-            f"relative {check.relative_error:.2e}  ({check.note}; {check.seconds:.1f} s)"
+            f"{'ok  ' if passed else 'FAIL'} {check.component:<12} {check.shape!s:<12} "
+            f"max error {check.max_error:.2e}, relative {check.relative_error:.2e}  "
+            f"({check.note}; {check.seconds:.1f} s)"
         )
     console.print(f"{'all within' if good else 'not within'} the tolerance of {tolerance:g} relative")
     return good

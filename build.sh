@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment in .venv, then does the main job:
+#   ./build.sh                                   engines of LTX-Video for an RTX 40 card
+#   ./build.sh --model ltx --gpu rtx5090         passes its arguments to build-engine
+#   ./build.sh test                              runs the tests
+#   ./build.sh lint                              ruff and mypy
+#   ./build.sh bench                             repeats the benchmark of bench/results
+set -euo pipefail
+cd "$(dirname "$0")"
+
+VENV=${OVERCRANK_VENV:-.venv}
+stamp="$VENV/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
+if [ ! -e "$stamp" ]; then
+  PYTHON=${PYTHON:-python3}
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: overcrank needs Python 3.11 or newer; set PYTHON to one." >&2
+    exit 2
+  }
+  echo "setting up $VENV (once)" >&2
+  "$PYTHON" -m venv "$VENV"
+  "$VENV/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+  rm -f "$VENV"/.installed-*
+  touch "$stamp"
+fi
+PATH="$PWD/$VENV/bin:$PATH"
+[ "${VENV#/}" = "$VENV" ] || PATH="$VENV/bin:$PATH"
+
+case "${1:-}" in
+  test) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" "$@" ;;
+  lint)
+    ruff check .
+    ruff format --check .
+    mkdir -p .types && ln -sfn .. .types/overcrank
+    exec mypy ;;
+  bench) shift; exec python bench/build_ltx.py "$@" ;;
+  "") exec build-engine --model ltx --gpu sm_89 ;;
+  *) exec build-engine "$@" ;;
+esac

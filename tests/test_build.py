@@ -1,0 +1,178 @@
+"""Bundles through the console scripts: built, cached, resumed, shared, verified, removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from overcrank.engines.manifest import MANIFEST, read_manifest
+
+from tests.conftest import SMALL, files_under
+
+COMMAND = [sys.executable, "-c", "from overcrank.cli import build_engine; build_engine()"]
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the tiny checkpoint, built once, in a store with a space in its path."""
+    store = tmp_path_factory.mktemp("a störe")
+    arguments = ["--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store), "--quiet", "--json"]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Path(json.loads(done.stdout)["bundles"][0]["path"])
+
+
+def store_of(bundle: Path) -> Path:
+    return bundle.parent.parent
+
+
+def test_a_bundle_holds_engines_graphs_and_their_description(built: Path) -> None:
+    manifest = read_manifest(built)
+    assert {p.name for p in built.iterdir()} == {MANIFEST} | {
+        f"{c}.{kind}" for c in ("denoiser", "vae_decoder", "vae_encoder") for kind in ("engine", "onnx")
+    }
+    denoiser = manifest.component("denoiser")
+    assert denoiser.activation_bytes
+    assert denoiser.engine.bytes == (built / "denoiser.engine").stat().st_size
+    assert {p.parameter for p in denoiser.parameters} >= {"proj_in.weight", "transformer_blocks.4.attn1.to_q.bias"}
+    assert manifest.component("vae_decoder").parameters[0].parameter.startswith("decoder.")
+    assert manifest.peak_ram_bytes > 0
+    assert manifest.weights == "inputs"
+
+
+def test_the_same_build_again_is_a_cache_hit(built: Path, checkpoint: Path, run: Any) -> None:
+    before = {p: p.stat().st_mtime_ns for p in built.iterdir()}
+    arguments = ["--model", checkpoint, "--gpu", "sm_89", *SMALL, "--store", store_of(built)]
+    result = run("build-engine", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "cache hit" in result.output
+    assert {p: p.stat().st_mtime_ns for p in built.iterdir()} == before
+
+
+def test_show_list_and_lint(built: Path, run: Any) -> None:
+    store = ["--store", store_of(built)]
+    shown = run("overcrank", "engines", "show", built.name, *store)
+    assert shown.exit_code == 0
+    assert "every file matches its SHA-256" in shown.output
+    assert built.name[:12] in run("overcrank", "engines", "list", *store).output.replace("\n", "")
+    linted = run("overcrank", "engines", "lint", built, "--no-compare")
+    assert "no weight transposed, cast or moved" in linted.output
+    assert "GEMM+" in linted.output
+
+
+def test_verify_passes_and_notices_a_changed_file(built: Path, run: Any) -> None:
+    result = run("overcrank", "verify", built)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("ok  ") == 9
+    assert run("overcrank", "verify", built, "--tolerance", "1e-12").exit_code == 1
+    engine = built / "vae_encoder.engine"
+    content = engine.read_bytes()
+    try:
+        engine.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        changed = run("overcrank", "verify", built)
+        assert changed.exit_code == 1
+        assert "vae_encoder.engine does not match the manifest (SHA-256 differs)" in changed.output
+        assert run("overcrank", "engines", "show", built).exit_code == 1
+    finally:
+        engine.write_bytes(content)
+
+
+def test_verify_with_the_checkpoint_weights(built: Path, checkpoint: Path, run: Any) -> None:
+    result = run("overcrank", "verify", built, "--weights", checkpoint)
+    assert result.exit_code == 0, result.output
+
+
+def test_embedded_weights_make_a_self_contained_engine(checkpoint: Path, built: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model", checkpoint, "--gpu", "sm_89", *SMALL, "--store", store_of(built), "--out", out]
+    result = run("build-engine", *arguments, "--weights", "embedded", "--components", "denoiser", "--json")
+    assert result.exit_code == 0, result.output
+    bundle = json.loads(result.output)["bundles"][0]
+    manifest = read_manifest(Path(bundle["path"]))
+    assert manifest.weights.startswith("embedded:")
+    assert Path(bundle["path"]).parent == out
+    weights = sum(int(_size(p.shape)) for p in manifest.components[0].parameters) * 2
+    grown = manifest.components[0].engine.bytes - read_manifest(built).component("denoiser").engine.bytes
+    assert grown > 0.5 * weights
+    assert not [f for f in files_under(out) if "embedded" in Path(f).name]
+
+
+def _size(shape: list[int]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+
+def test_several_gpus_share_one_export(checkpoint: Path, built: Path, tmp_path: Path, run: Any) -> None:
+    arguments = ["--model", checkpoint, "--gpu", "sm_75,rtx3090", "--gpu", "sm_120", *SMALL, "--store", tmp_path / "s"]
+    result = run("build-engine", *arguments, "--components", "denoiser", "--json")
+    assert result.exit_code == 0, result.output
+    manifests = [b["manifest"] for b in json.loads(result.output)["bundles"]]
+    assert [(m["target"], m["precision"]) for m in manifests] == [
+        ("sm_75", "fp16"),
+        ("sm_86", "bf16"),
+        ("sm_120", "bf16"),
+    ]
+    assert len(list((tmp_path / "s" / "graphs").iterdir())) == 2
+
+
+def test_a_killed_build_leaves_no_half_bundle_and_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.rstrip().endswith(": done"):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((store / "bundles").glob("[!.]*")), "a half bundle is visible"
+    again = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "done in an earlier run" in again.stderr
+    (bundle,) = (store / "bundles").glob("[!.]*")
+    assert len(read_manifest(bundle).components) == 3
+    assert not list((store / "bundles").glob(".*")), "staging was left behind"
+
+
+def test_ctrl_c_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(tmp_path)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    process.stderr.readline()
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command resumes" in errors
+    assert "Traceback" not in errors
+
+
+def test_two_builds_at_once_make_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_86", *SMALL, "--store", str(tmp_path)]
+    arguments += ["--components", "denoiser", "--json"]
+    both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    reports = [json.loads(p.communicate(timeout=300)[0]) for p in both]
+    assert {r["bundles"][0]["path"] for r in reports} == {str(p) for p in (tmp_path / "bundles").glob("[!.]*")}
+    assert sorted(r["bundles"][0]["cached"] for r in reports) == [False, True]
+
+
+def test_removal(built: Path, tmp_path: Path, run: Any) -> None:
+    import shutil
+
+    copy = tmp_path / "home" / "bundles" / built.name
+    shutil.copytree(built, copy)
+    result = run("overcrank", "engines", "rm", built.name)
+    assert result.exit_code == 0
+    assert not copy.exists()
+    gone = run("overcrank", "engines", "show", built.name)
+    assert gone.exit_code == 2
+    assert "no bundle matches" in gone.output

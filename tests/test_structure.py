@@ -1,0 +1,136 @@
+"""What keeps the project small and its imports honest."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ["models", "export", "calibration", "engines", "runtime", "cli"]
+SOURCES = sorted(p for layer in LAYERS[:-1] for p in (ROOT / layer).rglob("*.py")) + [
+    ROOT / "cli.py",
+    ROOT / "errors.py",
+]
+
+
+def imports(file: Path) -> set[str]:
+    """overcrank layers that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found |= {n.split(".")[1] for n in names if n.startswith("overcrank.")}
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_one_way(file: Path) -> None:
+    own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    if own == "errors":
+        assert not imports(file)
+        return
+    allowed = {*LAYERS[: LAYERS.index(own) + 1], "errors"}
+    assert imports(file) <= allowed
+
+
+def test_packages_are_the_tree() -> None:
+    """A package that is not listed imports in development and is absent from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    tree = {"overcrank"} | {
+        "overcrank." + str(p.parent.relative_to(ROOT)).replace("/", ".")
+        for layer in LAYERS[:-1]
+        for p in (ROOT / layer).rglob("__init__.py")
+    }
+    assert set(listed) == tree
+
+
+def test_no_family_is_named_outside_models() -> None:
+    from overcrank.models import families
+
+    word = re.compile(rf"""["']({"|".join(families())})(-[^"']*)?["']""")
+    files = [f for f in SOURCES if f.relative_to(ROOT).parts[0] != "models"]
+    named = [f"{f.name}:{i}" for f in files for i, s in enumerate(f.read_text().splitlines(), 1) if word.search(s)]
+    assert not named
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_and_functions_stay_small(file: Path) -> None:
+    text = file.read_text("utf-8")
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+PURE = [
+    "models",
+    "models.ltx",
+    "engines.targets",
+    "engines.profiles",
+    "engines.manifest",
+    "engines.store",
+    "engines.plan",
+    "engines.build",
+    "engines.report",
+    "calibration.recipe",
+    "cli",
+]
+
+
+def test_pure_modules_import_no_torch_and_no_tensorrt() -> None:
+    code = "import sys; " + "; ".join(f"import overcrank.{m}" for m in PURE)
+    code += "; print([m for m in ('torch', 'tensorrt_rtx', 'tensorrt', 'onnx', 'diffusers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("script", ["build_engine", "main"])
+def test_help_imports_neither_models_nor_pydantic(script: str) -> None:
+    code = (
+        f"import sys; from overcrank.cli import {script}\n"
+        f"try: {script}(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'pydantic', 'rich', 'overcrank.models') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage:" in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_the_readme_shows_commands_that_exist() -> None:
+    """Every command of the README parses; the ones that build or verify are run by other tests."""
+    from click.testing import CliRunner
+    from overcrank import cli
+
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [s.split("#")[0].strip() for b in blocks for s in b.splitlines()]
+    commands = [s.split() for s in lines if s.startswith(("build-engine", "overcrank"))]
+    assert commands
+    for name, *arguments in commands:
+        script = cli.build_engine if name == "build-engine" else cli.main
+        words = [a for a in arguments if not a.startswith("-")]
+        options = [a.split("=")[0] for a in arguments if a.startswith("--")]
+        path = []
+        command: object = script
+        for word in words:
+            children = getattr(command, "commands", {})
+            if word not in children:
+                break
+            path.append(word)
+            command = children[word]
+        shown = CliRunner().invoke(script, [*path, "--help"]).output
+        assert all(o in shown for o in options), (name, options)
+
+
+def test_no_machine_path_or_index_host_is_named() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    words = re.compile(r"/wo[r]k/|pypi\.o[r]g|/opt/wh[e]els|files\.python[h]osted")
+    for name in tracked.split():
+        file = ROOT / name
+        if file.suffix in (".py", ".md", ".toml", ".txt", ".sh", ".json") and file.is_file():
+            assert not words.search(file.read_text("utf-8")), name

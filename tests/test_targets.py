@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+from overcrank.engines.manifest import EngineKey
+from overcrank.engines.targets import TARGETS, precision_for, targets_for
+from overcrank.errors import TargetError
+
+RTX = "tensorrt_rtx"
+
+
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("sm_89", ["sm_89"]),
+        ("SM89", ["sm_89"]),
+        ("rtx4090", ["sm_89"]),
+        ("RTX-5090", ["sm_120"]),
+        ("rtx 3060 Ti", ["sm_86"]),
+        ("dgx-spark", ["sm_121"]),
+        ("all", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]),
+    ],
+)
+def test_gpu_names(word: str, names: list[str]) -> None:
+    assert [t.name for t in targets_for([word], RTX)] == names
+
+
+def test_several_gpus_are_taken_once_each() -> None:
+    assert [t.name for t in targets_for(["rtx4090", "sm_89", "sm_75"], RTX)] == ["sm_89", "sm_75"]
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("rtx4900", "did you mean"),
+        ("banana", "Unknown GPU 'banana'"),
+        ("sm_90", "TensorRT for RTX cannot build for sm_90"),
+        ("", "--gpu is empty"),
+    ],
+)
+def test_bad_gpus(word: str, says: str) -> None:
+    with pytest.raises(TargetError, match=says):
+        targets_for(word.split(), RTX)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "says"),
+    [
+        ("sm_86", "fp8", "fp8 needs one of sm_89"),
+        ("sm_75", "bf16", "sm_75 .Turing. has no bf16"),
+        ("sm_89", "nvfp4", "nvfp4 needs one of sm_100, sm_120, sm_121"),
+    ],
+)
+def test_precisions_a_target_lacks(target: str, precision: str, says: str) -> None:
+    with pytest.raises(TargetError, match=says):
+        precision_for(targets_for([target], RTX)[0], precision)
+
+
+def test_auto_precision_is_bf16_where_the_target_has_it() -> None:
+    auto = {t.name: precision_for(t, "auto") for t in TARGETS}
+    assert auto.pop("sm_75") == "fp16"
+    assert set(auto.values()) == {"bf16"}
+
+
+def test_a_key_names_what_differs() -> None:
+    key = EngineKey("denoiser", "g", "r", "sm_89", "p", RTX, "1.7", "f", "inputs")
+    assert key.differing(key._replace(target="sm_86", flavour_version="1.8")) == ["target", "flavour_version"]
+    fields = [key._replace(**{f: "other"}).digest() for f in key._fields]
+    assert len({key.digest(), *fields}) == len(fields) + 1
