@@ -286,7 +286,8 @@ def _title(job: Job) -> str:
 def _default_workers() -> int:
     import psutil
 
-    return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().available // RAM_PER_WORKER))
+    fitting = int(psutil.virtual_memory().available // RAM_PER_WORKER)
+    return max(1, min(os.cpu_count() or 1, fitting))
 
 
 def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:

@@ -171,7 +171,7 @@ def _parameter_table(component: Component, model: ir.Model, full: nn.Module) -> 
         if name not in wanted:
             raise ExportError(f"{component.name}: graph input '{name}' is not a parameter of {component.cls}.")
         parameter = wanted.pop(name)
-        shape = tuple(int(n) for n in value.shape or ())
+        shape = tuple(int(str(n)) for n in value.shape or ())
         if tuple(n for n in shape if n != 1) != tuple(n for n in parameter.shape if n != 1):
             raise ExportError(f"{component.name}: parameter '{name}' is {shape}, expected {tuple(parameter.shape)}.")
         dtype = str(parameter.dtype).removeprefix("torch.")

@@ -51,7 +51,7 @@ def reshapes_without_arithmetic(model: ir.Model) -> bool:
     sources = _symbol_sources(graph)
     targets: dict[tuple[int | str, ...], ir.Value] = {}
     for node in list(graph):
-        if node.op_type != "Reshape" or node.attributes.get_int("allowzero", 0):
+        if node.op_type != "Reshape" or node.attributes.get_int("allowzero"):
             continue
         target = _target(node)
         if target is None or any(isinstance(d, str) and d not in sources for d in target):

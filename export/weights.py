@@ -110,7 +110,7 @@ def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) ->
     homes: dict[str, Any] = {}
     listed = list(files)
     for file in listed:
-        handle = safe_open(file, framework="pt")
+        handle: Any = safe_open(file, framework="pt")
         homes |= dict.fromkeys(handle.keys(), handle)
     for parameter in parameters:
         if parameter.name not in homes:

@@ -1,7 +1,7 @@
 """Families found by file name, and what `--model` means.
 
 A family is a module of this package with `VARIANTS`, `DEFAULT`, `DENOISER_CLASS`,
-`components(variant)` and `grid(variant)`; its file name is its name.
+`components(variant)` and `grid(variant)`; its file name is its name. Names with an underscore are no families.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 def families() -> tuple[str, ...]:
     names = (m.name for m in pkgutil.iter_modules(__path__))
-    return tuple(sorted(n for n in names if n not in ("base", "demo")))
+    return tuple(sorted(n for n in names if n not in ("base", "demo") and not n.startswith("_")))
 
 
 def family(name: str) -> Any:

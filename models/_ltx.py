@@ -1,0 +1,270 @@
+"""LTX-Video: what is traced of its modules, and how a diffusers call becomes named inputs.
+
+The other half of ltx.py, which describes the family and calls these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from overcrank.models.base import Sizes, Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor as T
+    from torch import nn
+
+
+def denoiser(
+    module: nn.Module,
+    hidden_states: T,  # [B, S, C]
+    encoder_hidden_states: T,  # [B, L, D]
+    timestep: T,  # [1] for all tokens, or [B, S]
+    encoder_attention_mask: T,  # [B, L], 1 keeps
+    rope_cos: T,  # [1, S, inner / 2]
+    rope_sin: T,
+    *,
+    per_token: bool,
+) -> T:
+    """LTXVideoTransformer3DModel.forward with the rotary tables given.
+
+    Tokens stay flattened to [1, B·S, inner] outside attention: with a dynamic batch in
+    between, the compiler fuses neither gates nor residuals with their neighbours.
+    """
+    m: Any = module
+    batch, dtype = hidden_states.shape[0], hidden_states.dtype
+    x = m.proj_in(_flat(hidden_states))
+    temb, embedded = m.time_embed(timestep.reshape(-1), hidden_dtype=dtype)
+    modulation = temb.unflatten(1, (6, -1)).transpose(0, 1).contiguous().split(1)  # 6 of [1, N, inner]
+    text = _flat(m.caption_projection(encoder_hidden_states))
+    bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None, :]
+    rope = (rope_cos[..., None], rope_sin[..., None])
+    with _forwards(list(m.transformer_blocks), _block):
+        for block in m.transformer_blocks:
+            x = block(x, text, modulation, rope, bias, per_token)
+    shift, scale = _modulations(m.scale_shift_table, (embedded[None],) * 2)
+    out: T = m.proj_out(m.norm_out(x) * (1 + scale) + shift)
+    return out.reshape(batch, -1, out.shape[-1])
+
+
+def _flat(x: T) -> T:
+    """[B, S, C] → [1, B·S, C]."""
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _modulations(table: T, temb: tuple[T, ...]) -> list[T]:
+    """adaLN values: [n, C] and n of [1, N, C] → n of [1, N, C], N being 1 or B·S.
+
+    One sum per value, not one of [N, n·C]: with a timestep per token the compiler makes the
+    latter for every block in advance and keeps them all.
+    """
+    rows = table.view(1, 1, -1).chunk(table.shape[0], dim=-1)
+    return [row + value for row, value in zip(rows, temb, strict=True)]
+
+
+def _rotate(x: T, cos: T, sin: T) -> T:
+    """Rotary embedding on interleaved pairs, in fp32: x [B, S, inner], cos and sin [1, S, inner / 2, 1]."""
+    import torch
+
+    real, imag = x.unflatten(2, (-1, 2)).float().chunk(2, dim=-1)
+    turned = torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
+    return turned.flatten(2).to(x.dtype)
+
+
+def _attention(attn: Any, x: T, context: T, rope: tuple[T, T] | None, bias: T) -> Any:
+    """x [1, B·S, C] attends to context [1, B·L, D]; bias [B, 1, 1, L] carries the batch size."""
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(context)), attn.to_v(context)
+    q, k, v = (t.reshape(bias.shape[0], -1, t.shape[-1]) for t in (q, k, v))
+    if rope is not None:
+        q, k = _rotate(q, *rope), _rotate(k, *rope)
+    q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    out = sdpa(q, k, v, attn_mask=None if rope else bias)
+    return attn.to_out[0](_flat(out.transpose(1, 2).flatten(2)))
+
+
+def _block(block: Any, x: T, text: T, temb: tuple[T, ...], rope: tuple[T, T], bias: T, per_token: bool) -> T:
+    def gated(y: T, gate: int) -> Any:
+        # A gate per token, summed first, is one more tensor that is made ahead for every block.
+        if per_token:
+            return y * block.scale_shift_table[gate] + y * temb[gate]
+        return y * ada[gate]
+
+    ada = _modulations(block.scale_shift_table, temb)
+    y = block.norm1(x) * (1 + ada[1]) + ada[0]
+    x = x + gated(_attention(block.attn1, y, y, rope, bias), 2)
+    x = x + _attention(block.attn2, x, text, None, bias)
+    y = block.norm2(x) * (1 + ada[4]) + ada[3]
+    out: T = x + gated(block.ff(y), 5)
+    return out
+
+
+@contextmanager
+def _forwards(modules: list[Any], forward: Any, *more: Any) -> Iterator[None]:
+    """Each module runs `forward(module, …)`, still as a module call: nodes know who made them."""
+    for module in modules:
+        module.forward = partial(forward, module, *more)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def vae_decoder(module: nn.Module, hidden_states: T, temb: T | None = None, *noise: T) -> T:
+    planes = iter([plane for block in noise for plane in block.unbind(0)])
+    with _vae_forwards(module, planes):
+        out: T = module(hidden_states, temb)
+    return out
+
+
+def vae_encoder(module: nn.Module, hidden_states: T) -> T:
+    with _vae_forwards(module, iter(())):
+        out: T = module(hidden_states)
+    return out
+
+
+@contextmanager
+def _vae_forwards(module: nn.Module, noise: Iterator[T]) -> Iterator[None]:
+    kinds = {"LTXVideoCausalConv3d": (_conv,), "LTXVideoResnetBlock3d": (_resnet, noise)}
+    with ExitStack() as stack:
+        for cls, (forward, *more) in kinds.items():
+            named = [m for m in module.modules() if type(m).__name__ == cls]
+            stack.enter_context(_forwards(named, forward, *more))
+        yield
+
+
+def _conv(conv: Any, x: T) -> T:
+    """LTXVideoCausalConv3d.forward with its frame repetition as one edge padding."""
+    from torch.nn.functional import pad
+
+    extra = conv.kernel_size[0] - 1
+    before, after = (extra, 0) if conv.is_causal else (extra // 2, extra // 2)
+    out: T = conv.conv(pad(x, (0, 0, 0, 0, before, after), mode="replicate") if extra else x)
+    return out
+
+
+def _resnet(block: Any, noise: Iterator[T], x: T, temb: T | None = None, generator: Any = None) -> T:
+    """LTXVideoResnetBlock3d.forward normalizing channels in place of moving them last and back,
+    with injected noise read from `noise` (planes [H, W], two a block)."""
+    shift1 = scale1 = shift2 = scale2 = None
+    if block.scale_shift_table is not None and temb is not None:
+        table = block.scale_shift_table[None, ..., None, None, None]
+        shift1, scale1, shift2, scale2 = (temb.unflatten(1, (4, -1)) + table).unbind(dim=1)
+    y = _norm_silu_conv(block, block.norm1, block.conv1, x, shift1, scale1)
+    if block.per_channel_scale1 is not None:
+        y = y + (next(noise)[None] * block.per_channel_scale1)[None, :, None]
+    y = _norm_silu_conv(block, block.norm2, block.conv2, y, shift2, scale2)
+    if block.per_channel_scale2 is not None:
+        y = y + (next(noise)[None] * block.per_channel_scale2)[None, :, None]
+    if block.norm3 is not None:
+        x = block.norm3(x.movedim(1, -1)).movedim(-1, 1)
+    out: T = y + (x if block.conv_shortcut is None else block.conv_shortcut(x))
+    return out
+
+
+def _norm_silu_conv(block: Any, norm: Any, conv: Any, x: T, shift: T | None, scale: T | None) -> Any:
+    variance = x.float().pow(2).mean(1, keepdim=True)
+    y = (x * (variance + norm.eps).rsqrt()).to(x.dtype)
+    if shift is not None and scale is not None:
+        y = y * (1 + scale) + shift
+    return conv(block.nonlinearity(y))
+
+
+# ── from a diffusers call to named inputs ────────────────────────────────────────────
+
+
+def adapt_denoiser(
+    module: nn.Module,
+    hidden_states: T,
+    encoder_hidden_states: T,
+    timestep: T,
+    encoder_attention_mask: T,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    rope_interpolation_scale: Any = None,
+    video_coords: T | None = None,
+    attention_kwargs: Any = None,
+    return_dict: bool = True,
+    *,
+    per_token: bool,
+) -> dict[str, T]:
+    """The engine's inputs for a call of LTXVideoTransformer3DModel (same arguments).
+
+    Pipelines give every item of a batch the same timestep and coordinates, so those of the
+    first stand for all, unless `per_token`.
+    """
+    batch, tokens = hidden_states.shape[:2]
+    rope: Any = module.rope
+    coords = None if video_coords is None else video_coords[:1]
+    cos, sin = rope(hidden_states[:1], num_frames, height, width, rope_interpolation_scale, coords)
+    times = timestep.reshape(batch, -1).float()
+    return {
+        "hidden_states": hidden_states,
+        "encoder_hidden_states": encoder_hidden_states,
+        "timestep": times.expand(batch, tokens).contiguous() if per_token else times[0, :1],
+        "encoder_attention_mask": encoder_attention_mask.to(hidden_states.dtype),
+        "rope_cos": cos[..., 0::2].contiguous(),  # the stock tables hold each value twice
+        "rope_sin": sin[..., 0::2].contiguous(),
+    }
+
+
+def sample_denoiser(module: nn.Module, sizes: Sizes, generator: Any, *, per_token: bool) -> dict[str, Any]:
+    """A call as the pipelines make it: padded text, and conditioned tokens if `per_token`."""
+    import torch
+
+    batch, tokens, text = sizes["batch"], sizes["tokens"], sizes["text"]
+    config: Any = module.config
+    fixed = torch.rand(batch, tokens, generator=generator) < 0.25
+    keep = torch.arange(text).expand(batch, text) < max(1, text * 2 // 3)
+    coords = torch.rand(1, 3, tokens, generator=generator) * torch.tensor([5.0, 512.0, 768.0])[:, None]
+    return {
+        "hidden_states": torch.randn(batch, tokens, config.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, config.caption_channels, generator=generator),
+        "timestep": torch.where(fixed, 20.0, 750.0) if per_token else torch.full((batch,), 750.0),
+        "encoder_attention_mask": keep.float(),
+        "video_coords": coords.expand(batch, -1, -1),
+        "return_dict": False,
+    }
+
+
+def adapt_vae_decoder(
+    module: nn.Module, hidden_states: T, temb: T | None = None, *, noise: tuple[Tensor, ...] = ()
+) -> dict[str, T]:
+    """Noise planes are drawn here, one by one, exactly as the stock decoder would draw them."""
+    import torch
+
+    height, width = hidden_states.shape[-2:]
+    out = {"hidden_states": hidden_states} | ({} if temb is None else {"temb": temb})
+    for spec in noise:
+        scale = int(str(spec.dims[1]).partition("_x")[2])
+        size = (height * scale, width * scale)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        planes = [torch.randn(size, device=device, dtype=dtype) for _ in range(int(spec.dims[0]))]
+        out[spec.name] = torch.stack(planes)
+    return out
+
+
+def sample_vae_decoder(
+    module: nn.Module, sizes: Sizes, generator: Any, *, channels: int, timed: bool
+) -> dict[str, Any]:
+    import torch
+
+    shape = (1, channels, sizes["frames"], sizes["height"], sizes["width"])
+    temb = {"temb": torch.tensor([0.05])} if timed else {}
+    return {"hidden_states": torch.randn(shape, generator=generator)} | temb
+
+
+def adapt_vae_encoder(module: nn.Module, hidden_states: T) -> dict[str, T]:
+    return {"hidden_states": hidden_states}
+
+
+def sample_vae_encoder(module: nn.Module, sizes: Sizes, generator: Any, *, channels: int) -> dict[str, Any]:
+    import torch
+
+    shape = (1, channels, sizes["frames"], sizes["height"], sizes["width"])
+    return {"hidden_states": torch.rand(shape, generator=generator) * 2 - 1}
