@@ -17,76 +17,74 @@ from overcrank.export.module import random_module
 from overcrank.models import components, resolve
 from overcrank.models.base import Component
 
-AXES = {
-    "hidden_states": {"denoiser": ("batch", "tokens"), "vae_decoder": (None, None, "frames", "height", "width")},
-    "encoder_hidden_states": {"denoiser": ("batch", "text")},
-    "encoder_attention_mask": {"denoiser": ("batch", "text")},
-    "timestep": {"denoiser": ("batch",)},
-    "video_coords": {"denoiser": ("batch", None, "tokens")},
+VIDEO = (None, None, "frames", "height", "width")
+AXES: dict[str, dict[str, tuple[str | None, ...]]] = {
+    "denoiser": {
+        "hidden_states": ("batch", "tokens"),
+        "encoder_hidden_states": ("batch", "text"),
+        "encoder_attention_mask": ("batch", "text"),
+        "timestep": ("batch",),
+        "video_coords": ("batch", None, "tokens"),
+    },
+    "vae_decoder": {"hidden_states": VIDEO},
+    "vae_encoder": {"hidden_states": VIDEO},
 }
 
 
 class Stock(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module, extra: dict[str, Any]) -> None:
-        super().__init__()
-        self.module, self.extra = module, extra
+    """The stock module, called with tensors in the order of `names`."""
 
-    def forward(self, **call: torch.Tensor) -> Any:
-        out = self.module(**call, **self.extra)
+    def __init__(self, module: torch.nn.Module, names: list[str], extra: dict[str, Any]) -> None:
+        super().__init__()
+        self.module, self.names, self.extra = module, names, extra
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        out = self.module(**dict(zip(self.names, tensors, strict=True)), **self.extra)
         return out[0] if isinstance(out, tuple) else out
 
 
-def export(component: Component, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Stock module, materialized bf16 weights, the exporter's defaults."""
+def export(component: Component, graph: Path) -> dict[str, tuple[int, ...]]:
+    """Stock module, materialized bf16 weights, the exporter's defaults; returns the traced shapes."""
     module = random_module(component, component.config, "bf16")
     call = component.sample(module, dict(component.trace_sizes), torch.Generator().manual_seed(0))
     extra = {k: v for k, v in call.items() if not isinstance(v, torch.Tensor)}
-    tensors = {
-        k: v.to(torch.bfloat16) if k not in ("timestep", "video_coords") else v
-        for k, v in call.items()
-        if isinstance(v, torch.Tensor)
-    }
+    wide = ("timestep", "video_coords")
+    tensors = {k: v if k in wide else v.to(torch.bfloat16) for k, v in call.items() if k not in extra}
     roots: dict[str, Any] = {}
 
     def axis(name: str) -> Any:
-        if name in component.affine_axes:
-            root, scale, offset = component.affine_axes[name]
-            base = roots.setdefault(root, torch.export.Dim(root))
-            return base * scale + offset if offset else base * scale
-        return roots.setdefault(name, torch.export.Dim(name))
+        root, scale, offset = component.affine_axes.get(name, (name, 1, 0))
+        base = roots.setdefault(root, torch.export.Dim(root))
+        scaled = base if scale == 1 else base * scale
+        return scaled + offset if offset else scaled
 
-    dynamic = {}
-    for key in tensors:
-        names = AXES.get(key, {}).get(component.name) or (
-            (None, None, "frames", "height", "width") if component.name == "vae_encoder" else ()
-        )
-        dynamic[key] = {i: axis(n) for i, n in enumerate(names) if n}
-    program = torch.export.export(Stock(module, extra), (), tensors, dynamic_shapes={"call": dynamic}, strict=False)
-    graph = folder / f"{component.name}.onnx"
-    out = torch.onnx.export(program, dynamo=True, opset_version=23, verbose=False)
+    names = AXES[component.name]
+    dynamic = tuple({i: axis(n) for i, n in enumerate(names.get(k, ())) if n} for k in tensors)
+    stock = Stock(module, list(tensors), extra)
+    program = torch.export.export(stock, tuple(tensors.values()), dynamic_shapes=(dynamic,), strict=False)
+    out = torch.onnx.export(program, dynamo=True, opset_version=23, verbose=False, input_names=list(tensors))
+    assert out is not None
     out.save(str(graph), external_data=True)
-    return graph, {k: tuple(v.shape) for k, v in tensors.items()} | {"_axes": dynamic}
+    return {k: tuple(v.shape) for k, v in tensors.items()}
 
 
-def ranges(component: Component, profile: Profile, shapes: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, names in ((k, AXES.get(k, {}).get(component.name)) for k in shapes if k != "_axes"):
-        if component.name == "vae_encoder":
-            names = (None, None, "frames", "height", "width")
-        if not names:
-            continue
-        sides = []
-        for shape in (profile.min, profile.opt, profile.max):
-            sizes = dict(component.sizes(shape))
-            sides.append(tuple(sizes[n] if n else d for n, d in zip((*names, *[None] * 9), shapes[key], strict=False)))
-        found[key] = tuple(sides)
-    return found
+def ranges(component: Component, profile: Profile, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The profile overcrank would use, for the stock module's inputs."""
+    sides = [dict(component.sizes(s)) for s in (profile.min, profile.opt, profile.max)]
+    sides[0] |= dict(component.free_axes)
+    return {
+        name: tuple(
+            tuple(s[axes[i]] if i < len(axes) and axes[i] else d for i, d in enumerate(shapes[name])) for s in sides
+        )
+        for name, axes in AXES[component.name].items()
+    }
 
 
 def main() -> None:
     variant, folder = resolve(sys.argv[1]), Path(sys.argv[2])
     for component in components(variant):
-        graph, shapes = export(component, folder)
+        graph = folder / f"{component.name}.onnx"
+        shapes = export(component, graph)
         made = engine_from_graph(graph, BY_NAME["sm_89"], ranges(component, profile_for(variant), shapes))
         (folder / f"{component.name}.engine").write_bytes(memoryview(made.plan))
         print(component.name, made.activation_bytes, flush=True)
