@@ -13,7 +13,7 @@ import torch
 from overcrank.engines.compile import engine_from_graph
 from overcrank.engines.profiles import Profile, profile_for
 from overcrank.engines.targets import BY_NAME
-from overcrank.export.module import random_module
+from overcrank.export.module import abstract_module
 from overcrank.models import components, resolve
 from overcrank.models.base import Component
 
@@ -43,9 +43,19 @@ class Stock(torch.nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
+def materialized(component: Component) -> torch.nn.Module:
+    """Filled, not initialized at random: loading a checkpoint is not what is measured."""
+    module = abstract_module(component, component.config, "bf16")
+    for owner in module.modules():
+        for name, old in owner.named_parameters(recurse=False):
+            value = torch.full(tuple(old.shape), 0.01, dtype=old.dtype)
+            owner.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+    return module
+
+
 def export(component: Component, graph: Path) -> dict[str, tuple[int, ...]]:
     """Stock module, materialized bf16 weights, the exporter's defaults; returns the traced shapes."""
-    module = random_module(component, component.config, "bf16")
+    module = materialized(component)
     call = component.sample(module, dict(component.trace_sizes), torch.Generator().manual_seed(0))
     extra = {k: v for k, v in call.items() if not isinstance(v, torch.Tensor)}
     wide = ("timestep", "video_coords")

@@ -32,7 +32,7 @@ from overcrank.export.weights import weight_files, weights_digest
 from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
 
-FLAGS = "strongly_typed"
+FLAGS = "strongly_typed,decomposable_attention"
 RAM_PER_WORKER = 1_500_000_000
 
 Progress = Callable[[str, str, float], None]

@@ -35,7 +35,10 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """
     index = folder / f"{STEM}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of safetensors files; download it again.") from error
         files = tuple(folder / name for name in names)
     else:
         files = tuple(sorted(folder.glob(f"{STEM}*.safetensors")))[:1]

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from overcrank.errors import ModelError, ShapeError
+from overcrank.models import check_shape, components, families, family, resolve
+from overcrank.models.base import VideoShape
+from overcrank.models.ltx import latent, strides
+
+VARIANTS = [v for name in families() for v in family(name).VARIANTS]
+# Parameters in billions, as the publishers state them (rounded).
+STATED = {"ltx-2b": (1.8, 2.1), "ltx-13b": (12.5, 13.5)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_published_configurations_build_the_stated_size(variant: object) -> None:
+    from overcrank.export.module import abstract_module
+
+    for component in components(variant):  # type: ignore[arg-type]
+        module = abstract_module(component, component.config, "bf16")
+        count = sum(p.numel() for p in module.parameters()) / 1e9
+        if component.name == "denoiser":
+            low, high = next(r for prefix, r in STATED.items() if variant.name.startswith(prefix))  # type: ignore[attr-defined]
+            assert low < count < high
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_native_and_bounding_shapes_are_valid(variant: object) -> None:
+    for shape in (variant.native, variant.minimum, variant.maximum):  # type: ignore[attr-defined]
+        check_shape(variant, shape)  # type: ignore[arg-type]
+
+
+def test_ltx_shapes() -> None:
+    for name in ("ltx-2b-0.9.0", "ltx-2b-0.9.1", "ltx-2b-0.9.5", "ltx-13b-0.9.8-distilled"):
+        assert strides(resolve(name)) == (32, 8), name
+    variant = resolve("ltx")
+    assert latent(variant, VideoShape(512, 768, 121)) == (16, 16, 24)
+    sizes = components(variant)[0].sizes(VideoShape(512, 768, 121, 2))
+    assert sizes["tokens"] == 6144
+    with pytest.raises(ShapeError, match=r"height 511 is not a multiple of 32 \(nearest: 480 or 512\); frames 8"):
+        check_shape(variant, VideoShape(511, 768, 8))
+
+
+def test_model_names() -> None:
+    assert resolve("ltx").name == "ltx-2b-0.9.5"
+    assert resolve("Lightricks/LTX-Video-0.9.7-dev").name == "ltx-13b-0.9.7-dev"
+    with pytest.raises(ModelError, match="did you mean ltx"):
+        resolve("ltv")
+
+
+def test_a_folder_is_known_by_its_configuration(tmp_path: Path, checkpoint: Path) -> None:
+    assert resolve(str(checkpoint)).configs["transformer"]["num_layers"] == 5
+    variant = resolve("ltx-13b-0.9.7-dev")
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"transformer": ["diffusers", "LTXVideoTransformer3DModel"], "vae": ["diffusers", "x"]})
+    )
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(variant.configs[part]))
+    assert resolve(str(tmp_path)).native == variant.native, "the 13B architecture has the 13B native shape"
