@@ -63,7 +63,7 @@ def measured(command: list[str], store: Path) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "peak_ram_bytes": peak,
         "bytes_written": written,
-        "command": " ".join(command),
+        "command": " ".join(Path(word).name for word in command),
     }
 
 
