@@ -123,18 +123,12 @@ def build_engine(**options: Any) -> None:
 def _requests(options: dict[str, Any]) -> list[Any]:
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
-    from overcrank.engines.targets import PRECISIONS, precision_for, targets_for
-    from overcrank.errors import TargetError
+    from overcrank.engines.targets import precision_for, targets_for
     from overcrank.models import components, resolve
 
     words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
     targets = targets_for(words, options["flavour"])
-    precision = options["precision"]
-    if precision not in ("auto", *PRECISIONS):
-        raise TargetError(f"Unknown precision '{precision}': use auto, {', '.join(PRECISIONS)}.")
-    precisions = [precision_for(t, precision) for t in targets]
-    if precision not in ("auto", "fp16", "bf16"):
-        raise TargetError(f"--precision {precision} is not built yet: use fp16, bf16 or auto.")
+    precisions = [precision_for(t, options["precision"]) for t in targets]
     variant = resolve(options["model"])
     names = tuple(n for n in options["components"].replace(",", " ").split())
     components(variant, names)

@@ -215,7 +215,7 @@ def _fetched(hub_id: str, file: str) -> str:
     except Exception as error:
         raise ModelError(
             f"'{hub_id}' is not in the local hub cache and cannot be fetched ({error}). The architecture alone "
-            f"suffices to build engines: --model {_closest_family(hub_id)} needs no download."
+            f"suffices for engines with weights as inputs: --model {_closest_family(hub_id)} needs no download."
         ) from error
 
 
