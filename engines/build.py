@@ -35,8 +35,8 @@ from overcrank.models.base import Component, Variant, VideoShape
 FLAGS = "strongly_typed,decomposable_attention"
 RAM_PER_WORKER = 1_500_000_000
 
-Progress = Callable[[str, str, float], None]
-"""Called with a job's title, what it does, and the fraction of that which is done."""
+Progress = Callable[[str, str], None]
+"""Called with a job's title and what it does."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _run(bundles: list[_Bundle], progress: Progress, workers: int | None) -> int
             bundle.staging.mkdir(exist_ok=True)
     for job in jobs:
         if finished(job):
-            progress(_title(job), "done in an earlier run", 1.0)
+            progress(_title(job), "done in an earlier run")
         else:
             todo.append(job)
     if not todo:
@@ -276,7 +276,7 @@ def _die_with_parent() -> None:
 
 
 def _in_worker(work: Callable[[Job, Report], None], job: Job) -> None:
-    work(job, lambda doing, fraction: _messages.put((_title(job), doing, fraction)))
+    work(job, lambda doing: _messages.put((_title(job), doing)))
 
 
 def _title(job: Job) -> str:

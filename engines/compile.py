@@ -13,8 +13,11 @@ from overcrank.engines.profiles import Range
 from overcrank.engines.targets import Target
 from overcrank.errors import CompileError, TargetError
 
-Progress = Callable[[str, float], None]
-"""Called with a phase and the fraction of it that is done."""
+Progress = Callable[[str], None]
+"""Called with a phase when it starts."""
+
+# Where nearly all the time goes, under a name that would mislead.
+PHASES = {"Determining refit engines": "generating kernels"}
 
 SCRATCH = re.compile(r"Max Scratch Memory: (\d+) bytes")
 
@@ -32,7 +35,7 @@ def engine_from_graph(
     ranges: Mapping[str, Range],
     *,
     flavour: str = "tensorrt_rtx",
-    progress: Progress = lambda phase, fraction: None,
+    progress: Progress = lambda phase: None,
 ) -> Compiled:
     """Compile `graph` (strongly typed) for `target`, or for the machine's own card if None.
 
@@ -42,7 +45,7 @@ def engine_from_graph(
     log = _logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    progress("parsing", 0.0)
+    progress("parsing")
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         what = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
@@ -93,20 +96,22 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+        """Reports each phase when it first starts; the compiler enters some of them thousands of times."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.steps: dict[str, int] = {}
+            self.seen: set[str] = set()
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = max(1, steps)
-            progress(phase, 0.0)
+            if phase not in self.seen:
+                self.seen.add(phase)
+                progress(PHASES.get(phase, phase))
 
         def step_complete(self, phase: str, step: int) -> bool:
-            progress(phase, min(1.0, (step + 1) / self.steps.get(phase, 1)))
             return True
 
         def phase_finish(self, phase: str) -> None:
-            progress(phase, 1.0)
+            pass
 
     return Monitor()
 

@@ -12,14 +12,14 @@ from typing import Any
 from overcrank.engines.build import Built
 from overcrank.engines.manifest import Manifest
 
-Show = Callable[[str, str, float], None]
+Show = Callable[[str, str], None]
 
 
 @contextmanager
 def progress_display(quiet: bool) -> Iterator[Show]:
     """A rich progress bar per job on a terminal, a line per stage elsewhere, nothing if quiet."""
     if quiet:
-        yield lambda title, doing, fraction: None
+        yield lambda title, doing: None
     elif sys.stderr.isatty():
         with _bars() as show:
             yield show
@@ -42,12 +42,12 @@ def _bars() -> Iterator[Show]:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def show(title: str, doing: str, fraction: float) -> None:
+        def show(title: str, doing: str) -> None:
             if title not in tasks:
-                tasks[title] = bars.add_task(doing, total=1.0, title=title)
-            bars.update(tasks[title], description=doing, completed=fraction)
+                tasks[title] = bars.add_task(doing, total=None, title=title)
+            bars.update(tasks[title], description=doing)
             if doing.startswith("done"):
-                bars.stop_task(tasks[title])
+                bars.update(tasks[title], total=1.0, completed=1.0)
 
         yield show
 
@@ -56,7 +56,7 @@ def _lines() -> Show:
     started = time.monotonic()
     last: dict[str, str] = {}
 
-    def show(title: str, doing: str, fraction: float) -> None:
+    def show(title: str, doing: str) -> None:
         stage = doing.partition(" · ")[0]
         if last.get(title) != stage:
             last[title] = stage

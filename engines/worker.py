@@ -20,8 +20,8 @@ from overcrank.export.cache import CachedGraph, cached_graph, load_cached
 from overcrank.models import components
 from overcrank.models.base import Component, Tensor, Variant
 
-Report = Callable[[str, float], None]
-"""Called with what is being done and the fraction of it that is done."""
+Report = Callable[[str], None]
+"""Called with what is being done."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def has_graph(job: Job) -> bool:
 
 def export_component(job: Job, report: Report) -> None:
     """Put the component's graph into the store's cache; needs torch, and no TensorRT."""
-    report("exporting", 0.0)
+    report("exporting")
     with job.store.lock(f"graph-{job.graph_folder.name}"), store_errors(job.store.graphs):
         cached_graph(job.component, job.precision, job.graph_folder)
-    report("exported", 1.0)
+    report("exported")
 
 
 def compile_component(job: Job, report: Report) -> None:
@@ -85,10 +85,10 @@ def compile_component(job: Job, report: Report) -> None:
             job.target,
             job.profile.ranges(component),
             flavour=job.flavour,
-            progress=lambda phase, fraction: report(f"compiling · {phase}", fraction),
+            progress=lambda phase: report(f"compiling · {phase}"),
         )
     seconds = time.monotonic() - start
-    report("writing", 0.0)
+    report("writing")
     engine, onnx = (job.staging / f"{component.name}.{kind}" for kind in ("engine", "onnx"))
     with written_whole(engine) as part:
         part.write_bytes(memoryview(compiled.plan))
@@ -97,7 +97,7 @@ def compile_component(job: Job, report: Report) -> None:
     entry = _entry(job, graph, engine, onnx, compiled.activation_bytes, seconds)
     with written_whole(job.done) as part:
         part.write_text(entry.model_dump_json(), "utf-8")
-    report("done", 1.0)
+    report("done")
 
 
 @contextmanager
