@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from overcrank.errors import ShapeError
 from overcrank.models.base import Sizes, Tensor
 
 if TYPE_CHECKING:
@@ -196,13 +197,19 @@ def adapt_denoiser(
     """The engine's inputs for a call of LTXVideoTransformer3DModel (same arguments).
 
     Pipelines give every item of a batch the same timestep and coordinates, so those of the
-    first stand for all, unless `per_token`.
+    first stand for all, unless `per_token`. Raises ShapeError for a timestep per token on an
+    engine that takes one.
     """
     batch, tokens = hidden_states.shape[:2]
     rope: Any = module.rope
     coords = None if video_coords is None else video_coords[:1]
     cos, sin = rope(hidden_states[:1], num_frames, height, width, rope_interpolation_scale, coords)
     times = timestep.reshape(batch, -1).float()
+    if not per_token and times.shape[1] != 1:
+        raise ShapeError(
+            f"this call gives each of {times.shape[1]} tokens a timestep (image or video conditioning); "
+            f"it needs the engine denoiser_conditioned: build-engine --components denoiser_conditioned"
+        )
     return {
         "hidden_states": hidden_states,
         "encoder_hidden_states": encoder_hidden_states,

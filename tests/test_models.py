@@ -43,6 +43,22 @@ def test_ltx_shapes() -> None:
         check_shape(variant, VideoShape(511, 768, 8))
 
 
+def test_conditioning_is_not_run_on_the_engine_with_one_timestep() -> None:
+    import torch
+
+    from tests import tiny
+
+    plain, conditioned = components(tiny.variant("tiny-ltx-0.9.5"), ("denoiser", "denoiser_conditioned"))
+    from overcrank.export.module import random_module
+
+    module = random_module(plain, plain.config, "fp32")
+    sizes = {"batch": 2, "tokens": 6, "text": 4}
+    call = conditioned.sample(module, sizes, torch.Generator().manual_seed(0))
+    assert conditioned.adapt(module, **call)["timestep"].shape == (2, 6)
+    with pytest.raises(ShapeError, match="needs the engine denoiser_conditioned"):
+        plain.adapt(module, **call)
+
+
 def test_model_names() -> None:
     assert resolve("ltx").name == "ltx-2b-0.9.5"
     assert resolve("Lightricks/LTX-Video-0.9.7-dev").name == "ltx-13b-0.9.7-dev"
