@@ -8,6 +8,7 @@ import os
 import queue
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -228,7 +229,13 @@ def _tree_ram(process: Any) -> int:
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
-    """Workers are in native code that no exception reaches, so unfinished ones are killed."""
+    """Workers are in native code that no exception reaches, so unfinished ones are killed.
+
+    The pool's own thread then dies of a TypeError (it looks for workers that are gone);
+    that one thread's traceback is not shown.
+    """
+    manager, shown = getattr(pool, "_executor_manager_thread", None), threading.excepthook
+    threading.excepthook = lambda args: None if args.thread is manager else shown(args)
     processes = list((getattr(pool, "_processes", None) or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:

@@ -111,6 +111,19 @@ def test_a_config_field_diffusers_does_not_know(broken: Path, tmp_path: Path, ru
     refused(result, "has field 'num_dragons'")
 
 
+def test_a_refusal_from_a_worker_is_one_line_on_the_terminal(broken: Path, tmp_path: Path) -> None:
+    """In a process of its own, where a stray traceback of the process pool would show."""
+    from tests.test_build import COMMAND
+
+    file = broken / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_dragons": 3}))
+    arguments = ["--model", str(broken), "--gpu", "sm_89", *SMALL, "--store", str(tmp_path / "s"), "--quiet"]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: transformer/config.json has field 'num_dragons'")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_unwritable_output_by_permission(checkpoint: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "locked"
