@@ -2,6 +2,7 @@
 # Sets up a virtual environment in .venv, then does the main job:
 #   ./build.sh                                   engines of LTX-Video for an RTX 40 card
 #   ./build.sh --model ltx --gpu rtx5090         passes its arguments to build-engine
+#   ./build.sh render "a blue square moving up"  renders the demo model (more words go to overcrank render)
 #   ./build.sh test                              runs the tests
 #   ./build.sh lint                              ruff and mypy
 #   ./build.sh bench                             repeats the benchmark of bench/results
@@ -33,6 +34,11 @@ case "${1:-}" in
     mkdir -p .types && ln -sfn .. .types/overcrank
     exec mypy ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;
+  render)
+    shift
+    [ $# -gt 0 ] || { echo 'usage: ./build.sh render "a blue square moving up" [overcrank render options]' >&2; exit 2; }
+    prompt=$1; shift
+    exec overcrank render --prompt "$prompt" "$@" ;;
   "") exec build-engine --model ltx --gpu sm_89 ;;
   *) exec build-engine "$@" ;;
 esac

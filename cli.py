@@ -183,6 +183,67 @@ def verify(bundle: str, weights: str, tolerance: float, store: Path | None) -> N
         sys.exit(1)
 
 
+def _render_options(function: Any) -> Any:
+    """Options that `render` and `batch` share."""
+    options = (
+        click.option(
+            "--model", help="Family, variant, diffusers folder, or hub id [default: the demo model in this package]."
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
+            default="auto",
+            show_default=True,
+            help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
+        ),
+        click.option("--bundle", help="Bundle to use [default: the newest for this network and card]."),
+        click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
+        click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
+        click.option("--quiet", is_flag=True, help="No progress."),
+        click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),
+        _store_option,
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@main.command(cls=_Command)
+@_render_options
+@click.option("--prompt", required=True, help="What the video shows.")
+@click.option("--negative-prompt", default="", help="What it should not show.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True)
+@click.option("--image", type=click.Path(path_type=Path), help="First frame: image-to-video.")
+@click.option("--last-image", type=click.Path(path_type=Path), help="Last frame, alone or with --image.")
+@click.option("--audio", type=click.Path(path_type=Path), help="Sound track to mux into the MP4.")
+@click.option("--steps", type=int, help="Denoising steps [default: the model's].")
+@click.option("--guidance", type=float, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same frames.")
+@click.option("--height", type=int, help="Pixels [default: the model's native].")
+@click.option("--width", type=int)
+@click.option("--frames", type=int)
+@click.option("--fps", type=float)
+@click.option("--formats", default="", help="Of mp4, gif, png, sheet, latents [default: OUT's suffix and sheet].")
+def render(**options: Any) -> None:
+    """Render one video: an MP4, its contact sheet, and a JSON sidecar that reproduces it."""
+    from overcrank.runtime.commands import render_one
+
+    sys.exit(render_one(options))
+
+
+@main.command(cls=_Command)
+@click.argument("jobs", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--out", "-o", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of results.")
+@_render_options
+@click.option("--again", is_flag=True, help="Render finished jobs again in place of skipping them.")
+@click.option("--lanes", type=click.IntRange(1, 4), help="Jobs at a time [default: 2 on a GPU, 1 on a CPU].")
+def batch(**options: Any) -> None:
+    """Render every line of JOBS, a JSON Lines file; run it again to finish what was interrupted."""
+    from overcrank.runtime.commands import render_batch
+
+    sys.exit(render_batch(options))
+
+
 @main.group(cls=_Group)
 def engines() -> None:
     """Look at and remove built bundles."""

@@ -6,11 +6,15 @@ OvercrankError            exit 1: something failed that the user could not have 
 │   ├── TargetError       unknown card, or a precision the card lacks
 │   ├── ShapeError        a video shape the model cannot make
 │   ├── CheckpointError   weights that are truncated or of another architecture
-│   └── StoreError        a store or output folder that cannot be used
+│   ├── StoreError        a store or output folder that cannot be used
+│   └── RequestError      a render request or job file that is not valid
 ├── ExportError           module → ONNX failed
 ├── CompileError          ONNX → engine failed
 ├── IntegrityError        a bundle's files do not match its manifest
-└── BuildCancelled        the user pressed Ctrl-C
+├── BackendError          an engine cannot serve, and falling back was not allowed
+├── RenderError           a render gave no video
+├── BuildCancelled        the user pressed Ctrl-C
+└── RenderCancelled       the user pressed Ctrl-C
 """
 
 from __future__ import annotations
@@ -46,6 +50,10 @@ class StoreError(UserError):
     pass
 
 
+class RequestError(UserError):
+    pass
+
+
 class ExportError(OvercrankError):
     pass
 
@@ -58,5 +66,17 @@ class IntegrityError(OvercrankError):
     pass
 
 
+class BackendError(OvercrankError):
+    pass
+
+
+class RenderError(OvercrankError):
+    pass
+
+
 class BuildCancelled(OvercrankError):
+    exit_code = 130
+
+
+class RenderCancelled(OvercrankError):
     exit_code = 130

@@ -1,7 +1,8 @@
 """Families found by file name, and what `--model` means.
 
 A family is a module of this package with `VARIANTS`, `DEFAULT`, `DENOISER_CLASS`,
-`components(variant)` and `grid(variant)`; its file name is its name. Names with an underscore are no families.
+`components(variant)`, `grid(variant)` and `latent(variant, shape)`, and for rendering `encode`, `call_arguments` and
+`preview`; its file name is its name. Names with an underscore are no families.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ __all__ = [
     "families",
     "family",
     "hub_folder",
+    "local_folder",
+    "packaged_model",
     "resolve",
     "variant_from_configs",
     "variant_from_manifest",
@@ -74,9 +77,9 @@ def resolve(model: str) -> Variant:
     Raises ModelError with the nearest names, or with what the folder lacks.
     """
     names = families()
-    if model in names:
-        return _variants()[family(model).DEFAULT]
     known = _variants()
+    if model in names:
+        return known[family(model).DEFAULT]
     if model in known:
         return known[model]
     path = Path(model).expanduser()
@@ -105,7 +108,7 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
         alike = [v for v in module.VARIANTS if all(_same(v.configs[k], configs.get(k, {})) for k in v.configs)]
         nearest = alike[0] if alike else _variants()[module.DEFAULT]
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
-        return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="")
+        return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
 
@@ -181,8 +184,25 @@ def _from_hub(hub_id: str) -> Variant:
     return _from_index(hub_id.split("/")[1], hub_id, index, configs)
 
 
-def hub_folder(variant: Variant) -> Path:
-    """The variant's checkpoint as a diffusers folder, from the hub cache or the network."""
+def packaged_model() -> str:
+    """The model whose checkpoint ships with this package."""
+    return next(v.name for v in _variants().values() if v.packaged)
+
+
+def local_folder(model: str) -> Path | None:
+    """The diffusers folder that `model` names: one on disk, or one that ships with this package."""
+    known = _variants().get(model)
+    if known is not None and known.packaged:
+        return Path(__file__).parent / known.packaged
+    path = Path(model).expanduser()
+    return path if path.is_dir() else None
+
+
+def hub_folder(variant: Variant, whole: bool = False) -> Path:
+    """The variant's checkpoint as a diffusers folder, from the hub cache or the network.
+
+    Holds the folders of the components, or with `whole` all a pipeline needs.
+    """
     if variant.hub_file:
         raise ModelError(
             f"{variant.name} is published as one file ({variant.hub_id}: {variant.hub_file}); convert it with "
@@ -192,6 +212,8 @@ def hub_folder(variant: Variant) -> Path:
     from huggingface_hub import snapshot_download
 
     folders = sorted({c.subfolder for c in components(variant)})
+    if whole:
+        folders += ["text_encoder*", "tokenizer*", "image_encoder", "feature_extractor", "scheduler"]
     return Path(snapshot_download(variant.hub_id, allow_patterns=["*.json", *(f"{f}/*" for f in folders)]))
 
 

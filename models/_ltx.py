@@ -5,13 +5,14 @@ The other half of ltx.py, which describes the family and calls these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from overcrank.errors import ShapeError
-from overcrank.models.base import Sizes, Tensor
+from overcrank.models.base import Sizes, Tensor, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -201,9 +202,7 @@ def adapt_denoiser(
     engine that takes one.
     """
     batch, tokens = hidden_states.shape[:2]
-    rope: Any = module.rope
-    coords = None if video_coords is None else video_coords[:1]
-    cos, sin = rope(hidden_states[:1], num_frames, height, width, rope_interpolation_scale, coords)
+    cos, sin = _rotary(module, hidden_states, num_frames, height, width, rope_interpolation_scale, video_coords)
     times = timestep.reshape(batch, -1).float()
     if not per_token and times.shape[1] != 1:
         raise ShapeError(
@@ -215,9 +214,38 @@ def adapt_denoiser(
         "encoder_hidden_states": encoder_hidden_states,
         "timestep": times.expand(batch, tokens).contiguous() if per_token else times[0, :1],
         "encoder_attention_mask": encoder_attention_mask.to(hidden_states.dtype),
-        "rope_cos": cos[..., 0::2].contiguous(),  # the stock tables hold each value twice
-        "rope_sin": sin[..., 0::2].contiguous(),
+        "rope_cos": cos,
+        "rope_sin": sin,
     }
+
+
+_tables: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
+
+
+def _rotary(module: Any, x: T, frames: Any, height: Any, width: Any, scale: Any, coords: T | None) -> tuple[T, T]:
+    """Rotary tables [1, S, inner / 2], kept from step to step: they depend on the video's shape only.
+
+    The coordinates are kept with their tables, so that their identity stays theirs.
+    """
+    version = None if coords is None else coords._version
+    scale = tuple(map(float, scale)) if scale is not None else None
+    key = (x.shape[1], x.device, frames, height, width, scale, id(coords), version)
+    kept = _tables.get(module)
+    if kept is None or kept[0] != key:
+        first = None if coords is None else coords[:1]
+        both = module.rope(x[:1], frames, height, width, scale, first)
+        halves = (t[..., 0::2].contiguous() for t in both)  # the stock tables hold each value twice
+        kept = _tables[module] = (key, *halves, coords)
+    return kept[1], kept[2]
+
+
+def denoiser_output(outputs: Mapping[str, T], call: Mapping[str, Any]) -> Any:
+    sample = outputs["sample"]
+    if not call.get("return_dict", True):
+        return (sample,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=sample)
 
 
 def sample_denoiser(module: nn.Module, sizes: Sizes, generator: Any, *, per_token: bool) -> dict[str, Any]:
@@ -275,3 +303,39 @@ def sample_vae_encoder(module: nn.Module, sizes: Sizes, generator: Any, *, chann
 
     shape = (1, channels, sizes["frames"], sizes["height"], sizes["width"])
     return {"hidden_states": torch.rand(shape, generator=generator) * 2 - 1}
+
+
+# ── around the denoising loop ────────────────────────────────────────────────────────
+
+
+def encode(pipe: Any, variant: Variant, prompt: str, negative_prompt: str, guided: bool) -> dict[str, Any]:
+    """The pipelines' text arguments, encoded ahead of the call."""
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    encoded = pipe.encode_prompt(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        do_classifier_free_guidance=guided,
+        max_sequence_length=variant.text_length,
+        device=pipe._execution_device,
+    )
+    return dict(zip(names, encoded, strict=True))
+
+
+def preview(pipe: Any, latents: T, grid: tuple[int, int, int]) -> T:
+    """The middle latent frame decoded alone: latents [1, S, C] of `grid` → RGB [3, H, W] in [0, 1].
+
+    Tokens of appended conditions come first and are left out.
+    """
+    import torch
+
+    frames, height, width = grid
+    config = pipe.transformer.config
+    own = latents[:1, -frames * height * width :]
+    video = pipe._unpack_latents(own, frames, height, width, config.patch_size, config.patch_size_t)
+    vae = pipe.vae
+    video = pipe._denormalize_latents(video, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    middle = video[:, :, frames // 2 : frames // 2 + 1].to(vae.dtype)
+    timed = vae.config.timestep_conditioning
+    timestep = torch.tensor([0.05], device=middle.device, dtype=middle.dtype) if timed else None
+    image: T = vae.decode(middle, timestep, return_dict=False)[0]
+    return (image[0, :, -1].float() / 2 + 0.5).clamp(0, 1)

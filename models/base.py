@@ -49,6 +49,11 @@ class Repeat:
     full: int
 
 
+def _only_output(outputs: Mapping[str, Any], call: Mapping[str, Any]) -> Any:
+    (output,) = outputs.values()
+    return output
+
+
 @dataclass(frozen=True)
 class Component:
     """A submodule that becomes an engine.
@@ -60,6 +65,7 @@ class Component:
     - `forward(module, *inputs)` is what is traced: tensors in the order of `inputs` to a
       tensor, or a tuple in the order of `outputs`.
     - `adapt(module, **call)` turns a call of the stock module into the named inputs.
+    - `returns(outputs, call)` turns the named outputs into what the stock call returns.
     - `sample(module, sizes, generator)` makes such a call with seeded random tensors.
     - `sizes(shape)` gives the axis lengths of a video shape.
 
@@ -83,6 +89,7 @@ class Component:
     trace_sizes: Sizes
     attribute: str = ""
     default: bool = True
+    returns: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] = _only_output
     free_axes: Sizes = field(default_factory=dict)
     traced_config: Config = field(default_factory=dict)
     repeats: tuple[Repeat, ...] = ()
@@ -111,4 +118,5 @@ class Variant:
     guidance: float = 1.0
     steps: int = 30
     hub_file: str = ""
+    packaged: str = ""  # folder in this package that holds the checkpoint
     tasks: tuple[str, ...] = ("text-to-video",)

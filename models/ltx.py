@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import lcm
 from typing import Any
 
 from overcrank.models import _ltx
@@ -18,6 +19,7 @@ TITLE = "LTX-Video"
 DEFAULT = "ltx-2b-0.9.5"
 DENOISER_CLASS = "LTXVideoTransformer3DModel"
 PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
+TASKS = ("text-to-video", "image-to-video", "conditioned")
 TRACED_BLOCKS, TRACED_RESNETS = 3, 2  # depth of a traced chain (export/repeat.py)
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
@@ -84,6 +86,32 @@ _VAE_095 = _VAE_091 | {
     "spatial_compression_ratio": 32,
     "temporal_compression_ratio": 8,
 }
+_DIT_DEMO = _DIT_2B | {
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "cross_attention_dim": 128,
+    "num_layers": 6,
+    "caption_channels": 64,
+}
+_VAE_DEMO = _VAE_095 | {
+    "latent_channels": 32,
+    "block_out_channels": (24, 48, 48),
+    "decoder_block_out_channels": (32, 48),
+    "layers_per_block": (1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1),
+    "spatio_temporal_scaling": (True, True),
+    "decoder_spatio_temporal_scaling": (True, True),
+    "decoder_inject_noise": (False, False, False),
+    "down_block_types": ("LTXVideo095DownBlock3D",) * 2,
+    "downsample_type": ("spatiotemporal",) * 2,
+    "upsample_residual": (True, True),
+    "upsample_factor": (1, 1),
+    "timestep_conditioning": False,
+    "spatial_compression_ratio": 16,
+    "temporal_compression_ratio": 4,
+}
 _SHIFTED = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "use_dynamic_shifting": True,
@@ -100,9 +128,14 @@ _STOCHASTIC = _UNIFORM | {"stochastic_sampling": True}
 def _variant(
     name: str, hub: str, dit: Config, vae: Config, scheduler: Config, guidance: float, steps: int, **more: Any
 ) -> Variant:
-    conditions = vae is _VAE_095
-    shapes = {"native": VideoShape(512, 768, 121), "maximum": VideoShape(768, 768, 161)}
-    text = 256 if conditions else 128  # max_sequence_length of the pipelines
+    conditions = vae["spatio_temporal_scaling"] != _VAE_090["spatio_temporal_scaling"]
+    usual: dict[str, Any] = {
+        "native": VideoShape(512, 768, 121),
+        "minimum": VideoShape(256, 256, 1),
+        "maximum": VideoShape(768, 768, 161),
+        "fps": 24,
+        "text_length": 256 if conditions else 128,  # max_sequence_length of the pipelines
+    }
     return Variant(
         name=name,
         family="ltx",
@@ -110,14 +143,11 @@ def _variant(
         hub_id=hub.partition(":")[0],
         hub_file=hub.partition(":")[2],
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
-        minimum=VideoShape(256, 256, 1),
-        fps=24,
-        text_length=text,
         pipelines=PIPELINES if conditions else PIPELINES[:2],
         guidance=guidance,
         steps=steps,
-        tasks=("text-to-video", "image-to-video") + (("conditioned",) if conditions else ()),
-        **(shapes | more),
+        tasks=TASKS if conditions else TASKS[:2],
+        **(usual | more),
     )
 
 
@@ -125,6 +155,14 @@ _REPO = "Lightricks/LTX-Video"
 _BIG: Mapping[str, Any] = {
     "native": VideoShape(704, 1216, 121),
     "maximum": VideoShape(1216, 1216, 161),
+}
+_SMALL: Mapping[str, Any] = {
+    "native": VideoShape(64, 64, 17),
+    "minimum": VideoShape(32, 32, 1),
+    "maximum": VideoShape(128, 128, 33),
+    "fps": 8,
+    "text_length": 128,
+    "packaged": "demo/ltx-demo",
 }
 _091 = f"{_REPO}:ltx-video-2b-v0.9.1.safetensors"
 _096 = f"{_REPO}:ltxv-2b-0.9.6-dev-04-25.safetensors"
@@ -140,7 +178,30 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", _DIT_13B, _VAE_095, _UNIFORM, 5.0, 30, **_BIG),
     _variant("ltx-13b-0.9.7-distilled", f"{_REPO}-0.9.7-distilled", _DIT_13B, _VAE_095, _UNIFORM, 1.0, 8, **_BIG),
     _variant("ltx-13b-0.9.8-distilled", _098D, _DIT_13B, _VAE_095, _UNIFORM, 1.0, 8, **_BIG),
+    _variant("ltx-demo", "", _DIT_DEMO, _VAE_DEMO, _UNIFORM, 3.0, 24, **_SMALL),
 )
+
+# ── rendering ────────────────────────────────────────────────────────────────────────
+
+CONDITION_NOISE = 0.025  # decode_noise_scale of timestep-conditioned VAEs, as published
+DECODE_TIMESTEP = 0.05
+
+
+def call_arguments(variant: Variant, fps: float, images: Mapping[int, Any], task: str) -> dict[str, Any]:
+    """Arguments of the pipelines' calls that other families lack; `images`: frame index → PIL image."""
+    arguments: dict[str, Any] = {"frame_rate": fps, "max_sequence_length": variant.text_length}
+    if variant.configs["vae"].get("timestep_conditioning"):
+        arguments |= {"decode_timestep": DECODE_TIMESTEP, "decode_noise_scale": CONDITION_NOISE}
+    if task == "image-to-video":
+        arguments["image"] = images[0]
+    elif task == "conditioned":
+        arguments |= {"image": list(images.values()), "video": [None] * len(images)}
+        arguments |= {"frame_index": list(images), "strength": [1.0] * len(images)}
+    return arguments
+
+
+encode = _ltx.encode
+preview = _ltx.preview
 
 # ── shapes ───────────────────────────────────────────────────────────────────────────
 
@@ -158,9 +219,10 @@ def strides(variant: Variant) -> tuple[int, int]:
 
 
 def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
+    """Valid sizes of each axis as (step, offset); the pipelines want multiples of 32 of any VAE."""
     spatial, temporal = strides(variant)
-    return {"height": (spatial, 0), "width": (spatial, 0), "frames": (temporal, 1)}
+    step = lcm(spatial, 32)
+    return {"height": (step, 0), "width": (step, 0), "frames": (temporal, 1)}
 
 
 def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
@@ -208,6 +270,7 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
         outputs=(Tensor("sample", ("batch", "tokens", config["out_channels"])),),
         forward=partial(_ltx.denoiser, per_token=per_token),
         adapt=partial(_ltx.adapt_denoiser, per_token=per_token),
+        returns=_ltx.denoiser_output,
         sample=partial(_ltx.sample_denoiser, per_token=per_token),
         sizes=sizes,
         trace_sizes={"batch": 2, "tokens": 24, "text": 16},

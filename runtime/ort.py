@@ -59,10 +59,22 @@ def _expand_mask(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(3, expand.outputs[0])
 
 
-class OrtSession:
-    """Runs one graph; parameters are bound once and shared with the tensors they come from."""
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
 
-    def __init__(self, model: ir.Model | Path, parameters: Mapping[str, torch.Tensor]) -> None:
+
+class OrtSession:
+    """Runs one graph in fp32; on CPU its parameters share the memory of the tensors they come from.
+
+    With a GPU provider inputs and outputs pass through host memory: this backend is for
+    checking numbers, TensorRT is the fast one.
+    """
+
+    backend, engine = "onnxruntime", ""
+
+    def __init__(self, model: ir.Model | Path, parameters: Mapping[str, torch.Tensor], device: str = "cpu") -> None:
         """`parameters`: graph input → tensor of the shape the graph declares."""
         import onnx_ir as ir
         import onnxruntime as ort
@@ -71,22 +83,28 @@ class OrtSession:
         options.log_severity_level = 3
         loaded = ir.load(model) if isinstance(model, Path) else model
         content = ir.to_proto(widened(loaded)).SerializeToString()
+        providers = [p for p in PROVIDERS[device] if p in ort.get_available_providers()]
         try:
-            self._session: Any = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(content, options, providers=providers)
         except Exception as error:
             raise OvercrankError(f"ONNX Runtime {ort.__version__} cannot load the graph: {error}") from error
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._wanted = {i.name for i in self._session.get_inputs()}
-        self._bound = {k: v.detach().numpy() for k, v in parameters.items()}
+        self._bound = {k: _array(v) for k, v in parameters.items()}
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Named tensors in, named tensors out; 16-bit inputs are widened."""
+        """Named tensors in, named tensors out on the device of the inputs; 16-bit inputs are widened."""
         import torch
 
-        feeds = dict(self._bound)
-        for name, tensor in inputs.items():
-            if name in self._wanted:
-                wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-                feeds[name] = wide.detach().contiguous().numpy()
+        feeds = self._bound | {k: _array(v) for k, v in inputs.items() if k in self._wanted}
         results = self._session.run(self.outputs, feeds)
-        return {name: torch.from_numpy(r) for name, r in zip(self.outputs, results, strict=True)}
+        device = next(iter(inputs.values())).device
+        return {name: torch.from_numpy(r).to(device) for name, r in zip(self.outputs, results, strict=True)}
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """Shares memory with an fp32 tensor on CPU."""
+    import torch
+
+    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return wide.detach().contiguous().cpu().numpy()

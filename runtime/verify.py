@@ -15,6 +15,7 @@ from overcrank.export.weights import Parameter
 from overcrank.models import components, family, variant_from_manifest
 from overcrank.models.base import Component, Variant, VideoShape
 from overcrank.runtime.ort import OrtSession
+from overcrank.runtime.parameters import bound_parameters, parameters_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,9 +124,7 @@ def _session(
     from overcrank.export.graph import onnx_from_component
     from overcrank.export.module import random_module
 
-    parameters = tuple(
-        Parameter(p.input, p.parameter, p.dtype, tuple(p.view), tuple(p.shape)) for p in entry.parameters
-    )
+    parameters = parameters_of(entry)
     count = sum(_product(p.module_shape) for p in parameters)
     config, note = component.config, ""
     if component.repeats and count * FP32_BYTES_PER_PARAMETER > psutil.virtual_memory().available:
@@ -139,9 +138,7 @@ def _session(
     module = random_module(component, config, "fp32")
     if weights is not None:
         _load(module, weights / component.subfolder, parameters)
-    named = dict(module.named_parameters())
-    prefix = f"{component.attribute}." if component.attribute else ""
-    views = {p.input: named[p.name.removeprefix(prefix)].view(p.shape) for p in parameters}
+    views = bound_parameters(module, component, parameters)
     return OrtSession(model, views), module, note
 
 

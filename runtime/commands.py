@@ -1,0 +1,107 @@
+"""The `render` and `batch` commands: options → jobs → driver → report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from overcrank.errors import RequestError
+from overcrank.models import packaged_model, resolve
+from overcrank.models.base import Variant
+from overcrank.runtime.request import FORMATS, RenderRequest, read_jobs, request_of
+
+REQUEST_OPTIONS = (
+    *("prompt", "negative_prompt", "image", "last_image", "audio", "steps", "guidance", "seed"),
+    *("height", "width", "frames", "fps"),
+)
+
+
+def render_one(options: dict[str, Any]) -> int:
+    """Exit status of `overcrank render`; everything about the request is checked before the model is loaded."""
+    options["model"] = options["model"] or packaged_model()
+    variant = resolve(options["model"])
+    stem, formats = _output(options["out"], options["formats"])
+    values = {k: options[k] for k in REQUEST_OPTIONS if options[k] is not None}
+    request = request_of({**values, "formats": formats, "output": stem.name}).completed(variant)
+    return _run(options, variant, [(request, stem)], again=True, many=False)
+
+
+def render_batch(options: dict[str, Any]) -> int:
+    """Exit status of `overcrank batch`: 0 when every job is done, 1 when one failed, 130 when cancelled."""
+    options["model"] = options["model"] or packaged_model()
+    variant = resolve(options["model"])
+    jobs = read_jobs(options["jobs"], variant)
+    folder: Path = options["out"].expanduser().absolute()
+    return _run(options, variant, [(r, folder / r.output) for r in jobs], again=options["again"], many=True)
+
+
+def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
+    """Results' path without a suffix, and the formats: those asked for, or what the suffix says and a sheet."""
+    suffix = out.suffix.lower().removeprefix(".")
+    if suffix not in ("mp4", "gif", "png", ""):
+        raise RequestError(f"--out {out}: unknown suffix .{suffix}; use .mp4, .gif, .png (frames), or none.")
+    asked = tuple(formats.replace(",", " ").split())
+    for name in asked:
+        if name not in FORMATS:
+            raise RequestError(f"--formats: unknown format '{name}'; use {', '.join(FORMATS)}.")
+    stem = out.expanduser().absolute()
+    stem = stem.with_suffix("") if suffix else stem
+    if out.is_dir() or not stem.name:
+        raise RequestError(f"--out {out} is a folder; give a file name such as {out / 'out.mp4'}.")
+    if not asked:
+        return stem, (suffix or "mp4", "sheet")
+    return stem, tuple(dict.fromkeys((suffix, *asked) if suffix else asked))
+
+
+def _run(
+    options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], again: bool, many: bool
+) -> int:
+    from overcrank.runtime.output import check_audio, prepare_folder
+
+    prepare_folder(work[0][1].parent)
+    for request, _ in work:
+        if request.audio is not None:
+            check_audio(request.audio)
+    from overcrank.runtime import show
+    from overcrank.runtime.driver import CANCELLED, FAILED, Driver, Job
+    from overcrank.runtime.load import load
+
+    jobs = [Job(request, stem) for request, stem in work]
+    started = time.monotonic()
+    with show.watching(jobs, options["quiet"] or options["as_json"]) as watcher:
+        pipe = load(
+            options["model"],
+            bundle=options["bundle"],
+            backend=options["backend"],
+            device=options["device"],
+            store=options["store"],
+        )
+        driver = Driver(pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"))
+        outcomes = driver.run(jobs, resume=not again)
+    _print(outcomes, options["as_json"], many, time.monotonic() - started)
+    if any(o.status == CANCELLED for o in outcomes):
+        return 130
+    return max((o.exit_code for o in outcomes if o.status == FAILED), default=0)
+
+
+def _print(outcomes: list[Any], as_json: bool, many: bool, seconds: float) -> None:
+    import json
+
+    import click
+    from overcrank.runtime import show
+    from overcrank.runtime.driver import CANCELLED, FAILED
+
+    if as_json:
+        click.echo(json.dumps(show.as_json(outcomes), indent=1))
+        return
+    if many:
+        show.report(outcomes, seconds)
+        return
+    (outcome,) = outcomes
+    if outcome.status == FAILED:
+        click.echo(f"error: {outcome.error}", err=True)
+    elif outcome.status == CANCELLED:
+        click.echo("cancelled; nothing was written.", err=True)
+    for file in outcome.files:
+        click.echo(file)

@@ -1,0 +1,208 @@
+"""The driver: runs one or many renders over shared sessions.
+
+A job goes through three stages, text encoding, denoising and decoding, and each stage is
+held by one job at a time. Where the device gains from it (`lanes`), the text encoding and
+the decoding of one job overlap the denoising of another. The sampling mathematics stays
+in diffusers' pipelines; the driver enters at their step callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from overcrank.errors import OvercrankError, RenderCancelled, RenderError
+from overcrank.models import family
+from overcrank.runtime.images import fitted_image
+from overcrank.runtime.load import pipeline_for
+from overcrank.runtime.metadata import about_render
+from overcrank.runtime.output import Video, is_complete, remove_leavings, write_results
+from overcrank.runtime.request import RenderRequest
+from overcrank.runtime.session import Record
+from overcrank.runtime.steps import NonFinite, Steps, require_finite
+
+if TYPE_CHECKING:
+    from overcrank.runtime.accelerate import Acceleration
+
+log = logging.getLogger("overcrank")
+DONE, SKIPPED, FAILED, CANCELLED = "done", "skipped", "failed", "cancelled"
+
+
+@dataclass(frozen=True)
+class Job:
+    request: RenderRequest  # completed
+    stem: Path  # the results' path without a suffix
+
+
+@dataclass
+class Outcome:
+    """How a job ended; seconds of wall time, and of each denoising step after the first."""
+
+    job: Job
+    status: str = CANCELLED
+    error: str = ""
+    exit_code: int = 0
+    seconds: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    record: Record = field(default_factory=Record)
+    files: list[Path] = field(default_factory=list)
+
+
+class Watcher(Protocol):
+    """Told what happens, from the jobs' own threads."""
+
+    def started(self, job: Job) -> None: ...
+    def stage(self, job: Job, name: str) -> None: ...
+    def stepped(self, job: Job, step: int, steps: int) -> None: ...
+    def ended(self, outcome: Outcome) -> None: ...
+
+
+class Driver:
+    def __init__(self, pipe: Any, model: str, watcher: Watcher, *, preview: bool = False, lanes: int | None = None):
+        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU, 1 on a CPU]."""
+        self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
+        self.acceleration: Acceleration = pipe.overcrank
+        self.lanes = lanes or (2 if pipe.device.type == "cuda" else 1)
+        self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
+        self._cancelled = threading.Event()
+
+    def run(self, jobs: Sequence[Job], resume: bool = False) -> list[Outcome]:
+        """Render every job; one that fails does not stop the rest.
+
+        Ctrl-C cancels between steps, keeps finished videos and leaves the rest `cancelled`;
+        a second one stops at once and removes what is half written. `resume` skips jobs
+        whose results lie there whole.
+        """
+        outcomes = [Outcome(job) for job in jobs]
+        with ThreadPoolExecutor(self.lanes, "render") as pool:
+            running = [pool.submit(self._guarded, outcome, resume) for outcome in outcomes]
+            try:
+                wait(running)
+            except KeyboardInterrupt:
+                log.warning("cancelling after the current step; Ctrl-C again stops at once.")
+                self._cancelled.set()
+                try:
+                    wait(running)
+                except KeyboardInterrupt:
+                    self._stop_at_once(jobs)
+        return outcomes
+
+    def _stop_at_once(self, jobs: Sequence[Job]) -> None:
+        import os
+
+        for job in jobs:
+            remove_leavings(job.stem)
+        os._exit(RenderCancelled.exit_code)
+
+    def _guarded(self, outcome: Outcome, resume: bool) -> None:
+        """Every way a job can end, as its outcome."""
+        start = time.monotonic()
+        job = outcome.job
+        try:
+            if self._cancelled.is_set():
+                return
+            if resume and is_complete(job.stem, job.request.digest(self.model)):
+                outcome.status = SKIPPED
+                return
+            self.watcher.started(job)
+            self._render(outcome)
+            outcome.status = DONE
+        except RenderCancelled:
+            outcome.status = CANCELLED
+        except OvercrankError as error:
+            outcome.status, outcome.error, outcome.exit_code = FAILED, str(error), error.exit_code
+        except Exception as error:
+            log.debug("job %s", job.stem.name, exc_info=True)
+            outcome.status, outcome.error, outcome.exit_code = FAILED, f"{type(error).__name__}: {error}", 1
+        finally:
+            remove_leavings(job.stem)
+            outcome.seconds = time.monotonic() - start
+            self.watcher.ended(outcome)
+
+    def _render(self, outcome: Outcome) -> None:
+        """One job; a non-finite result is rendered again without engines."""
+        job, ledger = outcome.job, self.acceleration.ledger
+        with ledger.recording() as record:
+            outcome.record = record
+            try:
+                video, pipe = self._video(outcome)
+            except NonFinite as error:
+                used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
+                if not used:
+                    raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
+                ledger.fall_back(
+                    used, f"the engines gave {error}", "report it with the sidecar; rendered again eagerly"
+                )
+                with ledger.eagerly():
+                    try:
+                        video, pipe = self._video(outcome)
+                    except NonFinite as again:
+                        raise RenderError(f"engines and eager PyTorch both gave {again}; try another seed.") from again
+            self.watcher.stage(job, "writing")
+            about = about_render(self.acceleration, self.model, pipe, job.request, outcome)
+            outcome.files = write_results(video, job.stem, job.request.formats, about, job.request.audio)
+
+    def _video(self, outcome: Outcome) -> tuple[Video, Any]:
+        import numpy as np
+        import torch
+
+        job, variant = outcome.job, self.acceleration.variant
+        request = job.request
+        pipe = pipeline_for(self.pipe, variant, request.task)
+        own = family(variant.family)
+        paths = ((0, request.image), (request.shape.frames - 1, request.last_image))
+        images = {index: fitted_image(path, request.shape) for index, path in paths if path is not None}
+        guided = (request.guidance or 0) > 1
+        with torch.no_grad(), _own_stream(self.lanes, pipe.device):
+            with self.stage(job, "encoding"):
+                text = own.encode(pipe, variant, request.prompt, request.negative_prompt, guided)
+            arguments = own.call_arguments(variant, request.fps, images, request.task)
+            steps = Steps(self, job, pipe)
+            with steps.denoising():
+                result = pipe(
+                    **text,
+                    **arguments,
+                    height=request.height,
+                    width=request.width,
+                    num_frames=request.frames,
+                    num_inference_steps=request.steps,
+                    guidance_scale=request.guidance,
+                    generator=torch.Generator("cpu").manual_seed(request.seed),
+                    output_type="np",
+                    callback_on_step_end=steps,
+                )
+        frames = np.asarray(result.frames[0])
+        outcome.steps = steps.seconds()
+        require_finite(frames)
+        pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+        return Video(pixels, float(request.fps or variant.fps), steps.latents()), pipe
+
+    @contextmanager
+    def stage(self, job: Job, name: str) -> Iterator[None]:
+        with self._stages[name]:
+            self.check_cancelled()
+            self.watcher.stage(job, name)
+            yield
+
+    def check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise RenderCancelled("cancelled")
+
+
+@contextmanager
+def _own_stream(lanes: int, device: Any) -> Iterator[None]:
+    """Jobs that overlap need a CUDA stream each."""
+    import torch
+
+    if lanes > 1 and device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            yield
+    else:
+        yield

@@ -1,0 +1,74 @@
+"""A model's name → a diffusers pipeline on this machine's device, with engines under it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import ModelError, RequestError
+from overcrank.models import hub_folder, local_folder, resolve
+from overcrank.models.base import Variant
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(
+    model: str,
+    *,
+    bundle: str | Path | None = None,
+    backend: str = "auto",
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    store: Path | None = None,
+) -> Any:
+    """The model's text-to-video pipeline, accelerated (see `accelerate`).
+
+    `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
+    is a card, else cpu]; `dtype` [default: on a card bfloat16, or float16 where the card has
+    none; on cpu float32]. Raises ModelError when the checkpoint cannot be found or read.
+    """
+    import diffusers
+    import torch
+    import transformers
+    from overcrank.runtime.accelerate import accelerate
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    variant = resolve(model)
+    folder = local_folder(model) or hub_folder(variant, whole=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = getattr(diffusers, variant.pipelines[0])
+    try:
+        pipe = pipeline.from_pretrained(folder, dtype=dtype or _default_dtype(device), local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a {variant.pipelines[0]}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    pipe = pipe.to(device)
+    return accelerate(pipe, bundle, backend=backend, store=store, model=variant.name)
+
+
+def _default_dtype(device: str) -> torch.dtype:
+    import torch
+
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+
+
+def pipeline_for(pipe: Any, variant: Variant, task: str) -> Any:
+    """A pipeline of the class for `task` over the same modules, with a scheduler of its own.
+
+    Schedulers keep state between steps, so jobs that run at the same time need one each.
+    Raises RequestError when the variant has no such pipeline.
+    """
+    import diffusers
+
+    if task not in variant.tasks:
+        raise RequestError(f"{variant.name} cannot do {task}: it does {', '.join(variant.tasks)}.")
+    cls = getattr(diffusers, variant.pipelines[variant.tasks.index(task)])
+    scheduler = type(pipe.scheduler).from_config(copy.deepcopy(pipe.scheduler.config))
+    made = cls(**{**pipe.components, "scheduler": scheduler})
+    made.set_progress_bar_config(disable=True)
+    return made

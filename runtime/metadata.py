@@ -1,0 +1,79 @@
+"""The sidecar of a render: all that is needed to make it again, and what made it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from overcrank import __version__
+
+if TYPE_CHECKING:
+    from overcrank.runtime.accelerate import Acceleration
+    from overcrank.runtime.driver import Outcome
+    from overcrank.runtime.request import RenderRequest
+
+VERSIONS = ("torch", "diffusers", "transformers", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx", "tensorrt")
+
+
+def about_render(
+    acceleration: Acceleration, model: str, pipe: Any, request: RenderRequest, outcome: Outcome
+) -> dict[str, Any]:
+    """`request` is a valid line of a job file: the same one gives the same frames on the same versions."""
+    import torch
+
+    record = outcome.record
+    device = pipe.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    return {
+        "overcrank": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": model,
+        "source": acceleration.source,
+        "request": request.model_dump(mode="json", exclude_none=True),
+        "request_sha256": request.digest(model),
+        "pipeline": type(pipe).__name__,
+        "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "device": device.type,
+        "gpu": gpu,
+        "machine": platform.machine(),
+        "backend": acceleration.backend,
+        "calls": record.backends(),
+        "bundles": dict(acceleration.bundles),
+        "engine_keys": {k: v for k, v in record.engines.items() if v},
+        "fallbacks": [asdict(f) for f in record.fallbacks],
+        "steps": timing(outcome.steps),
+        "versions": _versions(),
+    }
+
+
+def timing(seconds: list[float]) -> dict[str, float]:
+    """Steps a second, and the median and 95th percentile of a step in milliseconds; the first step left out."""
+    import numpy as np
+
+    if not seconds:
+        return {}
+    p50, p95 = np.percentile(seconds, [50, 95]) * 1000
+    return {
+        "per_second": round(len(seconds) / sum(seconds), 3),
+        "p50_ms": round(float(p50), 3),
+        "p95_ms": round(float(p95), 3),
+    }
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

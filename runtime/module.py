@@ -1,0 +1,98 @@
+"""EngineModule: a session in the place of a module's forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import ShapeError
+from overcrank.models.base import Component
+from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Slot:
+    """One component that may serve a module's calls; its session is made at the first call."""
+
+    component: Component
+    make: Callable[[], Session]
+    session: Session | None = None
+    refused: CannotServe | None = None
+
+    def opened(self) -> Session:
+        if self.refused is not None:
+            raise self.refused
+        if self.session is None:
+            try:
+                self.session = self.make()
+            except CannotServe as error:
+                self.refused = error
+                raise
+        return self.session
+
+
+class EngineModule:
+    """Takes over `module.forward`: same arguments, same results, run by an engine.
+
+    The module stays in the pipeline with its class, configuration, parameters, dtype and
+    hooks, so LoRA loading, offloading and saving keep working, and eager fallback is its
+    own forward. The first of `slots` that fits a call serves it. Calls that need gradients
+    run eagerly.
+    """
+
+    def __init__(self, module: nn.Module, slots: list[Slot], ledger: Ledger) -> None:
+        self.module, self.slots, self.ledger = module, slots, ledger
+        self.__signature__ = inspect.signature(module.forward)
+        self._eager = module.forward
+        self._name = slots[0].component.name
+        module.forward = self
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        del self.module.forward  # the instance attribute; the class's method shows again
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        if not (torch.is_grad_enabled() or self.ledger.forced_eager):
+            call = self.__signature__.bind(*args, **kwargs).arguments
+            refusals: list[CannotServe] = []
+            for slot in self.slots:
+                try:
+                    return self._served(slot, call)
+                except CannotServe as error:
+                    if error.lasting:
+                        slot.refused = error
+                    refusals.append(error)
+            self.ledger.fall_back([self._name], refusals[-1].reason, refusals[-1].fix)
+        self.ledger.record.served[self._name, EAGER] += 1
+        return self._eager(*args, **kwargs)
+
+    def _served(self, slot: Slot, call: dict[str, Any]) -> Any:
+        import torch
+
+        component = slot.component
+        try:
+            inputs = component.adapt(self.module, **call)
+        except ShapeError as error:
+            reason, _, fix = str(error).partition("; ")
+            raise CannotServe(reason, fix, lasting=False) from error
+        session = slot.opened()
+        try:
+            outputs = session(inputs)
+        except torch.cuda.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise CannotServe(
+                f"the engine of {component.name} ran out of GPU memory",
+                "render fewer frames or a smaller size, or free the card",
+            ) from error
+        record = self.ledger.record
+        record.served[component.name, session.backend] += 1
+        record.engines.setdefault(component.name, session.engine)
+        like = inputs[component.inputs[0].name].dtype
+        return component.returns({k: v.to(like) for k, v in outputs.items()}, call)

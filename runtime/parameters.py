@@ -1,0 +1,37 @@
+"""A module's own storage, as the inputs of a graph whose parameters are inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from overcrank.engines.manifest import ComponentEntry
+from overcrank.export.weights import Parameter
+from overcrank.models.base import Component
+from overcrank.runtime.session import CannotServe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def parameters_of(entry: ComponentEntry) -> tuple[Parameter, ...]:
+    return tuple(Parameter(p.input, p.parameter, p.dtype, tuple(p.view), tuple(p.shape)) for p in entry.parameters)
+
+
+def bound_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, Tensor]:
+    """Graph input → view of the module's parameter; nothing is copied.
+
+    Raises CannotServe when the module lacks one, as with LoRA layers that are not fused.
+    """
+    named = dict(module.named_parameters())
+    prefix = f"{component.attribute}." if component.attribute else ""
+    bound = {}
+    for parameter in wanted:
+        own = named.get(parameter.name.removeprefix(prefix))
+        if own is None or tuple(own.shape) != parameter.module_shape:
+            raise CannotServe(
+                f"the {component.subfolder} has no parameter {parameter.name} of shape {list(parameter.module_shape)}",
+                "fuse LoRAs (pipe.fuse_lora(), pipe.unload_lora_weights()) and load the checkpoint unquantized",
+            )
+        bound[parameter.input] = own.detach().view(parameter.shape)
+    return bound

@@ -1,0 +1,179 @@
+"""What a user asks for: one render, or a file with one job a line (JSON Lines)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Literal
+
+from overcrank.errors import RequestError
+from overcrank.models import check_shape
+from overcrank.models.base import Variant, VideoShape
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Format = Literal["mp4", "gif", "png", "sheet", "latents"]
+FORMATS: tuple[Format, ...] = ("mp4", "gif", "png", "sheet", "latents")
+
+
+class RenderRequest(BaseModel):
+    """One video. Unset fields take the model's own values (`completed`); sizes in pixels.
+
+    `output` is the name of the results without a suffix: NAME.mp4, NAME.json and so on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = Field(min_length=1)
+    negative_prompt: str = ""
+    output: str = Field(default="", pattern=r"^[^\x00]*$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    fps: float | None = Field(default=None, gt=0, le=240, allow_inf_nan=False)
+    image: Path | None = None
+    last_image: Path | None = None
+    audio: Path | None = None
+    formats: tuple[Format, ...] = Field(default=("mp4", "sheet"), min_length=1)
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_blank(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return prompt
+
+    @property
+    def task(self) -> str:
+        if self.last_image is not None:
+            return "conditioned"
+        return "text-to-video" if self.image is None else "image-to-video"
+
+    def completed(self, variant: Variant, folder: Path | None = None) -> RenderRequest:
+        """Every field set, paths absolute (relative ones are of `folder`); checked for `variant`.
+
+        Raises ShapeError for a size the model cannot make, RequestError for a task it
+        lacks or a file that is missing.
+        """
+        native = variant.native
+        usual = {
+            "steps": variant.steps,
+            "guidance": variant.guidance,
+            "height": native.height,
+            "width": native.width,
+            "frames": native.frames,
+            "fps": float(variant.fps),
+        }
+        values = {k: v for k, v in usual.items() if getattr(self, k) is None}
+        if self.task not in variant.tasks:
+            raise RequestError(f"{variant.name} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
+        paths = {}
+        for field in ("image", "last_image", "audio"):
+            path: Path | None = getattr(self, field)
+            if path is not None:
+                paths[field] = ((folder or Path()) / path.expanduser()).absolute()
+                if not paths[field].is_file():
+                    raise RequestError(f"{field} {path} does not exist.")
+        complete = self.model_copy(update=values | paths)
+        check_shape(variant, complete.shape)
+        return complete
+
+    @property
+    def shape(self) -> VideoShape:
+        """Of a completed request."""
+        assert self.height is not None
+        assert self.width is not None
+        assert self.frames is not None
+        return VideoShape(self.height, self.width, self.frames)
+
+    def digest(self, model: str) -> str:
+        """SHA-256 of what decides the frames and files of a completed request, the content of its files included."""
+        described = self.model_dump(mode="json", exclude={"output"}) | {"model": model}
+        for field in ("image", "last_image", "audio"):
+            path: Path | None = getattr(self, field)
+            if path is not None:
+                described[field] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def request_of(values: dict[str, object]) -> RenderRequest:
+    """A request of a command's options; raises RequestError naming every wrong one."""
+    try:
+        return RenderRequest.model_validate(values)
+    except ValidationError as error:
+        raise RequestError("; ".join(f"--{_reason(e)}" for e in error.errors()) + ".") from error
+
+
+def read_jobs(file: Path, variant: Variant) -> list[RenderRequest]:
+    """The jobs of a JSON Lines file, completed; blank lines are skipped.
+
+    Raises RequestError with every wrong line and its number.
+    """
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read: {error}.") from error
+    jobs: list[RenderRequest] = []
+    wrong: list[str] = []
+    taken: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            job = _job(line, number).completed(variant, file.parent)
+        except (RequestError, ValueError) as error:
+            wrong.append(f"line {number}: {error}")
+            continue
+        except Exception as error:  # a shape the model cannot make
+            from overcrank.errors import UserError
+
+            if not isinstance(error, UserError):
+                raise
+            wrong.append(f"line {number}: {error}")
+            continue
+        first = taken.setdefault(job.output.casefold(), number)
+        if first != number:
+            wrong.append(f"line {number}: output '{job.output}' is also that of line {first}; give each its own.")
+        jobs.append(job)
+    if wrong:
+        raise RequestError(f"{file} has {len(wrong)} wrong line{'s' * (len(wrong) > 1)}:\n  " + "\n  ".join(wrong))
+    if not jobs:
+        raise RequestError(
+            f'{file} holds no jobs; write one a line, such as {{"prompt": "a red circle moving right"}}.'
+        )
+    return jobs
+
+
+def _job(line: str, number: int) -> RenderRequest:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"no valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise RequestError('no JSON object; a job looks like {"prompt": "…"}.')
+    values.setdefault("output", f"{number:04}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            job = RenderRequest.model_validate(values)
+    except ValidationError as error:
+        raise RequestError("; ".join(_reason(e) for e in error.errors()) + ".") from error
+    name = Path(job.output)
+    if not job.output or name.name != job.output or job.output.startswith("."):
+        raise RequestError(f"output '{job.output}' must be a plain file name without a folder.")
+    return job
+
+
+def _reason(error: object) -> str:
+    """One pydantic error as "field: what is wrong"."""
+    assert isinstance(error, dict)
+    field = ".".join(map(str, error["loc"])) or "job"
+    if error["type"] == "extra_forbidden":
+        return f"{field}: no such field; there are {', '.join(RenderRequest.model_fields)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
+    return f"{field}: {message[0].lower()}{message[1:]}{given}"

@@ -1,0 +1,114 @@
+"""What runs a component, and the record of who served which call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from overcrank.errors import BackendError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("overcrank")
+EAGER = "eager"
+
+
+class Session(Protocol):
+    """Runs one component's graph on named tensors; eager PyTorch needs none, it is the module itself."""
+
+    backend: str  # "onnxruntime", "tensorrt_rtx" or "tensorrt"
+    engine: str  # digest of the EngineKey it runs; "" for a graph
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Raises CannotServe for a call it has no engine for."""
+
+
+class CannotServe(Exception):
+    """Why a session is not used, and the command or change that would let it be.
+
+    `lasting` is true when no later call can be served either.
+    """
+
+    def __init__(self, reason: str, fix: str, lasting: bool = True) -> None:
+        super().__init__(f"{reason}; {fix}")
+        self.reason, self.fix, self.lasting = reason, fix, lasting
+
+
+@dataclass(frozen=True)
+class Fallback:
+    component: str
+    reason: str
+    fix: str
+
+
+@dataclass
+class Record:
+    """What happened during one render."""
+
+    served: Counter[tuple[str, str]] = field(default_factory=Counter)  # (component, backend) → calls
+    engines: dict[str, str] = field(default_factory=dict)
+    fallbacks: list[Fallback] = field(default_factory=list)
+
+    def backends(self) -> dict[str, dict[str, int]]:
+        """component → backend → number of calls."""
+        table: dict[str, dict[str, int]] = {}
+        for (component, backend), count in sorted(self.served.items()):
+            table.setdefault(component, {})[backend] = count
+        return table
+
+
+class Ledger:
+    """Records calls and fallbacks of a pipeline's engines, by the thread that renders."""
+
+    def __init__(self, strict: bool) -> None:
+        """`strict`: a fallback raises BackendError in place of a warning."""
+        self.strict = strict
+        self.standing: list[Fallback] = []  # known before any call
+        self._warned: set[str] = set()
+        self._local = threading.local()
+        self._outside = Record()
+
+    @property
+    def record(self) -> Record:
+        record: Record = getattr(self._local, "record", self._outside)
+        return record
+
+    @property
+    def forced_eager(self) -> bool:
+        return bool(getattr(self._local, "eager", False))
+
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Calls of this thread are recorded here."""
+        self._local.record = record = Record(fallbacks=list(self.standing))
+        try:
+            yield record
+        finally:
+            del self._local.record
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """No engine serves this thread's calls meanwhile."""
+        before = self.forced_eager
+        self._local.eager = True
+        try:
+            yield
+        finally:
+            self._local.eager = before
+
+    def fall_back(self, components: list[str], reason: str, fix: str, standing: bool = False) -> None:
+        """One warning for one reason; raises BackendError when falling back is not allowed."""
+        if self.strict:
+            raise BackendError(f"{', '.join(components)}: {reason}; {fix}.")
+        entries = [Fallback(c, reason, fix) for c in components]
+        kept = self.standing if standing else self.record.fallbacks
+        kept += [e for e in entries if e not in kept]
+        if reason not in self._warned:
+            self._warned.add(reason)
+            log.warning("%s: rendering with eager PyTorch: %s; %s.", ", ".join(components), reason, fix)

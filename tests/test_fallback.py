@@ -1,0 +1,130 @@
+"""Which bundle serves a pipeline, and why one does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from overcrank.engines.manifest import TensorEntry, read_manifest
+from overcrank.models import resolve
+from overcrank.runtime.accelerate import bundle_of, fitting_bundles
+from overcrank.runtime.parameters import bound_parameters, parameters_of
+from overcrank.runtime.session import CannotServe
+from overcrank.runtime.trt import check_shape
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real engine of the demo's denoiser."""
+    from click.testing import CliRunner
+    from overcrank import cli
+
+    out = tmp_path_factory.mktemp("bundles")
+    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--out"]
+    result = CliRunner().invoke(cli.build_engine, [*words, str(out), "--store", str(out / "store")])
+    assert result.exit_code == 0, result.output
+    (found,) = (p.parent for p in out.glob("*/manifest.json"))
+    return found
+
+
+def refusal(*arguments: Any) -> CannotServe:
+    with pytest.raises(CannotServe) as caught:
+        fitting_bundles(*arguments)
+    return caught.value
+
+
+def test_the_bundle_of_this_network_card_and_precision_is_chosen(bundle: Path) -> None:
+    demo = resolve("ltx-demo")
+    assert fitting_bundles([bundle], demo, "sm_89", "bf16")[0][0] == bundle
+    tuned = replace(demo, name="my-finetune")
+    assert fitting_bundles([bundle], tuned, "sm_89", "bf16")[0][0] == bundle
+
+
+def test_each_component_comes_from_the_newest_bundle_that_has_it(bundle: Path, tmp_path: Path) -> None:
+    """A later bundle with only the conditioned denoiser must not take the plain one away."""
+    later = tmp_path / "later"
+    shutil.copytree(bundle, later)
+    manifest = json.loads((later / "manifest.json").read_text())
+    manifest["created"] = "2999-01-01T00:00:00+00:00"
+    manifest["components"][0]["name"] = "denoiser_conditioned"
+    (later / "manifest.json").write_text(json.dumps(manifest))
+    fitting = fitting_bundles([bundle, later], resolve("ltx-demo"), "sm_89", "bf16")
+    assert [p for p, _ in fitting] == [later, bundle]
+    assert bundle_of("denoiser", fitting, "build")[0] == bundle
+    assert bundle_of("denoiser_conditioned", fitting, "build")[0] == later
+    with pytest.raises(CannotServe, match="no bundle has an engine of vae_decoder") as missing:
+        bundle_of("vae_decoder", fitting, "build")
+    assert missing.value.fix == "build --components vae_decoder"
+
+
+def test_every_reason_against_a_bundle_comes_with_the_command_that_helps(bundle: Path, tmp_path: Path) -> None:
+    demo = resolve("ltx-demo")
+    none = refusal([], demo, "sm_89", "bf16")
+    assert (none.reason, none.fix) == ("there is no engine of ltx-demo", "build-engine --model ltx-demo --gpu sm_89")
+    other = refusal([bundle], resolve("ltx"), "sm_89", "bf16")
+    assert other.reason == "there is no engine of ltx-2b-0.9.5; 1 of other networks"
+    card = refusal([bundle], demo, "sm_120", "bf16")
+    assert card.reason == "the engines of ltx-demo are for sm_89, this card is sm_120"
+    assert card.fix == "build-engine --model ltx-demo --gpu sm_120"
+    precision = refusal([bundle], demo, "sm_89", "fp16")
+    assert "are bf16 with weights as inputs, and the pipeline's weights are fp16" in precision.reason
+    assert precision.fix.endswith("--precision fp16")
+    damaged = tmp_path / bundle.name
+    shutil.copytree(bundle, damaged)
+    engine = next(damaged.glob("*.engine"))
+    engine.write_bytes(engine.read_bytes()[:-1] + b"\0")
+    fitting = fitting_bundles([damaged], demo, "sm_89", "bf16")
+    with pytest.raises(CannotServe, match="does not match the manifest") as broken:
+        bundle_of("denoiser", fitting, "build-engine")
+    assert "engines rm" in broken.value.fix
+    (damaged / "manifest.json").write_text("{}")
+    assert "there is no engine" in refusal([damaged], demo, "sm_89", "bf16").reason
+
+
+def test_shapes_outside_the_profile_are_refused_for_that_call_only() -> None:
+    spec = TensorEntry(name="x", dtype="bf16", dims=["batch", 4], min=[1, 4], opt=[2, 4], max=[2, 4])
+    check_shape("denoiser", spec, (2, 4), "build")
+    with pytest.raises(CannotServe, match="outside the engine's profile") as caught:
+        check_shape("denoiser", spec, (3, 4), "build-engine")
+    assert not caught.value.lasting
+    assert "--max-frames" in caught.value.fix
+
+
+def test_parameters_are_bound_from_the_modules_own_storage(bundle: Path) -> None:
+    from overcrank.models import components
+    from overcrank.models.demo import networks
+
+    module = networks.denoiser()
+    entry = read_manifest(bundle).component("denoiser")
+    component = components(resolve("ltx-demo"), ("denoiser",))[0]
+    bound = bound_parameters(module, component, parameters_of(entry))
+    storage = {p.data_ptr() for p in module.parameters()}
+    assert len(bound) > 100
+    assert {t.data_ptr() for t in bound.values()} <= storage
+    del module.transformer_blocks[5]
+    with pytest.raises(CannotServe, match=r"has no parameter transformer_blocks\.5"):
+        bound_parameters(module, component, parameters_of(entry))
+
+
+def test_an_engine_of_another_tensorrt_or_without_a_driver_is_refused(bundle: Path) -> None:
+    import torch
+    from overcrank.runtime.trt import TrtSession
+
+    manifest = read_manifest(bundle)
+    entry = manifest.component("denoiser")
+    with pytest.raises(CannotServe, match=r"built with TensorRT for RTX 0\.1 and .* is installed") as caught:
+        TrtSession("tensorrt_rtx", "0.1", bundle, entry, {}, "build-engine --model ltx-demo")
+    assert caught.value.fix == "build-engine --model ltx-demo"
+    if not torch.cuda.is_available():
+        with pytest.raises(CannotServe, match="could not be loaded on this card"):
+            TrtSession("tensorrt_rtx", manifest.flavour_version, bundle, entry, {}, "build")
+
+
+def test_the_demo_bundle_says_what_it_is(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["model"] == "ltx-demo"
+    assert manifest["max"]["frames"] == 33
