@@ -183,20 +183,22 @@ VARIANTS: tuple[Variant, ...] = (
 
 # ── rendering ────────────────────────────────────────────────────────────────────────
 
-CONDITION_NOISE = 0.025  # decode_noise_scale of timestep-conditioned VAEs, as published
-DECODE_TIMESTEP = 0.05
+# Of checkpoints whose VAE takes a timestep (0.9.1 and later), as diffusers' documentation of LTX-Video gives them.
+DECODE_TIMESTEP, DECODE_NOISE, CONDITION_NOISE = 0.05, 0.025, 0.025
 
 
 def call_arguments(variant: Variant, fps: float, images: Mapping[int, Any], task: str) -> dict[str, Any]:
     """Arguments of the pipelines' calls that other families lack; `images`: frame index → PIL image."""
     arguments: dict[str, Any] = {"frame_rate": fps, "max_sequence_length": variant.text_length}
-    if variant.configs["vae"].get("timestep_conditioning"):
-        arguments |= {"decode_timestep": DECODE_TIMESTEP, "decode_noise_scale": CONDITION_NOISE}
+    timed = variant.configs["vae"].get("timestep_conditioning")
+    if timed:
+        arguments |= {"decode_timestep": DECODE_TIMESTEP, "decode_noise_scale": DECODE_NOISE}
     if task == "image-to-video":
         arguments["image"] = images[0]
     elif task == "conditioned":
         arguments |= {"image": list(images.values()), "video": [None] * len(images)}
         arguments |= {"frame_index": list(images), "strength": [1.0] * len(images)}
+        arguments["image_cond_noise_scale"] = CONDITION_NOISE if timed else 0.0
     return arguments
 
 

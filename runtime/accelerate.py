@@ -15,7 +15,7 @@ from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, family, variant_from_configs, variant_from_manifest
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.module import EngineModule, Slot
-from overcrank.runtime.parameters import bound_parameters, parameters_of
+from overcrank.runtime.parameters import bound_parameters, own_parameters, parameters_of
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _trt_session(bundle: Path, manifest: Manifest, component: Component, module:
     from overcrank.runtime.trt import TrtSession
 
     entry = manifest.component(component.name)
-    parameters = bound_parameters(module, component, parameters_of(entry))
+    parameters = own_parameters(module, component, parameters_of(entry))
     return TrtSession(manifest.flavour, manifest.flavour_version, bundle, entry, parameters, rebuild)
 
 

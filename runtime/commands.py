@@ -28,7 +28,7 @@ def render_one(options: dict[str, Any]) -> int:
 
 
 def render_batch(options: dict[str, Any]) -> int:
-    """Exit status of `overcrank batch`: 0 when every job is done, 1 when one failed, 130 when cancelled."""
+    """Exit status of `overcrank batch`: 0 when every job is done, else the worst failure's, 130 when cancelled."""
     options["model"] = options["model"] or packaged_model()
     variant = resolve(options["model"])
     jobs = read_jobs(options["jobs"], variant)
@@ -57,16 +57,15 @@ def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
 def _run(
     options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], again: bool, many: bool
 ) -> int:
-    from overcrank.runtime.output import check_audio, prepare_folder
+    from overcrank.runtime.output import prepare_folder
 
     prepare_folder(work[0][1].parent)
-    for request, _ in work:
-        if request.audio is not None:
-            check_audio(request.audio)
+    import diffusers
     from overcrank.runtime import show
     from overcrank.runtime.driver import CANCELLED, FAILED, Driver, Job
     from overcrank.runtime.load import load
 
+    diffusers.utils.logging.set_verbosity_error()
     jobs = [Job(request, stem) for request, stem in work]
     started = time.monotonic()
     with show.watching(jobs, options["quiet"] or options["as_json"]) as watcher:

@@ -23,7 +23,7 @@ from overcrank.models import family
 from overcrank.runtime.images import fitted_image
 from overcrank.runtime.load import pipeline_for
 from overcrank.runtime.metadata import about_render
-from overcrank.runtime.output import Video, is_complete, remove_leavings, write_results
+from overcrank.runtime.output import Video, check_audio, is_complete, remove_leavings, write_results
 from overcrank.runtime.request import RenderRequest
 from overcrank.runtime.session import Record
 from overcrank.runtime.steps import NonFinite, Steps, require_finite
@@ -158,6 +158,8 @@ class Driver:
         pipe = pipeline_for(self.pipe, variant, request.task)
         own = family(variant.family)
         paths = ((0, request.image), (request.shape.frames - 1, request.last_image))
+        if request.audio is not None:
+            check_audio(request.audio)
         images = {index: fitted_image(path, request.shape) for index, path in paths if path is not None}
         guided = (request.guidance or 0) > 1
         with torch.no_grad(), _own_stream(self.lanes, pipe.device):
@@ -202,7 +204,9 @@ def _own_stream(lanes: int, device: Any) -> Iterator[None]:
     import torch
 
     if lanes > 1 and device.type == "cuda":
-        with torch.cuda.stream(torch.cuda.Stream(device)):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # the weights may still be on their way
+        with torch.cuda.stream(stream):
             yield
     else:
         yield

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import ModelError, RequestError
+from overcrank.errors import ModelError, RequestError, UserError
 from overcrank.models import hub_folder, local_folder, resolve
 from overcrank.models.base import Variant
 
@@ -30,7 +30,6 @@ def load(
     none; on cpu float32]. Raises ModelError when the checkpoint cannot be found or read.
     """
     import diffusers
-    import torch
     import transformers
     from overcrank.runtime.accelerate import accelerate
 
@@ -38,7 +37,7 @@ def load(
         library.utils.logging.disable_progress_bar()
     variant = resolve(model)
     folder = local_folder(model) or hub_folder(variant, whole=True)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _usable_device(device)
     pipeline = getattr(diffusers, variant.pipelines[0])
     try:
         pipe = pipeline.from_pretrained(folder, dtype=dtype or _default_dtype(device), local_files_only=True)
@@ -47,6 +46,19 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(device)
     return accelerate(pipe, bundle, backend=backend, store=store, model=variant.name)
+
+
+def _usable_device(device: str | None) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if there else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: use cpu, cuda, or cuda:N.")
+    if device.startswith("cuda") and not there:
+        raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no NVIDIA GPU here; use --device cpu.")
+    return device
 
 
 def _default_dtype(device: str) -> torch.dtype:

@@ -49,27 +49,37 @@ class EngineModule:
         self.module, self.slots, self.ledger = module, slots, ledger
         self.__signature__ = inspect.signature(module.forward)
         self._eager = module.forward
+        self._before = vars(module).get("forward")  # an offload hook's, if there is one
         self._name = slots[0].component.name
         module.forward = self
 
     def remove(self) -> None:
-        """Give the module its own forward back."""
-        del self.module.forward  # the instance attribute; the class's method shows again
+        """Give the module its own forward back; a hook put over this one since keeps calling it, to no effect."""
+        self.slots = []
+        if vars(self.module).get("forward") is not self:
+            return
+        if self._before is None:
+            del self.module.forward  # the instance attribute; the class's method shows again
+        else:
+            self.module.forward = self._before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         import torch
 
-        if not (torch.is_grad_enabled() or self.ledger.forced_eager):
+        if self.slots and not (torch.is_grad_enabled() or self.ledger.forced_eager):
             call = self.__signature__.bind(*args, **kwargs).arguments
-            refusals: list[CannotServe] = []
+            refusal: CannotServe | None = None
             for slot in self.slots:
                 try:
                     return self._served(slot, call)
                 except CannotServe as error:
                     if error.lasting:
                         slot.refused = error
-                    refusals.append(error)
-            self.ledger.fall_back([self._name], refusals[-1].reason, refusals[-1].fix)
+                    refusal = refusal or error
+                except ShapeError:  # a component for calls of another kind
+                    continue
+            assert refusal is not None, "some component describes every call of its module"
+            self.ledger.fall_back([self._name], refusal.reason, refusal.fix)
         self.ledger.record.served[self._name, EAGER] += 1
         return self._eager(*args, **kwargs)
 
@@ -77,11 +87,7 @@ class EngineModule:
         import torch
 
         component = slot.component
-        try:
-            inputs = component.adapt(self.module, **call)
-        except ShapeError as error:
-            reason, _, fix = str(error).partition("; ")
-            raise CannotServe(reason, fix, lasting=False) from error
+        inputs = component.adapt(self.module, **call)
         session = slot.opened()
         try:
             outputs = session(inputs)

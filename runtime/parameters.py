@@ -18,8 +18,8 @@ def parameters_of(entry: ComponentEntry) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.input, p.parameter, p.dtype, tuple(p.view), tuple(p.shape)) for p in entry.parameters)
 
 
-def bound_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, Tensor]:
-    """Graph input → view of the module's parameter; nothing is copied.
+def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, nn.Parameter]:
+    """Graph input → the module's parameter, which follows when the module is moved.
 
     Raises CannotServe when the module lacks one, as with LoRA layers that are not fused.
     """
@@ -33,5 +33,12 @@ def bound_parameters(module: nn.Module, component: Component, wanted: Iterable[P
                 f"the {component.subfolder} has no parameter {parameter.name} of shape {list(parameter.module_shape)}",
                 "fuse LoRAs (pipe.fuse_lora(), pipe.unload_lora_weights()) and load the checkpoint unquantized",
             )
-        bound[parameter.input] = own.detach().view(parameter.shape)
+        bound[parameter.input] = own
     return bound
+
+
+def bound_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, Tensor]:
+    """Graph input → view of the module's parameter in the graph's shape; nothing is copied."""
+    wanted = tuple(wanted)
+    own = own_parameters(module, component, wanted)
+    return {p.input: own[p.input].detach().view(p.shape) for p in wanted}

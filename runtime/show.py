@@ -11,7 +11,6 @@ from typing import Any
 from overcrank.runtime.driver import CANCELLED, DONE, FAILED, SKIPPED, Job, Outcome
 from overcrank.runtime.metadata import timing
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -57,11 +56,23 @@ class Bars:
             self._progress.console.print(line_of(outcome), soft_wrap=True, highlight=False, markup=False)
 
 
+class _Lines(logging.Handler):
+    """Each record as one line above the progress bars."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
 @contextmanager
 def watching(jobs: Sequence[Job], quiet: bool) -> Iterator[Silent | Bars]:
     """Progress and warnings on stderr while jobs run."""
     console = Console(stderr=True)
-    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False, highlighter=None)
+    handler = _Lines(console)
     log = logging.getLogger("overcrank")
     log.addHandler(handler)
     log.propagate = False

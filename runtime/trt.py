@@ -33,7 +33,7 @@ class TrtSession:
         parameters: Mapping[str, torch.Tensor],
         rebuild: str,
     ) -> None:
-        """`parameters`: engine input → tensor in the dtype the engine declares; `rebuild`: the command that fixes."""
+        """`parameters`: engine input → the module's parameter; `rebuild`: the command that fixes."""
         self.backend, self.engine = flavour, entry.key.digest()
         self._entry, self._rebuild = entry, rebuild
         found = flavour_version(flavour)
@@ -90,7 +90,7 @@ class TrtSession:
         buffer.copy_(tensor)
 
     def _bind_parameters(self) -> None:
-        """Addresses change only when the module is moved, as CPU offloading does."""
+        """The engine reads the module's storage; its address changes only when the module is moved."""
         for name, tensor in self._parameters.items():
             address = tensor.data_ptr()
             if self._bound.get(name) != address:
@@ -100,6 +100,8 @@ class TrtSession:
     def _check_dtypes(self) -> None:
         for name, tensor in self._parameters.items():
             wanted = self._dtype(name)
+            if not tensor.is_contiguous():
+                raise CannotServe(f"the pipeline holds {name} in another memory format", "keep it contiguous")
             if tensor.dtype != wanted:
                 raise CannotServe(
                     f"the engine takes {name} as {wanted} and the pipeline holds it as {tensor.dtype}",
