@@ -236,7 +236,9 @@ def render(**options: Any) -> None:
 @click.option("--out", "-o", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of results.")
 @_render_options
 @click.option("--again", is_flag=True, help="Render finished jobs again in place of skipping them.")
-@click.option("--lanes", type=click.IntRange(1, 4), help="Jobs at a time [default: 2 on a GPU, 1 on a CPU].")
+@click.option(
+    "--lanes", type=click.IntRange(1, 4), help="Jobs at a time [default: 2 on a GPU of 24 GB or more, else 1]."
+)
 def batch(**options: Any) -> None:
     """Render every line of JOBS, a JSON Lines file; run it again to finish what was interrupted."""
     from overcrank.runtime.commands import render_batch

@@ -66,10 +66,10 @@ class Watcher(Protocol):
 
 class Driver:
     def __init__(self, pipe: Any, model: str, watcher: Watcher, *, preview: bool = False, lanes: int | None = None):
-        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU, 1 on a CPU]."""
+        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1]."""
         self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
         self.acceleration: Acceleration = pipe.overcrank
-        self.lanes = lanes or (2 if pipe.device.type == "cuda" else 1)
+        self.lanes = lanes or _lanes(pipe.device)
         self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
         self._cancelled = threading.Event()
 
@@ -86,9 +86,9 @@ class Driver:
             try:
                 wait(running)
             except KeyboardInterrupt:
-                log.warning("cancelling after the current step; Ctrl-C again stops at once.")
-                self._cancelled.set()
                 try:
+                    self._cancelled.set()
+                    log.warning("cancelling after the current step; Ctrl-C again stops at once.")
                     wait(running)
                 except KeyboardInterrupt:
                     self._stop_at_once(jobs)
@@ -121,6 +121,8 @@ class Driver:
         except Exception as error:
             log.debug("job %s", job.stem.name, exc_info=True)
             outcome.status, outcome.error, outcome.exit_code = FAILED, f"{type(error).__name__}: {error}", 1
+            if type(error).__name__ == "OutOfMemoryError":
+                outcome.error = "the GPU ran out of memory; render fewer frames, a smaller size, or with --lanes 1."
         finally:
             remove_leavings(job.stem)
             outcome.seconds = time.monotonic() - start
@@ -196,6 +198,13 @@ class Driver:
     def check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise RenderCancelled("cancelled")
+
+
+def _lanes(device: Any) -> int:
+    """Decoding one video while denoising another gains only on a GPU, and needs memory for both."""
+    import torch
+
+    return 2 if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 24e9 else 1
 
 
 @contextmanager

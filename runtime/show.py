@@ -52,7 +52,8 @@ class Bars:
         if self._all is not None and row is None:  # skipped or never started: its steps are no longer to come
             left = self._progress.tasks[0].total or 0
             self._progress.update(self._all, total=left - self._steps[outcome.job])
-        if outcome.status != CANCELLED:
+        alone = self._all is None  # a single render's failure is its command's error
+        if outcome.status != CANCELLED and not (alone and outcome.status == FAILED):
             self._progress.console.print(line_of(outcome), soft_wrap=True, highlight=False, markup=False)
 
 

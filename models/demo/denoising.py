@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CLIPS, BATCH, STEPS, RATE = 8192, 32, 12000, 1.0e-3
+CLIPS, BATCH, STEPS, RATE = 8192, 32, 10000, 1.0e-3
 TEXT_KEPT = 24  # captions are shorter; tokens behind them are masked anyway
 
 
