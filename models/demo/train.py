@@ -1,6 +1,6 @@
 """Train ltx-demo: `python -m overcrank.models.demo.train --work DIR` (needs the `demo` extra).
 
-About 80 minutes on two CPU cores, minutes on a GPU. A run that was stopped goes on where
+About an hour on two CPU cores. A run that was stopped goes on where
 it was. Ends by writing the checkpoint and its pictures; `evaluate.py` judges it.
 """
 
