@@ -90,17 +90,19 @@ class Store:
 
 
 @contextmanager
-def store_errors(path: Path) -> Iterator[None]:
-    """An OSError while writing becomes one sentence about `path`."""
+def store_errors(path: Path, instead: str = "--store or --out") -> Iterator[None]:
+    """An OSError while writing becomes one sentence about `path`; `instead` is the option that moves it."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StoreError(f"The disk that holds {path} is full; free space or give {instead} elsewhere.") from error
+        if error.errno == errno.EEXIST:
             raise StoreError(
-                f"The disk that holds {path} is full; free space or give --store or --out elsewhere."
+                f"{path} cannot be a folder: a file of that name is in the way; give another {instead}."
             ) from error
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"{path} cannot be written ({reason}); give a writable --store or --out.") from error
+        raise StoreError(f"{path} cannot be written ({reason}); give a writable {instead}.") from error
 
 
 @contextmanager

@@ -208,7 +208,15 @@ def hub_folder(variant: Variant, whole: bool = False) -> Path:
             f"{variant.name} is published as one file ({variant.hub_id}: {variant.hub_file}); convert it with "
             f"diffusers (from_single_file, save_pretrained) and give the folder as --model."
         )
-    _fetched(variant.hub_id, "model_index.json")
+    try:
+        _fetched(variant.hub_id, "model_index.json")
+    except ModelError as error:
+        if not whole:
+            raise
+        raise ModelError(
+            f"The checkpoint of {variant.name} ('{variant.hub_id}') is not in the local hub cache and cannot be "
+            f"fetched; give its diffusers folder as --model, or leave --model out to render the demo."
+        ) from error
     from huggingface_hub import snapshot_download
 
     folders = sorted({c.subfolder for c in components(variant)})

@@ -6,21 +6,19 @@ the sidecar comes last, so a result that has one is complete.
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.manifest import file_entry
-from overcrank.errors import RequestError, StoreError
+from overcrank.engines.store import store_errors
+from overcrank.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,23 +27,9 @@ if TYPE_CHECKING:
 SHEET_TILES, SHEET_WIDTH = 8, 256
 
 
-@contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """An OSError while writing results becomes one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StoreError(f"The disk that holds {path} is full; free space or render to another folder.") from error
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            raise StoreError(f"{path} cannot be a folder: a file of that name is in the way.") from error
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"{path} cannot be written ({reason}).") from error
-
-
 def prepare_folder(folder: Path) -> None:
     """Make the folder; raises StoreError when nothing can be written into it."""
-    with output_errors(folder):
+    with store_errors(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -86,7 +70,7 @@ def write_results(
         "latents": lambda p: _write_latents(video.latents, p),
     }
     final = result_paths(stem, formats)
-    with output_errors(stem.parent):
+    with store_errors(stem.parent, "--out"):
         work = Path(tempfile.mkdtemp(prefix=f".{stem.name}.", suffix=".part", dir=stem.parent))
         try:
             listed = []
@@ -115,7 +99,7 @@ def written_preview(image: np.ndarray, stem: Path) -> None:
     from PIL import Image
 
     part = stem.with_name(f".{stem.name}.preview.part")
-    with output_errors(stem.parent):
+    with store_errors(stem.parent, "--out"):
         Image.fromarray((image * 255).round().astype(np.uint8)).save(part, format="PNG")
         part.replace(preview_path(stem))
 

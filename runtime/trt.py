@@ -105,7 +105,7 @@ class TrtSession:
             if tensor.dtype != wanted:
                 raise CannotServe(
                     f"the engine takes {name} as {wanted} and the pipeline holds it as {tensor.dtype}",
-                    f"load the pipeline with torch_dtype={wanted}",
+                    f"load the pipeline with dtype={wanted}",
                 )
 
     def _dtype(self, name: str) -> torch.dtype:
