@@ -210,11 +210,13 @@ def _render_options(function: Any) -> Any:
 
 @main.command(cls=_Command)
 @_render_options
-@click.option("--prompt", required=True, help="What the video shows.")
+@click.option("--prompt", default="", help="What the video shows.")
 @click.option("--negative-prompt", default="", help="What it should not show.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True)
 @click.option("--image", type=click.Path(path_type=Path), help="First frame: image-to-video.")
 @click.option("--last-image", type=click.Path(path_type=Path), help="Last frame, alone or with --image.")
+@click.option("--video", type=click.Path(path_type=Path), help="Video to make anew: video-to-video.")
+@click.option("--strength", type=float, help="How much of the video is made anew, 0 to 1 [default: 0.8].")
 @click.option("--audio", type=click.Path(path_type=Path), help="Sound track to mux into the MP4.")
 @click.option("--steps", type=int, help="Denoising steps [default: the model's].")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale; 1 is none.")

@@ -41,10 +41,11 @@ def graph_digest(component: Component, precision: str) -> str:
 
 
 def _code_digest(forward: Any) -> str:
-    """SHA-256 of the export package and of the family's own file."""
+    """SHA-256 of the export package, of the file of `forward`, and of what families share."""
     import inspect
 
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(getattr(forward, "func", forward)))]
+    own = Path(inspect.getfile(getattr(forward, "func", forward)))
+    files = [*sorted(Path(__file__).parent.glob("*.py")), own, own.parent / "_common.py"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 

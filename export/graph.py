@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ExportError
-from overcrank.export import linear
+from overcrank.export import linear, operators
 from overcrank.export.module import abstract_module, torch_dtype
 from overcrank.export.passes import cleaned, deduplicated
 from overcrank.export.repeat import NotAChain, repeat_chain
@@ -120,7 +120,7 @@ def _converted(program: Any) -> ir.Model:
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            custom_translation_table=linear.translations(),
+            custom_translation_table=operators.translations(),
         )
     assert out is not None
     model: ir.Model = out.model

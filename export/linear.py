@@ -32,9 +32,3 @@ def _viewed(op: Any, value: Any, shape: tuple[int, ...]) -> Any:
     value.metadata_props[SHAPE_KEY] = ",".join(map(str, shape))
     return value
 
-
-def translations() -> dict[Any, Any]:
-    """For torch.onnx.export(custom_translation_table=…)."""
-    import torch
-
-    return {torch.ops.aten.linear.default: linear}

@@ -76,6 +76,21 @@ def cast_like_diffusers(module: nn.Module, dtype: torch.dtype) -> None:
                 value.data = value.data.to(dtype)
 
 
+def _as_json_has_it(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _construct_transformers(component: Component, config: Config) -> nn.Module:
+    """A transformers model, such as an image encoder; its configuration keeps what it does not know."""
+    import transformers
+
+    cls: Any = getattr(transformers, component.cls)
+    settings = cls.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})
+    settings._attn_implementation = "sdpa"
+    module: nn.Module = cls(settings)
+    return module
+
+
 def part(whole: nn.Module, component: Component) -> nn.Module:
     return whole.get_submodule(component.attribute) if component.attribute else whole
 
@@ -84,7 +99,9 @@ def _construct(component: Component, config: Config) -> nn.Module:
     import diffusers
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    cls: Any = getattr(diffusers, component.cls)
+    cls: Any = getattr(diffusers, component.cls, None)
+    if cls is None:
+        return _construct_transformers(component, config)
     known = inspect.signature(cls.__init__).parameters
     unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
     if unknown:
@@ -95,7 +112,7 @@ def _construct(component: Component, config: Config) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            module: nn.Module = cls(**{k: v for k, v in config.items() if k in known})
+            module: nn.Module = cls(**{k: _as_json_has_it(v) for k, v in config.items() if k in known})
         except Exception as error:
             raise ModelError(
                 f"{component.cls} cannot be built from {component.subfolder}/config.json: {error}"

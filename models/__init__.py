@@ -1,8 +1,9 @@
 """Families found by file name, and what `--model` means.
 
-A family is a module of this package with `VARIANTS`, `DEFAULT`, `DENOISER_CLASS`,
-`components(variant)`, `grid(variant)` and `latent(variant, shape)`, and for rendering `encode`, `call_arguments` and
-`preview`; its file name is its name. Names with an underscore are no families.
+A family is a module of this package with `TITLE`, `VARIANTS`, `DEFAULT`, `DENOISER_CLASSES`,
+`components(variant)`, `grid(variant)` and `latent(variant, shape)`; what else it may define for
+rendering has its defaults in _common.py. Its file name is its name. Names with an underscore are
+no families.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "components",
     "families",
     "family",
+    "hook",
     "hub_folder",
     "local_folder",
     "packaged_model",
@@ -41,6 +43,13 @@ def families() -> tuple[str, ...]:
 def family(name: str) -> Any:
     """The family's module; a broken import inside it surfaces as itself."""
     return import_module(f"{__name__}.{name}")
+
+
+def hook(variant: Variant, name: str) -> Any:
+    """A function of the variant's family, or what families share where it has none of its own."""
+    from overcrank.models import _common
+
+    return getattr(family(variant.family), name, None) or getattr(_common, name)
 
 
 def components(variant: Variant, names: tuple[str, ...] = ()) -> tuple[Component, ...]:
@@ -103,10 +112,10 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
     """
     for owner in families():
         module = family(owner)
-        if denoiser != module.DENOISER_CLASS:
+        if denoiser not in module.DENOISER_CLASSES:
             continue
-        alike = [v for v in module.VARIANTS if all(_same(v.configs[k], configs.get(k, {})) for k in v.configs)]
-        nearest = alike[0] if alike else _variants()[module.DEFAULT]
+        default = _variants()[module.DEFAULT]
+        nearest = max((default, *module.VARIANTS), key=lambda v: _likeness(v, configs))  # the first of equals
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
         return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
@@ -123,6 +132,13 @@ def variant_from_manifest(manifest: Any) -> Variant:
 
 def _same(published: Config, given: Config) -> bool:
     return all(_plain(published[k]) == _plain(given[k]) for k in published if k in given and not k.startswith("_"))
+
+
+def _likeness(variant: Variant, configs: Mapping[str, Config]) -> tuple[bool, int]:
+    """(whether all that is given agrees, number of fields that do)."""
+    pairs = [(c, configs.get(k, {})) for k, c in variant.configs.items()]
+    fields = sum(_plain(c[f]) == _plain(given[f]) for c, given in pairs for f in c if f in given)
+    return all(_same(c, given) for c, given in pairs), fields
 
 
 def _defaults_like(config: Config) -> Config:

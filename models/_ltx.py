@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from overcrank.errors import ShapeError
+from overcrank.models._common import forwards, modulations
 from overcrank.models.base import Sizes, Tensor, Variant
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def denoiser(
     text = _flat(m.caption_projection(encoder_hidden_states))
     bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None, :]
     rope = (rope_cos[..., None], rope_sin[..., None])
-    with _forwards(list(m.transformer_blocks), _block):
+    with forwards(list(m.transformer_blocks), _block):
         for block in m.transformer_blocks:
             x = block(x, text, modulation, rope, bias, per_token)
-    shift, scale = _modulations(m.scale_shift_table, (embedded[None],) * 2)
+    shift, scale = modulations(m.scale_shift_table, (embedded[None],) * 2)
     out: T = m.proj_out(m.norm_out(x) * (1 + scale) + shift)
     return out.reshape(batch, -1, out.shape[-1])
 
@@ -54,16 +54,6 @@ def denoiser(
 def _flat(x: T) -> T:
     """[B, S, C] → [1, B·S, C]."""
     return x.reshape(1, -1, x.shape[-1])
-
-
-def _modulations(table: T, temb: tuple[T, ...]) -> list[T]:
-    """adaLN values: [n, C] and n of [1, N, C] → n of [1, N, C], N being 1 or B·S.
-
-    One sum per value, not one of [N, n·C]: with a timestep per token the compiler makes the
-    latter for every block in advance and keeps them all.
-    """
-    rows = table.view(1, 1, -1).chunk(table.shape[0], dim=-1)
-    return [row + value for row, value in zip(rows, temb, strict=True)]
 
 
 def _rotate(x: T, cos: T, sin: T) -> T:
@@ -95,25 +85,13 @@ def _block(block: Any, x: T, text: T, temb: tuple[T, ...], rope: tuple[T, T], bi
             return y * block.scale_shift_table[gate] + y * temb[gate]
         return y * ada[gate]
 
-    ada = _modulations(block.scale_shift_table, temb)
+    ada = modulations(block.scale_shift_table, temb)
     y = block.norm1(x) * (1 + ada[1]) + ada[0]
     x = x + gated(_attention(block.attn1, y, y, rope, bias), 2)
     x = x + _attention(block.attn2, x, text, None, bias)
     y = block.norm2(x) * (1 + ada[4]) + ada[3]
     out: T = x + gated(block.ff(y), 5)
     return out
-
-
-@contextmanager
-def _forwards(modules: list[Any], forward: Any, *more: Any) -> Iterator[None]:
-    """Each module runs `forward(module, …)`, still as a module call: nodes know who made them."""
-    for module in modules:
-        module.forward = partial(forward, module, *more)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def vae_decoder(module: nn.Module, hidden_states: T, temb: T | None = None, *noise: T) -> T:
@@ -135,7 +113,7 @@ def _vae_forwards(module: nn.Module, noise: Iterator[T]) -> Iterator[None]:
     with ExitStack() as stack:
         for cls, (forward, *more) in kinds.items():
             named = [m for m in module.modules() if type(m).__name__ == cls]
-            stack.enter_context(_forwards(named, forward, *more))
+            stack.enter_context(forwards(named, forward, *more))
         yield
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 Config = Mapping[str, Any]
+Arguments = dict[str, Any]
+"""Of a pipeline's call."""
 Sizes = Mapping[str, int]
 """Axis name → length, for example {"batch": 2, "tokens": 6144, "text": 128}."""
 
@@ -73,7 +75,8 @@ class Component:
     the full one (export/repeat.py); `trace_sizes` are the axis lengths it is traced at.
     `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that
     its length is scale * root + offset; `free_axes` maps an axis that no video shape sets
-    to its smallest length.
+    to its smallest length. `twins` are other parts of the pipeline, of the same architecture,
+    that the same engine serves with their own weights, if the pipeline has them.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Component:
     trace_sizes: Sizes
     attribute: str = ""
     default: bool = True
+    twins: tuple[str, ...] = ()
     returns: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] = _only_output
     free_axes: Sizes = field(default_factory=dict)
     traced_config: Config = field(default_factory=dict)
@@ -101,8 +105,25 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Media:
+    """What conditions a render besides text: PIL images by frame index, and the frames of a video.
+
+    `strength` is how much of the video is made anew, from 0 to 1.
+    """
+
+    images: Mapping[int, Any] = field(default_factory=dict)
+    video: Sequence[Any] = ()
+    strength: float = 0.8
+    fps: float = 24.0
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One published checkpoint layout of a family."""
+    """One published checkpoint layout of a family.
+
+    `tasks` maps what the checkpoint can do to the diffusers pipeline that does it;
+    `text_length` is 0 for a model without text.
+    """
 
     name: str
     family: str
@@ -113,10 +134,9 @@ class Variant:
     minimum: VideoShape
     maximum: VideoShape
     fps: int
-    pipelines: tuple[str, ...]
+    tasks: Mapping[str, str]
     text_length: int = 128
     guidance: float = 1.0
     steps: int = 30
     hub_file: str = ""
     packaged: str = ""  # folder in this package that holds the checkpoint
-    tasks: tuple[str, ...] = ("text-to-video",)

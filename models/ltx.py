@@ -13,13 +13,16 @@ from math import lcm
 from typing import Any
 
 from overcrank.models import _ltx
-from overcrank.models.base import Component, Config, Repeat, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
 
 TITLE = "LTX-Video"
 DEFAULT = "ltx-2b-0.9.5"
-DENOISER_CLASS = "LTXVideoTransformer3DModel"
-PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
-TASKS = ("text-to-video", "image-to-video", "conditioned")
+DENOISER_CLASSES = ("LTXVideoTransformer3DModel",)
+TASKS = {
+    "text-to-video": "LTXPipeline",
+    "image-to-video": "LTXImageToVideoPipeline",
+    "first-last-frame": "LTXConditionPipeline",
+}
 TRACED_BLOCKS, TRACED_RESNETS = 3, 2  # depth of a traced chain (export/repeat.py)
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
@@ -143,10 +146,9 @@ def _variant(
         hub_id=hub.partition(":")[0],
         hub_file=hub.partition(":")[2],
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
-        pipelines=PIPELINES if conditions else PIPELINES[:2],
         guidance=guidance,
         steps=steps,
-        tasks=TASKS if conditions else TASKS[:2],
+        tasks={k: v for k, v in TASKS.items() if conditions or k != "first-last-frame"},
         **(usual | more),
     )
 
@@ -187,19 +189,19 @@ VARIANTS: tuple[Variant, ...] = (
 DECODE_TIMESTEP, DECODE_NOISE, CONDITION_NOISE = 0.05, 0.025, 0.025
 
 
-def call_arguments(variant: Variant, fps: float, images: Mapping[int, Any], task: str) -> dict[str, Any]:
-    """Arguments of the pipelines' calls that other families lack; `images`: frame index → PIL image."""
-    arguments: dict[str, Any] = {"frame_rate": fps, "max_sequence_length": variant.text_length}
+def call_arguments(variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipelines' calls beyond those all share."""
+    made = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
     timed = variant.configs["vae"].get("timestep_conditioning")
     if timed:
-        arguments |= {"decode_timestep": DECODE_TIMESTEP, "decode_noise_scale": DECODE_NOISE}
-    if task == "image-to-video":
-        arguments["image"] = images[0]
-    elif task == "conditioned":
-        arguments |= {"image": list(images.values()), "video": [None] * len(images)}
-        arguments |= {"frame_index": list(images), "strength": [1.0] * len(images)}
-        arguments["image_cond_noise_scale"] = CONDITION_NOISE if timed else 0.0
-    return arguments
+        made |= {"decode_timestep": DECODE_TIMESTEP, "decode_noise_scale": DECODE_NOISE}
+    if list(media.images) == [0]:
+        made["image"] = media.images[0]
+    elif media.images:
+        made |= {"image": list(media.images.values()), "video": [None] * len(media.images)}
+        made |= {"frame_index": list(media.images), "strength": [1.0] * len(media.images)}
+        made["image_cond_noise_scale"] = CONDITION_NOISE if timed else 0.0
+    return made
 
 
 encode = _ltx.encode
@@ -256,7 +258,7 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
     return Component(
         name="denoiser_conditioned" if per_token else "denoiser",
         default=not per_token,
-        cls=DENOISER_CLASS,
+        cls=DENOISER_CLASSES[0],
         subfolder="transformer",
         config=config,
         traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},

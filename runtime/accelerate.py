@@ -193,10 +193,13 @@ def _install(
     """One EngineModule for each module that some component describes."""
     grouped: dict[tuple[str, str], list[Component]] = defaultdict(list)
     for component in family(variant.family).components(variant):
-        grouped[component.subfolder, component.attribute].append(component)
+        for part in (component.subfolder, *component.twins):
+            grouped[part, component.attribute].append(component)
     installed = []
     for (part, attribute), serving in grouped.items():
-        owner = getattr(pipe, part)
+        owner = getattr(pipe, part, None)
+        if owner is None:  # such as the second expert of a model that has one
+            continue
         module = getattr(owner, attribute) if attribute else owner
 
         def maker(component: Component, module: nn.Module = module) -> Callable[[], Session]:

@@ -12,7 +12,7 @@ from overcrank.models.base import Variant
 from overcrank.runtime.request import FORMATS, RenderRequest, read_jobs, request_of
 
 REQUEST_OPTIONS = (
-    *("prompt", "negative_prompt", "image", "last_image", "audio", "steps", "guidance", "seed"),
+    *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
     *("height", "width", "frames", "fps"),
 )
 

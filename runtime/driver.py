@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
-from overcrank.models import family
-from overcrank.runtime.images import fitted_image
+from overcrank.models import hook
+from overcrank.runtime.images import media_of
 from overcrank.runtime.load import pipeline_for
 from overcrank.runtime.metadata import about_render
 from overcrank.runtime.output import Video, check_audio, is_complete, remove_leavings, write_results
@@ -158,35 +158,28 @@ class Driver:
         job, variant = outcome.job, self.acceleration.variant
         request = job.request
         pipe = pipeline_for(self.pipe, variant, request.task)
-        own = family(variant.family)
-        paths = ((0, request.image), (request.shape.frames - 1, request.last_image))
         if request.audio is not None:
             check_audio(request.audio)
-        images = {index: fitted_image(path, request.shape) for index, path in paths if path is not None}
+        media = media_of(request)
         guided = (request.guidance or 0) > 1
         with torch.no_grad(), _own_stream(self.lanes, pipe.device):
             with self.stage(job, "encoding"):
-                text = own.encode(pipe, variant, request.prompt, request.negative_prompt, guided)
-            arguments = own.call_arguments(variant, request.fps, images, request.task)
+                text = hook(variant, "encode")(pipe, variant, request.prompt, request.negative_prompt, guided)
+            arguments = hook(variant, "call_arguments")(variant, media, text | _usual_arguments(request))
             steps = Steps(self, job, pipe)
             with steps.denoising():
                 result = pipe(
-                    **text,
                     **arguments,
-                    height=request.height,
-                    width=request.width,
-                    num_frames=request.frames,
-                    num_inference_steps=request.steps,
-                    guidance_scale=request.guidance,
+                    **steps.callback(),
                     generator=torch.Generator("cpu").manual_seed(request.seed),
                     output_type="np",
-                    callback_on_step_end=steps,
                 )
-        frames = np.asarray(result.frames[0])
+        frames, sound = hook(variant, "results")(pipe, result)
         outcome.steps = steps.seconds()
+        frames = np.asarray(frames)
         require_finite(frames)
         pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-        return Video(pixels, float(request.fps or variant.fps), steps.latents()), pipe
+        return Video(pixels, float(request.fps or variant.fps), steps.latents(), sound), pipe
 
     @contextmanager
     def stage(self, job: Job, name: str) -> Iterator[None]:
@@ -198,6 +191,16 @@ class Driver:
     def check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise RenderCancelled("cancelled")
+
+
+def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
+    return {
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.frames,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+    }
 
 
 def _lanes(device: Any) -> int:

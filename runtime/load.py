@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,13 @@ def load(
     variant = resolve(model)
     folder = local_folder(model) or hub_folder(variant, whole=True)
     device = _usable_device(device)
-    pipeline = getattr(diffusers, variant.pipelines[0])
+    name = next(iter(variant.tasks.values()))
     try:
-        pipe = pipeline.from_pretrained(folder, dtype=dtype or _default_dtype(device), local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a {variant.pipelines[0]}: {error}") from error
+        pipe = getattr(diffusers, name).from_pretrained(
+            folder, dtype=dtype or _default_dtype(device), local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(device)
     return accelerate(pipe, bundle, backend=backend, store=store, model=variant.name)
@@ -79,8 +82,10 @@ def pipeline_for(pipe: Any, variant: Variant, task: str) -> Any:
 
     if task not in variant.tasks:
         raise RequestError(f"{variant.name} cannot do {task}: it does {', '.join(variant.tasks)}.")
-    cls = getattr(diffusers, variant.pipelines[variant.tasks.index(task)])
+    cls = getattr(diffusers, variant.tasks[task])
     scheduler = type(pipe.scheduler).from_config(copy.deepcopy(pipe.scheduler.config))
-    made = cls(**{**pipe.components, "scheduler": scheduler})
+    taken = inspect.signature(cls.__init__).parameters
+    parts = {k: v for k, v in {**pipe.config, **pipe.components}.items() if k in taken}
+    made = cls(**{**parts, "scheduler": scheduler})
     made.set_progress_bar_config(disable=True)
     return made

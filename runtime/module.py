@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ class EngineModule:
         if self.slots and not (torch.is_grad_enabled() or self.ledger.forced_eager):
             call = self.__signature__.bind(*args, **kwargs).arguments
             refusal: CannotServe | None = None
+            other = ""
             for slot in self.slots:
                 try:
                     return self._served(slot, call)
@@ -76,9 +77,9 @@ class EngineModule:
                     if error.lasting:
                         slot.refused = error
                     refusal = refusal or error
-                except ShapeError:  # a component for calls of another kind
-                    continue
-            assert refusal is not None, "some component describes every call of its module"
+                except ShapeError as error:  # a component for calls of another kind
+                    other = str(error)
+            refusal = refusal or CannotServe(other, "PyTorch runs it", lasting=False)
             self.ledger.fall_back([self._name], refusal.reason, refusal.fix)
         self.ledger.record.served[self._name, EAGER] += 1
         return self._eager(*args, **kwargs)
@@ -89,6 +90,7 @@ class EngineModule:
         component = slot.component
         inputs = component.adapt(self.module, **call)
         session = slot.opened()
+        _check_fixed(component, inputs)
         try:
             outputs = session(inputs)
         except torch.cuda.OutOfMemoryError as error:
@@ -102,3 +104,18 @@ class EngineModule:
         record.engines.setdefault(component.name, session.engine)
         like = inputs[component.inputs[0].name].dtype
         return component.returns({k: v.to(like) for k, v in outputs.items()}, call)
+
+
+def _check_fixed(component: Component, inputs: Mapping[str, Any]) -> None:
+    """Raise CannotServe for a length the graph holds fixed, such as a batch of 1."""
+    for spec in component.inputs:
+        shape = inputs[spec.name].shape
+        fits = len(shape) == len(spec.dims) and all(
+            isinstance(d, str) or d == n for d, n in zip(spec.dims, shape, strict=True)
+        )
+        if not fits:
+            raise CannotServe(
+                f"{component.name}: {spec.name} {list(shape)} is not {list(spec.dims)}",
+                "render one video at a time and with the model's own sizes",
+                lasting=False,
+            )

@@ -10,7 +10,7 @@ import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -52,6 +52,7 @@ class Video:
     frames: np.ndarray
     fps: float
     latents: np.ndarray
+    sound: tuple[np.ndarray, int] | None = None  # the model's own: fp32 [channels, samples] in [-1, 1], and the rate
 
 
 def write_results(
@@ -148,7 +149,8 @@ def write_mp4(result: Video, path: Path, about: Mapping[str, Any], audio: Path |
         coder: Any = video.codec_context
         coder.colorspace, coder.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
         coder.color_primaries, coder.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
-        sound = container.add_stream("aac", rate=48000) if audio else None
+        heard = _decoded(audio) if audio else _drawn(*result.sound) if result.sound else None
+        sound = container.add_stream("aac", rate=48000) if heard else None
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             planes = picture.reformat(
@@ -156,24 +158,40 @@ def write_mp4(result: Video, path: Path, about: Mapping[str, Any], audio: Path |
             )
             container.mux(video.encode(planes))
         container.mux(video.encode(None))
-        if audio is not None and sound is not None:
-            _mux_sound(container, sound, audio, len(frames) / float(rate))
+        if heard is not None and sound is not None:
+            _mux_sound(container, sound, heard, len(frames) / float(rate))
 
 
-def _mux_sound(container: Any, sound: Any, audio: Path, seconds: float) -> None:
+def _decoded(audio: Path) -> Iterator[Any]:
+    import av
+
+    with av.open(str(audio)) as source:
+        yield from source.decode(audio=0)
+
+
+def _drawn(samples: np.ndarray, rate: int) -> Iterator[Any]:
+    import av
+    import numpy as np
+
+    layout = "mono" if len(samples) == 1 else "stereo"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:2], np.float32), format="fltp", layout=layout)
+    frame.sample_rate = rate
+    yield frame
+
+
+def _mux_sound(container: Any, sound: Any, heard: Iterator[Any], seconds: float) -> None:
     """The sound's first `seconds`, resampled to what the AAC encoder takes."""
     import av
 
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=48000, frame_size=1024)
-    with av.open(str(audio)) as source:
-        written = 0
-        for decoded in source.decode(audio=0):
-            for frame in resampler.resample(decoded):
-                if written >= seconds * 48000:
-                    break
-                frame.pts = written
-                written += frame.samples
-                container.mux(sound.encode(frame))
+    written = 0
+    for decoded in heard:
+        for frame in resampler.resample(decoded):
+            if written >= seconds * 48000:
+                break
+            frame.pts = written
+            written += frame.samples
+            container.mux(sound.encode(frame))
     container.mux(sound.encode(None))
 
 

@@ -11,10 +11,13 @@ from typing import Literal
 from overcrank.errors import RequestError
 from overcrank.models import check_shape
 from overcrank.models.base import Variant, VideoShape
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Format = Literal["mp4", "gif", "png", "sheet", "latents"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "png", "sheet", "latents")
+
+
+FILES = ("image", "last_image", "video", "audio")
 
 
 class RenderRequest(BaseModel):
@@ -25,7 +28,7 @@ class RenderRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str = Field(min_length=1)
+    prompt: str = ""
     negative_prompt: str = ""
     output: str = Field(default="", pattern=r"^[^\x00]*$")
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -37,20 +40,17 @@ class RenderRequest(BaseModel):
     fps: float | None = Field(default=None, gt=0, le=240, allow_inf_nan=False)
     image: Path | None = None
     last_image: Path | None = None
+    video: Path | None = None
+    strength: float = Field(default=0.8, ge=0, le=1, allow_inf_nan=False)
     audio: Path | None = None
     formats: tuple[Format, ...] = Field(default=("mp4", "sheet"), min_length=1)
 
-    @field_validator("prompt")
-    @classmethod
-    def _not_blank(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("the prompt is empty")
-        return prompt
-
     @property
     def task(self) -> str:
+        if self.video is not None:
+            return "video-to-video"
         if self.last_image is not None:
-            return "conditioned"
+            return "first-last-frame"
         return "text-to-video" if self.image is None else "image-to-video"
 
     def completed(self, variant: Variant, folder: Path | None = None) -> RenderRequest:
@@ -69,10 +69,14 @@ class RenderRequest(BaseModel):
             "fps": float(variant.fps),
         }
         values = {k: v for k, v in usual.items() if getattr(self, k) is None}
+        if variant.text_length and not self.prompt.strip():
+            raise RequestError(f"prompt: {variant.name} needs one, and it is empty.")
+        if self.video is not None and (self.image is not None or self.last_image is not None):
+            raise RequestError("video and image both condition the render; give one of them.")
         if self.task not in variant.tasks:
             raise RequestError(f"{variant.name} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
         paths = {}
-        for field in ("image", "last_image", "audio"):
+        for field in FILES:
             path: Path | None = getattr(self, field)
             if path is not None:
                 paths[field] = ((folder or Path()) / path.expanduser()).absolute()
@@ -93,7 +97,7 @@ class RenderRequest(BaseModel):
     def digest(self, model: str) -> str:
         """SHA-256 of what decides the frames and files of a completed request, the content of its files included."""
         described = self.model_dump(mode="json", exclude={"output"}) | {"model": model}
-        for field in ("image", "last_image", "audio"):
+        for field in FILES:
             path: Path | None = getattr(self, field)
             if path is not None:
                 described[field] = hashlib.sha256(path.read_bytes()).hexdigest()

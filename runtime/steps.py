@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RenderError
-from overcrank.models import family
+from overcrank.models import family, hook
 from overcrank.runtime.output import written_preview
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class Steps:
         self._kept: list[Tensor] = []
         self._before: Tensor | None = None
         self._cuda = pipe.device.type == "cuda"
+        variant = driver.acceleration.variant
+        self._preview_of = hook(variant, "preview") if driver.preview and hasattr(pipe.scheduler, "sigmas") else None
+        self._left = hook(variant, "rounds")(variant, job.request.shape)  # times the steps are run through
 
     @contextmanager
     def denoising(self) -> Iterator[None]:
@@ -41,18 +44,46 @@ class Steps:
             self._held.enter_context(self._driver.stage(self._job, "denoising"))
             yield
 
+    def callback(self) -> dict[str, Any]:
+        """How the pipeline is told to call this; older ones take another argument, some none."""
+        import inspect
+
+        taken = inspect.signature(type(self._pipe).__call__).parameters
+        if "callback_on_step_end" in taken:
+            return {"callback_on_step_end": self}
+        if "callback" in taken:
+            return {"callback": lambda step, timestep, latents: self(self._pipe, step, timestep, {"latents": latents})}
+        self._watch_scheduler()
+        return {}
+
+    def _watch_scheduler(self) -> None:
+        """A pipeline without a callback calls its scheduler once a step; the scheduler is this job's own."""
+        scheduler = self._pipe.scheduler
+        step = scheduler.step
+        counted = iter(range(10**9))
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            latents = result[0] if isinstance(result, tuple) else result.prev_sample
+            self(self._pipe, next(counted), None, {"latents": latents})
+            return result
+
+        scheduler.step = watched
+
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self._driver.check_cancelled()
         latents = tensors["latents"]
         self._mark()
         if "latents" in self._job.request.formats:
             self._kept.append(latents.detach().clone())
-        steps = pipe.num_timesteps
+        steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
         self._driver.watcher.stepped(self._job, step + 1, steps)
-        if self._driver.preview:
+        if self._preview_of is not None:
             self._preview(step, steps, latents)
         if step + 1 == steps:
-            self._to_decoding(latents)
+            self._left -= 1
+            if self._left == 0:
+                self._to_decoding(latents)
         return {}
 
     def _to_decoding(self, latents: Tensor) -> None:
@@ -96,9 +127,9 @@ class Steps:
         velocity = (latents - before) / (sigmas[step + 1] - sigmas[step]).item()
         guess = latents - sigmas[step + 1].item() * velocity
         acceleration = self._driver.acceleration
-        own, shape = family(acceleration.variant.family), self._job.request.shape
+        grid = family(acceleration.variant.family).latent(acceleration.variant, self._job.request.shape)
         with acceleration.ledger.eagerly():
-            image = own.preview(self._pipe, guess, own.latent(acceleration.variant, shape))
+            image = self._preview_of(self._pipe, guess, grid)
         written_preview(image.permute(1, 2, 0).cpu().numpy(), self._job.stem)
 
 

@@ -6,10 +6,12 @@ published ones and shrink the widths; chains stay long enough to be repeated in 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from overcrank.engines.profiles import Profile
-from overcrank.models import variant_from_configs
+from overcrank.models import resolve
 from overcrank.models.base import Variant, VideoShape
 
 _LTX_DIT = {
@@ -57,30 +59,105 @@ _LTX_091 = _LTX_090 | {
     "upsample_factor": (2, 2),
     "timestep_conditioning": True,
 }
-_LTX = "LTXVideoTransformer3DModel"
 
-CONFIGS = {
-    "tiny-ltx-0.9.5": (_LTX, {"transformer": _LTX_DIT, "vae": _LTX_VAE}),
-    "tiny-ltx-0.9.0": (_LTX, {"transformer": _LTX_DIT, "vae": _LTX_090}),
-    "tiny-ltx-0.9.1": (_LTX, {"transformer": _LTX_DIT, "vae": _LTX_091}),
+_WAN_DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "text_dim": 32,
+    "freq_dim": 16,
+    "ffn_dim": 48,
+    "num_layers": 5,
+}
+_WAN_VAE = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1}
+_WAN_21 = _WAN_VAE | {"latents_mean": [0.1] * 4, "latents_std": [1.2] * 4}
+_WAN_22 = _WAN_VAE | {"decoder_base_dim": 8, "z_dim": 48, "dim_mult": (1, 2, 2, 2)}
+_WAN_22 |= {"latents_mean": [0.1] * 48, "latents_std": [1.2] * 48}
+_CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 224,
+    "projection_dim": 16,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A published variant with some fields of its configurations shrunk."""
+
+    like: str
+    configs: Mapping[str, Mapping[str, Any]]
+    native: VideoShape = VideoShape(64, 64, 17)
+    minimum: VideoShape = VideoShape(32, 32, 1)
+    maximum: VideoShape = VideoShape(96, 96, 33)
+    odd: VideoShape = VideoShape(32, 96, 9)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+TINY = {
+    "tiny-ltx-0.9.5": Tiny("ltx-2b-0.9.5", {"transformer": _LTX_DIT, "vae": _LTX_VAE}, more={"text_length": 16}),
+    "tiny-ltx-0.9.0": Tiny("ltx-2b-0.9.0", {"transformer": _LTX_DIT, "vae": _LTX_090}, more={"text_length": 16}),
+    "tiny-ltx-0.9.1": Tiny("ltx-2b-0.9.1", {"transformer": _LTX_DIT, "vae": _LTX_091}, more={"text_length": 16}),
+    "tiny-wan-2.1": Tiny(
+        "wan-2.1-t2v-1.3b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
+    ),
+    "tiny-wan-2.1-i2v": Tiny(
+        "wan-2.1-i2v-14b-480p",
+        {
+            "transformer": _WAN_DIT | {"in_channels": 12, "out_channels": 4, "image_dim": 32, "added_kv_proj_dim": 32},
+            "vae": _WAN_21,
+            "image_encoder": _CLIP,
+        },
+    ),
+    "tiny-wan-2.1-flf": Tiny(
+        "wan-2.1-flf2v-14b-720p",
+        {
+            "transformer": _WAN_DIT | {"in_channels": 12, "out_channels": 4, "image_dim": 32, "added_kv_proj_dim": 32},
+            "vae": _WAN_21,
+            "image_encoder": _CLIP,
+        },
+    ),
+    "tiny-wan-2.1-vace": Tiny(
+        "wan-2.1-vace-1.3b",
+        {
+            "transformer": _WAN_DIT
+            | {"in_channels": 4, "out_channels": 4, "num_layers": 3, "vace_layers": (0, 2), "vace_in_channels": 72},
+            "vae": _WAN_21,
+        },
+    ),
+    "tiny-wan-2.2-ti2v": Tiny("wan-2.2-ti2v-5b", {"transformer": _WAN_DIT, "vae": _WAN_22}),
+    "tiny-wan-2.2-a14b": Tiny(
+        "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
+    ),
 }
 
 
 def variant(name: str) -> Variant:
-    denoiser, configs = CONFIGS[name]
-    small = variant_from_configs(name, denoiser, configs)
+    tiny = TINY[name]
+    published = resolve(tiny.like)
     return replace(
-        small,
-        native=VideoShape(64, 64, 17),
-        minimum=VideoShape(32, 32, 1),
-        maximum=VideoShape(96, 96, 33),
-        text_length=16,
+        published,
+        name=name,
+        hub_id="",
+        hub_file="",
+        configs={part: {**config, **tiny.configs.get(part, {})} for part, config in published.configs.items()},
+        native=tiny.native,
+        minimum=tiny.minimum,
+        maximum=tiny.maximum,
+        **tiny.more,
     )
+
+
+def shapes(name: str) -> tuple[VideoShape, ...]:
+    """Shapes a graph is compared at: never only the one it was traced at."""
+    tiny = TINY[name]
+    return replace(tiny.native, batch=2), tiny.odd, tiny.minimum
 
 
 def profile(name: str) -> Profile:
-    made = variant(name)
-    low, best, high = made.minimum, made.native, made.maximum
-    return Profile(
-        low, VideoShape(best.height, best.width, best.frames, 2), VideoShape(high.height, high.width, high.frames, 2)
-    )
+    tiny = TINY[name]
+    return Profile(tiny.minimum, replace(tiny.native, batch=2), replace(tiny.maximum, batch=2))
+
+
+TARGETS = {"sm_75": "fp16", "sm_86": "bf16", "sm_89": "bf16", "sm_120": "bf16"}

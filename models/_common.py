@@ -1,0 +1,183 @@
+"""What the families share: forwards patched while tracing, patches ↔ tokens, and calls made of random tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import ShapeError
+from overcrank.models.base import Arguments, Media, Sizes, Tensor, Variant, VideoShape
+
+if TYPE_CHECKING:
+    from torch import Tensor as T
+    from torch import nn
+
+Patch = tuple[int, int, int]
+"""(frames, height, width) of the latent patch that is one token."""
+
+# ── while tracing ────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def forwards(modules: list[Any], forward: Any, *more: Any) -> Iterator[None]:
+    """Each module runs `forward(module, …)`, still as a module call: nodes know who made them."""
+    for module in modules:
+        module.forward = partial(forward, module, *more)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextmanager
+def patched(module: nn.Module, kinds: Mapping[str, Any]) -> Iterator[None]:
+    """Every submodule of a class named in `kinds` runs that function in place of its forward."""
+    with ExitStack() as stack:
+        for cls, forward in kinds.items():
+            named = [m for m in module.modules() if type(m).__name__ == cls]
+            stack.enter_context(forwards(named, forward))
+        yield
+
+
+def rotated(x: T, cos: T, sin: T) -> T:
+    """Rotary embedding on interleaved pairs, in fp32: x [..., d], cos and sin [..., d / 2, 1].
+
+    The stock form writes two halves in place, and the compiler keeps what it writes for every layer.
+    """
+    import torch
+
+    real, imag = x.unflatten(-1, (-1, 2)).float().chunk(2, dim=-1)
+    turned = torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def modulations(table: T, temb: tuple[T, ...]) -> list[T]:
+    """adaLN values: [n, C] and n of [1, N, C] → n of [1, N, C], N being 1 or B·S.
+
+    One sum per value, not one of [N, n·C]: with a timestep per token the compiler makes the
+    latter for every block in advance and keeps them all.
+    """
+    rows = table.view(1, 1, -1).chunk(table.shape[0], dim=-1)
+    return [row + value for row, value in zip(rows, temb, strict=True)]
+
+
+def attend(q: T, k: T, v: T, heads: int, mask: T | None = None) -> T:
+    """q, k, v [B, S, heads · d] → [B, S, heads · d]."""
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return sdpa(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def embedded(conv: Any, tokens: T) -> T:
+    """A patch embedding convolution as the matrix product it is: tokens [1, S, C · patch]."""
+    from torch.nn.functional import linear
+
+    return linear(tokens, conv.weight.flatten(1), conv.bias)
+
+
+# ── around a call ────────────────────────────────────────────────────────────────────
+
+
+def patches(latents: T, patch: Patch) -> T:
+    """[B, C, F, H, W] → [B, S, C · patch], features ordered as a convolution's weight is."""
+    batch, channels, *sizes = latents.shape
+    t, h, w = (n // p for n, p in zip(sizes, patch, strict=True))
+    x = latents.reshape(batch, channels, t, patch[0], h, patch[1], w, patch[2])
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, -1)
+
+
+def unpatched(tokens: T, like: T, patch: Patch) -> T:
+    """[B, S, patch · C] of the latents' size in `like` → [B, C, F, H, W]."""
+    t, h, w = (n // p for n, p in zip(like.shape[2:], patch, strict=True))
+    x = tokens.reshape(like.shape[0], t, h, w, *patch, -1)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def sample_output(result: T, call: Mapping[str, Any]) -> Any:
+    """What a stock denoiser returns."""
+    if not call.get("return_dict", True):
+        return (result,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=result)
+
+
+def named_output(outputs: Mapping[str, T], call: Mapping[str, Any]) -> Any:
+    return sample_output(outputs["sample"], call)
+
+
+def from_patches(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: Patch) -> Any:
+    return sample_output(unpatched(outputs["sample"], call["hidden_states"], patch), call)
+
+
+def given(call: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The named arguments of a call; raises ShapeError for one that is missing: a call of another kind."""
+    for name in names:
+        if call.get(name) is None:
+            raise ShapeError(f"this call gives no {name}")
+    return {name: call[name] for name in names}
+
+
+def tensors_named(module: nn.Module, *, names: tuple[str, ...], **call: Any) -> dict[str, Any]:
+    """`Component.adapt` for calls whose arguments are the inputs."""
+    return given(call, *names)
+
+
+def random_call(
+    module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[Tensor, ...], **more: Any
+) -> dict[str, Any]:
+    """`Component.sample`: normal tensors for `specs`, and `more` as it is."""
+    import torch
+
+    return {t.name: torch.randn(t.shape(sizes), generator=generator) for t in specs} | more
+
+
+def product(latents: tuple[int, int, int], patch: Patch = (1, 1, 1)) -> int:
+    """Tokens of a latent video."""
+    return (latents[0] // patch[0]) * (latents[1] // patch[1]) * (latents[2] // patch[2])
+
+
+class Kept:
+    """What depends on a call's shape only, kept from step to step for each module."""
+
+    def __init__(self) -> None:
+        from weakref import WeakKeyDictionary
+
+        self._kept: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+
+    def get(self, module: Any, key: Any, make: Any) -> Any:
+        found = self._kept.get(module)
+        if found is None or found[0] != key:
+            found = self._kept[module] = (key, make())
+        return found[1]
+
+
+# ── what a family may leave out ──────────────────────────────────────────────────────
+
+
+def encode(pipe: Any, variant: Variant, prompt: str, negative_prompt: str, guided: bool) -> dict[str, Any]:
+    """Text arguments of the pipelines' calls: the pipeline encodes them itself."""
+    return {"prompt": prompt, "negative_prompt": negative_prompt}
+
+
+def call_arguments(variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipelines' calls; `arguments` are those that all share."""
+    return arguments | ({"image": media.images[0]} if media.images else {})
+
+
+def results(pipe: Any, result: Any) -> tuple[Any, tuple[Any, int] | None]:
+    """Frames [F, H, W, 3] in [0, 1], and the sound [channels, samples] with its rate, if there is one."""
+    return result.frames[0], None
+
+
+def rounds(variant: Variant, shape: VideoShape) -> int:
+    """How often the pipeline runs through its steps for one video."""
+    return 1
+
+
+preview = None
+"""`preview(pipe, latents, grid)` → RGB [3, H, W] in [0, 1] of the middle latent frame."""

@@ -1,0 +1,176 @@
+"""Wan 2.1 and 2.2 (Alibaba): text, image, first/last frame and video to video; VACE.
+
+Configurations are those of the published checkpoints, as diffusers' conversion of the
+original files gives them. The two experts of 2.2 A14B are one architecture: one engine serves
+both, each with its own weights. Paper: "Wan: Open and Advanced Large-Scale Video Generative
+Models", arXiv:2503.20314.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from overcrank.models import _clip, _wan_dit, _wan_vae
+from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape
+
+TITLE = "Wan"
+DEFAULT = "wan-2.2-ti2v-5b"
+DENOISER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+
+# ── published checkpoints ────────────────────────────────────────────────────────────
+
+_DIT: Config = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+_SMALL: Config = _DIT | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_FIVE: Config = _DIT | {
+    "num_attention_heads": 24,
+    "ffn_dim": 14336,
+    "num_layers": 30,
+    "in_channels": 48,
+    "out_channels": 48,
+}
+_IMAGE: Config = _DIT | {"in_channels": 36}
+_CLIP_IMAGE: Config = _IMAGE | {"image_dim": 1280, "added_kv_proj_dim": 5120}
+_FLF: Config = _CLIP_IMAGE | {"pos_embed_seq_len": 514}
+_VACE: Config = {"vace_in_channels": 96}
+_VACE_SMALL: Config = _SMALL | _VACE | {"vace_layers": tuple(range(0, 30, 2))}
+_VACE_BIG: Config = _DIT | _VACE | {"vace_layers": tuple(range(0, 40, 5))}
+
+VAE_21: Config = {
+    "base_dim": 96,
+    "decoder_base_dim": None,
+    "z_dim": 16,
+    "dim_mult": (1, 2, 4, 4),
+    "num_res_blocks": 2,
+    "attn_scales": (),
+    "temperal_downsample": (False, True, True),
+    "is_residual": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
+VAE_22: Config = VAE_21 | {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+_TASKS = {
+    "text": {"text-to-video": "WanPipeline", "video-to-video": "WanVideoToVideoPipeline"},
+    "image": {"image-to-video": "WanImageToVideoPipeline"},
+    "frames": {"first-last-frame": "WanImageToVideoPipeline"},
+    "image, frames": {"image-to-video": "WanImageToVideoPipeline", "first-last-frame": "WanImageToVideoPipeline"},
+    "both": {"text-to-video": "WanPipeline", "image-to-video": "WanImageToVideoPipeline"},
+    "vace": {"text-to-video": "WanVACEPipeline", "video-to-video": "WanVACEPipeline"},
+}
+_SIZE = {
+    "480p": VideoShape(480, 832, 81),
+    "720p": VideoShape(720, 1280, 81),
+    "704p": VideoShape(704, 1280, 121),
+}
+
+
+def _variant(name: str, hub: str, dit: Config, does: str, size: str, shift: float, **more: Any) -> Variant:
+    configs: dict[str, Config] = {
+        "transformer": dit,
+        "vae": VAE_22 if dit["in_channels"] == 48 else VAE_21,
+        "scheduler": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": shift},
+    }
+    if dit["image_dim"]:
+        configs["image_encoder"] = _clip.VIT_H
+    usual: dict[str, Any] = {"fps": 16, "guidance": 5.0, "steps": 50}
+    return Variant(
+        name=name,
+        family="wan",
+        title=f"Wan {name[4:7]} {name[8:].replace('-', ' ').upper()}",
+        hub_id=f"Wan-AI/{hub}-Diffusers",
+        configs=configs,
+        native=_SIZE[size],
+        minimum=VideoShape(256, 256, 1 if does in ("text", "both", "vace") else 5),
+        maximum=_SIZE[size],
+        text_length=_wan_dit.TEXT_LENGTH,
+        tasks=_TASKS[does],
+        **(usual | more),
+    )
+
+
+VARIANTS: tuple[Variant, ...] = (
+    _variant("wan-2.1-t2v-1.3b", "Wan2.1-T2V-1.3B", _SMALL, "text", "480p", 3.0),
+    _variant("wan-2.1-t2v-14b", "Wan2.1-T2V-14B", _DIT, "text", "720p", 5.0),
+    _variant("wan-2.1-i2v-14b-480p", "Wan2.1-I2V-14B-480P", _CLIP_IMAGE, "image", "480p", 3.0),
+    _variant("wan-2.1-i2v-14b-720p", "Wan2.1-I2V-14B-720P", _CLIP_IMAGE, "image", "720p", 5.0),
+    _variant("wan-2.1-flf2v-14b-720p", "Wan2.1-FLF2V-14B-720P", _FLF, "frames", "720p", 16.0),
+    _variant("wan-2.1-vace-1.3b", "Wan2.1-VACE-1.3B", _VACE_SMALL, "vace", "480p", 3.0),
+    _variant("wan-2.1-vace-14b", "Wan2.1-VACE-14B", _VACE_BIG, "vace", "720p", 5.0),
+    _variant("wan-2.2-ti2v-5b", "Wan2.2-TI2V-5B", _FIVE, "both", "704p", 5.0, fps=24),
+    _variant("wan-2.2-t2v-a14b", "Wan2.2-T2V-A14B", _DIT, "text", "720p", 3.0, guidance=4.0, steps=40),
+    _variant("wan-2.2-i2v-a14b", "Wan2.2-I2V-A14B", _IMAGE, "image, frames", "720p", 3.0, guidance=3.5, steps=40),
+)
+
+# ── shapes and components ────────────────────────────────────────────────────────────
+
+
+def grid(variant: Variant) -> dict[str, tuple[int, int]]:
+    """Valid sizes of each axis as (step, offset)."""
+    vae = variant.configs["vae"]
+    step = vae["scale_factor_spatial"] * variant.configs["transformer"]["patch_size"][1]
+    return {"height": (step, 0), "width": (step, 0), "frames": (vae["scale_factor_temporal"], 1)}
+
+
+def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
+    """Latent (frames, height, width) of a video shape."""
+    vae = variant.configs["vae"]
+    side = vae["scale_factor_spatial"]
+    return (shape.frames - 1) // vae["scale_factor_temporal"] + 1, shape.height // side, shape.width // side
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    """2.2 TI2V gives each token a timestep, the others one to all; only 2.1 looks at images through CLIP."""
+    dit, vae = variant.configs["transformer"], variant.configs["vae"]
+
+    def latent_of(shape: VideoShape) -> tuple[int, int, int]:
+        return latent(variant, shape)
+
+    cls = DENOISER_CLASSES[1 if dit.get("vace_layers") else 0]
+    denoiser = _wan_dit.component(cls, dit, latent_of, per_token=vae["z_dim"] == 48, twins=("transformer_2",))
+    images = (_clip.component(variant.configs["image_encoder"], hidden=-2),) if dit.get("image_dim") else ()
+    return (denoiser, *_wan_vae.components(vae, latent_of), *images)
+
+
+# ── rendering ────────────────────────────────────────────────────────────────────────
+
+
+def call_arguments(variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipelines' calls beyond those all share."""
+    made = dict(arguments)
+    if media.images:
+        made["image"] = media.images[0]
+    if len(media.images) > 1:
+        made["last_image"] = media.images[max(media.images)]
+    if media.video:
+        made["video"] = media.video
+    if media.video and not variant.configs["transformer"].get("vace_layers"):
+        made["strength"] = media.strength
+        made.pop("num_frames")  # as many as the video has
+    return made
