@@ -102,7 +102,7 @@ def _axes(component: Component) -> dict[str, Any]:
     from torch.export import Dim
 
     names = {d for t in component.inputs for d in t.dims if isinstance(d, str)}
-    roots = {n: Dim(n) for n in names if n not in component.affine_axes}
+    roots = {n: Dim(n, min=component.least.get(n)) for n in names if n not in component.affine_axes}
     axes: dict[str, Any] = dict(roots)
     for name, (root, scale, offset) in component.affine_axes.items():
         base = roots.setdefault(root, Dim(root))

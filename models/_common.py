@@ -142,17 +142,19 @@ def product(latents: tuple[int, int, int], patch: Patch = (1, 1, 1)) -> int:
 
 
 class Kept:
-    """What depends on a call's shape only, kept from step to step for each module."""
+    """What is the same from step to step, kept for as long as its owner, a module or a tensor, lives."""
 
     def __init__(self) -> None:
-        from weakref import WeakKeyDictionary
+        self._kept: Any = None
 
-        self._kept: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+    def get(self, owner: Any, key: Any, make: Any) -> Any:
+        from torch.utils.weak import WeakIdKeyDictionary
 
-    def get(self, module: Any, key: Any, make: Any) -> Any:
-        found = self._kept.get(module)
+        if self._kept is None:
+            self._kept = WeakIdKeyDictionary()
+        found = self._kept.get(owner)
         if found is None or found[0] != key:
-            found = self._kept[module] = (key, make())
+            found = self._kept[owner] = (key, make())
         return found[1]
 
 
@@ -164,7 +166,11 @@ def encode(pipe: Any, variant: Variant, prompt: str, negative_prompt: str, guide
     return {"prompt": prompt, "negative_prompt": negative_prompt}
 
 
-def call_arguments(variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+def prepare(pipe: Any, variant: Variant) -> None:
+    """Called once when a checkpoint is loaded."""
+
+
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipelines' calls; `arguments` are those that all share."""
     return arguments | ({"image": media.images[0]} if media.images else {})
 

@@ -75,7 +75,8 @@ class Component:
     the full one (export/repeat.py); `trace_sizes` are the axis lengths it is traced at.
     `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that
     its length is scale * root + offset; `free_axes` maps an axis that no video shape sets
-    to its smallest length. `twins` are other parts of the pipeline, of the same architecture,
+    to its smallest length. `least` maps an axis to the smallest
+    length it is traced for. `twins` are other parts of the pipeline, of the same architecture,
     that the same engine serves with their own weights, if the pipeline has them.
     """
 
@@ -97,6 +98,7 @@ class Component:
     free_axes: Sizes = field(default_factory=dict)
     traced_config: Config = field(default_factory=dict)
     repeats: tuple[Repeat, ...] = ()
+    least: Sizes = field(default_factory=dict)
     affine_axes: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 
     def at_depth(self, config: Config) -> Component:

@@ -189,7 +189,7 @@ VARIANTS: tuple[Variant, ...] = (
 DECODE_TIMESTEP, DECODE_NOISE, CONDITION_NOISE = 0.05, 0.025, 0.025
 
 
-def call_arguments(variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipelines' calls beyond those all share."""
     made = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
     timed = variant.configs["vae"].get("timestep_conditioning")

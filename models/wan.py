@@ -161,7 +161,7 @@ def components(variant: Variant) -> tuple[Component, ...]:
 # ── rendering ────────────────────────────────────────────────────────────────────────
 
 
-def call_arguments(variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipelines' calls beyond those all share."""
     made = dict(arguments)
     if media.images:

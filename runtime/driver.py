@@ -8,6 +8,7 @@ in diffusers' pipelines; the driver enters at their step callback.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
@@ -165,7 +166,8 @@ class Driver:
         with torch.no_grad(), _own_stream(self.lanes, pipe.device):
             with self.stage(job, "encoding"):
                 text = hook(variant, "encode")(pipe, variant, request.prompt, request.negative_prompt, guided)
-            arguments = hook(variant, "call_arguments")(variant, media, text | _usual_arguments(request))
+            usual = text | _usual_arguments(request)
+            arguments = hook(variant, "call_arguments")(pipe, variant, media, _taken(pipe, usual))
             steps = Steps(self, job, pipe)
             with steps.denoising():
                 result = pipe(
@@ -201,6 +203,12 @@ def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
     }
+
+
+def _taken(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that this pipeline knows: not every one takes a size, or guidance."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    return {k: v for k, v in arguments.items() if k in known}
 
 
 def _lanes(device: Any) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ModelError, RequestError, UserError
-from overcrank.models import hub_folder, local_folder, resolve
+from overcrank.models import hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Variant
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def load(
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
+    hook(variant, "prepare")(pipe, variant)
     pipe = pipe.to(device)
     return accelerate(pipe, bundle, backend=backend, store=store, model=variant.name)
 

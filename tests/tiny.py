@@ -80,6 +80,46 @@ _CLIP = {
     "image_size": 224,
     "projection_dim": 16,
 }
+_HUNYUAN_DIT = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 4,
+    "num_single_layers": 5,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 6, 6),
+}
+_HUNYUAN_15 = {k: v for k, v in _HUNYUAN_DIT.items() if "single" not in k and "pooled" not in k}
+_HUNYUAN_15 |= {"in_channels": 9, "text_embed_2_dim": 12, "image_embed_dim": 8}
+_HUNYUAN_VAE = {
+    "latent_channels": 4,
+    "block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+_HUNYUAN_VAE_15 = {"latent_channels": 4, "block_out_channels": (16, 16, 16, 16, 16), "layers_per_block": 1}
+_COSMOS_DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 5,
+    "text_embed_dim": 16,
+    "adaln_lora_dim": 4,
+    "max_size": (8, 32, 32),
+    "out_channels": 4,
+}
+_COSMOS_VAE = {
+    "latent_channels": 4,
+    "encoder_block_out_channels": (8, 8, 8, 8),
+    "decode_block_out_channels": (8, 8, 8, 8),
+    "attention_resolutions": (8,),
+    "resolution": 64,
+    "num_layers": 1,
+    "latents_mean": None,
+    "latents_std": None,
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +134,7 @@ class Tiny:
     odd: VideoShape = VideoShape(32, 96, 9)
     more: Mapping[str, Any] = field(default_factory=dict)
 
+_NO_PICTURES = {"minimum": VideoShape(32, 32, 5), "more": {"text_length": 16}}  # no video of one frame
 
 TINY = {
     "tiny-ltx-0.9.5": Tiny("ltx-2b-0.9.5", {"transformer": _LTX_DIT, "vae": _LTX_VAE}, more={"text_length": 16}),
@@ -127,6 +168,36 @@ TINY = {
         },
     ),
     "tiny-wan-2.2-ti2v": Tiny("wan-2.2-ti2v-5b", {"transformer": _WAN_DIT, "vae": _WAN_22}),
+    "tiny-hunyuan": Tiny("hunyuan-video-13b", {"transformer": _HUNYUAN_DIT, "vae": _HUNYUAN_VAE}, **_NO_PICTURES),
+    "tiny-hunyuan-i2v": Tiny(
+        "hunyuan-video-13b-i2v", {"transformer": _HUNYUAN_DIT, "vae": _HUNYUAN_VAE}, **_NO_PICTURES
+    ),
+    "tiny-hunyuan-1.5": Tiny(
+        "hunyuan-video-1.5-480p", {"transformer": _HUNYUAN_15, "vae": _HUNYUAN_VAE_15}, **_NO_PICTURES
+    ),
+    "tiny-hunyuan-1.5-i2v": Tiny(
+        "hunyuan-video-1.5-480p-i2v", {"transformer": _HUNYUAN_15, "vae": _HUNYUAN_VAE_15}, **_NO_PICTURES
+    ),
+    "tiny-framepack": Tiny(
+        "framepack-i2v-13b",
+        {"transformer": _HUNYUAN_DIT | {"image_proj_dim": 8}, "vae": _HUNYUAN_VAE},
+        **_NO_PICTURES,
+    ),
+    "tiny-cosmos-1": Tiny(
+        "cosmos-predict1-7b-text2world", {"transformer": _COSMOS_DIT | {"in_channels": 4}, "vae": _COSMOS_VAE},
+        **_NO_PICTURES | {"minimum": VideoShape(32, 32, 9)},
+    ),
+    "tiny-cosmos-2": Tiny(
+        "cosmos-predict2-2b-video2world", {"transformer": _COSMOS_DIT | {"in_channels": 5}, "vae": _WAN_21},
+    ),
+    "tiny-cosmos-2.5": Tiny(
+        "cosmos-predict2.5-2b",
+        {
+            "transformer": _COSMOS_DIT
+            | {"in_channels": 5, "crossattn_proj_in_channels": 24, "encoder_hidden_states_channels": 16},
+            "vae": _WAN_21,
+        },
+    ),
     "tiny-wan-2.2-a14b": Tiny(
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
     ),

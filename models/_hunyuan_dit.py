@@ -1,0 +1,313 @@
+"""The HunyuanVideo transformers (13B, 1.5, FramePack): what is traced, and a call as named inputs.
+
+Video tokens come as flat patches, padding is cut from the text before the engine sees it (a masked key
+counts for nothing), and rotary tables come from outside. Batch is 1, as the pipelines call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import ShapeError
+from overcrank.models._common import Kept, attend, embedded, forwards, given, patches, rotated, sample_output
+from overcrank.models.base import Config, Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor as T
+    from torch import nn
+
+CLEAN = {"latents_clean": (1, 2, 2), "latents_history_2x": (2, 4, 4), "latents_history_4x": (4, 8, 8)}
+"""FramePack's history and its patches, each a convolution of `clean_x_embedder`."""
+PROJECTIONS = dict(zip(CLEAN, ("proj", "proj_2x", "proj_4x"), strict=True))
+IMAGE_TOKENS = 729  # of the SigLIP image encoder
+
+
+def patch_of(config: Config) -> tuple[int, int, int]:
+    return (config["patch_size_t"], config["patch_size"], config["patch_size"])
+
+
+def inputs_of(config: Config, *, framepack: bool = False, newer: bool = False) -> tuple[Tensor, ...]:
+    """The graph's inputs; `newer` is HunyuanVideo 1.5."""
+    t, h, w = patch_of(config)
+    half = sum(config["rope_axes_dim"]) // 2
+    inputs = [
+        Tensor("hidden_states", (1, "tokens", config["in_channels"] * t * h * w)),
+        Tensor("timestep", (1,), "float32"),
+        Tensor("encoder_hidden_states", (1, "text", config["text_embed_dim"])),
+        Tensor("rope_cos", (1, "tokens", half), "float32"),
+        Tensor("rope_sin", (1, "tokens", half), "float32"),
+    ]
+    if newer:
+        inputs.append(Tensor("encoder_hidden_states_2", (1, "text_2", config["text_embed_2_dim"])))
+        inputs.append(Tensor("bias_2", (1, "text_2")))
+        if config.get("use_meanflow"):
+            inputs.append(Tensor("timestep_r", (1,), "float32"))
+    else:
+        inputs.append(Tensor("pooled_projections", (1, config["pooled_projection_dim"])))
+        if config["guidance_embeds"]:
+            inputs.append(Tensor("guidance", (1,), "float32"))
+    if newer and config["task_type"] == "i2v":
+        inputs.append(Tensor("image_embeds", (1, IMAGE_TOKENS, config["image_embed_dim"])))
+    if config.get("image_condition_type") == "token_replace":
+        inputs.append(Tensor("first_frame", (1, "tokens", 1)))
+    if framepack:
+        inputs.append(Tensor("image_embeds", (1, IMAGE_TOKENS, config["image_proj_dim"])))
+        for name, patch in CLEAN.items():
+            features = config["in_channels"] * patch[0] * patch[1] * patch[2]
+            inputs.append(Tensor(name, (1, name, features)))
+            inputs += [Tensor(f"{name}_{part}", (1, name, half), "float32") for part in ("cos", "sin")]
+    return tuple(inputs)
+
+
+# ── what is traced ───────────────────────────────────────────────────────────────────
+
+
+def denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> T:
+    """HunyuanVideo(Framepack)Transformer3DModel.forward on patches and unpadded text."""
+    m: Any = module
+    of = dict(zip(names, inputs, strict=True))
+    x = embedded(m.x_embedder.proj, of["hidden_states"])
+    tokens = x.shape[1]
+    temb, replaced = m.time_text_embed(of["timestep"], of["pooled_projections"], of.get("guidance"))
+    text = m.context_embedder(of["encoder_hidden_states"], of["timestep"], None)
+    cos, sin = of["rope_cos"], of["rope_sin"]
+    if "latents_clean" in of:
+        x, cos, sin = _with_history(m, of, x, cos, sin)
+        text = _joined(m.image_projection(of["image_embeds"]), text)
+    rope = (cos[:, :, None, :, None], sin[:, :, None, :, None])
+    condition = (temb, replaced, of.get("first_frame"))
+    with forwards(list(m.transformer_blocks), _double):
+        for block in m.transformer_blocks:
+            x, text = block(x, text, condition, rope, None)
+    first = of.get("first_frame")
+    padded = (_padded(rope[0], text, 1.0), _padded(rope[1], text, 0.0))
+    condition = (temb, replaced, None if first is None else _padded(first, text, 0.0))
+    joint = _joined(x, text)
+    with forwards(list(m.single_transformer_blocks), _single):
+        for block in m.single_transformer_blocks:
+            joint = block(joint, condition, padded)
+    out: T = m.proj_out(m.norm_out(joint[:, :tokens], temb))
+    return out
+
+
+def newer_denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> T:
+    """HunyuanVideo15Transformer3DModel.forward; the order of text tokens, which carry no position, is free."""
+    m: Any = module
+    of = dict(zip(names, inputs, strict=True))
+    x = embedded(m.x_embedder.proj, of["hidden_states"])
+    temb = _time(m.time_embed.time_proj, m.time_embed.timestep_embedder, of["timestep"], x)
+    if "timestep_r" in of:
+        temb = temb + _time(m.time_embed.time_proj_r, m.time_embed.timestep_embedder_r, of["timestep_r"], x)
+    kinds = m.cond_type_embed.weight
+    parts = [
+        m.context_embedder(of["encoder_hidden_states"], of["timestep"], None) + kinds[0],
+        m.context_embedder_2(of["encoder_hidden_states_2"]) + kinds[1],
+    ]
+    if "image_embeds" in of:
+        parts.append(m.image_embedder(of["image_embeds"]) + kinds[2])
+    text = _joined(parts[1], _joined(parts[0], *parts[2:])) if len(parts) > 2 else _joined(parts[1], parts[0])
+    first = of["bias_2"]
+    bias = _joined(first.new_zeros(1, x.shape[1]), first)
+    bias = _joined(bias, first.new_zeros(1, text.shape[1] - first.shape[1]))[:, None, None, :]
+    rope = tuple(of[n][:, :, None, :, None] for n in ("rope_cos", "rope_sin"))
+    with forwards(list(m.transformer_blocks), _double):
+        for block in m.transformer_blocks:
+            x, text = block(x, text, (temb, None, None), rope, bias)
+    out: T = m.proj_out(m.norm_out(x, temb))
+    return out
+
+
+def _joined(*parts: T) -> T:
+    import torch
+
+    return torch.cat(parts, dim=1)
+
+
+def _padded(x: T, text: T, value: float) -> T:
+    """x along its tokens, with `value` for those of the text."""
+    return _joined(x, x.new_full((1, text.shape[1], *x.shape[2:]), value))
+
+
+def _time(sinusoid: Any, embedder: Any, timestep: T, like: T) -> Any:
+    return embedder(sinusoid(timestep).to(like.dtype))
+
+
+def _with_history(m: Any, of: Mapping[str, T], x: T, cos: T, sin: T) -> tuple[T, T, T]:
+    """Clean frames after the noisy ones: with rotary tables given, order is free."""
+    for name, projection in PROJECTIONS.items():
+        x = _joined(x, embedded(getattr(m.clean_x_embedder, projection), of[name]))
+        cos, sin = _joined(cos, of[f"{name}_cos"]), _joined(sin, of[f"{name}_sin"])
+    return x, cos, sin
+
+
+def _values(norm: Any, count: int, condition: Any) -> tuple[T, ...]:
+    """adaLN values [1, 1, C], or [1, S, C] where the first frame's tokens have a timestep of their own."""
+    temb, replaced, first = condition
+    rows = tuple(v[:, None] for v in norm.linear(norm.silu(temb)).chunk(count, dim=1))
+    if first is None:
+        return rows
+    others = norm.linear(norm.silu(replaced)).chunk(count, dim=1)
+    return tuple(row + first * (other[:, None] - row) for row, other in zip(rows, others, strict=True))
+
+
+def _double(block: Any, x: T, text: T, condition: Any, rope: Any, bias: T | None) -> tuple[T, T]:
+    shift, scale, gate, shift2, scale2, gate2 = _values(block.norm1, 6, condition)
+    c_shift, c_scale, c_gate, c_shift2, c_scale2, c_gate2 = _values(block.norm1_context, 6, (condition[0], None, None))
+    attn = block.attn
+    y = block.norm1.norm(x) * (1 + scale) + shift
+    c = block.norm1_context.norm(text) * (1 + c_scale) + c_shift
+    q, k = (
+        _joined(rotated(_normed(attn, to, norm, y), *rope), _normed(attn, added, added_norm, c))
+        for to, norm, added, added_norm in (
+            (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
+            (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
+        )
+    )
+    v = _joined(attn.to_v(y), attn.add_v_proj(c))
+    out = attend(q.flatten(2), k.flatten(2), v, attn.heads, bias)
+    x = x + attn.to_out[0](out[:, : x.shape[1]]) * gate
+    text = text + attn.to_add_out(out[:, x.shape[1] :]) * c_gate
+    x = x + block.ff(block.norm2(x) * (1 + scale2) + shift2) * gate2
+    text = text + block.ff_context(block.norm2_context(text) * (1 + c_scale2) + c_shift2) * c_gate2
+    return x, text
+
+
+def _single(block: Any, x: T, condition: Any, rope: Any) -> T:
+    import torch
+
+    shift, scale, gate = _values(block.norm, 3, condition)
+    y = block.norm.norm(x) * (1 + scale) + shift
+    attn = block.attn
+    q = rotated(_normed(attn, attn.to_q, attn.norm_q, y), *rope).flatten(2)
+    k = rotated(_normed(attn, attn.to_k, attn.norm_k, y), *rope).flatten(2)
+    out = attend(q, k, attn.to_v(y), attn.heads)
+    made: T = block.proj_out(torch.cat([out, block.act_mlp(block.proj_mlp(y))], dim=2))
+    return x + made * gate
+
+
+def _normed(attn: Any, to: Any, norm: Any, x: T) -> T:
+    """[1, S, C] → [1, S, heads, d], projected and normalized."""
+    heads = to(x).unflatten(2, (attn.heads, -1))
+    return heads if norm is None else norm(heads)  # type: ignore[no-any-return]
+
+
+# ── from a diffusers call to named inputs ────────────────────────────────────────────
+
+_tables = Kept()
+_lengths = Kept()
+
+
+def adapt(module: nn.Module, *, names: tuple[str, ...], config: Config, **call: Any) -> dict[str, Any]:
+    """The engine's inputs for a call of the transformer (same arguments).
+
+    Raises ShapeError for several videos in one call, which have texts of different lengths.
+    """
+    m: Any = module
+    latents: T = call["hidden_states"]
+    if latents.shape[0] != 1:
+        raise ShapeError(f"this call renders {latents.shape[0]} videos at once; render one at a time")
+    patch = patch_of(config)
+    made: dict[str, Any] = {"hidden_states": patches(latents, patch), "timestep": call["timestep"].reshape(-1).float()}
+    made["encoder_hidden_states"] = _unpadded(call, "encoder_hidden_states", "encoder_attention_mask")
+    if "latents_clean" in names:
+        made |= _history(m, call)
+    else:
+        key = (latents.shape[2:], latents.device)
+        made["rope_cos"], made["rope_sin"] = _tables.get(module, key, lambda: _halves(m.rope(latents)))
+    if "first_frame" in names:
+        tokens = made["hidden_states"].shape[1]
+        made["first_frame"] = latents.new_zeros(1, tokens, 1)
+        made["first_frame"][:, : tokens // (latents.shape[2] // patch[0])] = 1
+    if "encoder_hidden_states_2" in names:
+        mask = given(call, "encoder_attention_mask_2")["encoder_attention_mask_2"]
+        made["bias_2"] = (1 - mask.to(latents.dtype)) * -10000.0
+    for name in ("guidance", "timestep_r"):
+        if name in names:
+            made[name] = given(call, name)[name].reshape(-1).float()
+    return made | given(call, *(n for n in names if n not in made))
+
+
+def _unpadded(call: Mapping[str, Any], name: str, mask: str) -> T:
+    """The text's own tokens; a pipeline passes the same mask at every step, so its sum is read once."""
+    padding: T = call[mask]
+    length = _lengths.get(padding, padding._version, lambda: max(1, int(padding.sum())))
+    out: T = call[name][:, :length]
+    return out
+
+
+def _halves(tables: tuple[T, T]) -> tuple[T, ...]:
+    """Stock tables [S, d] hold each value twice → [1, S, d / 2]."""
+    return tuple(t[None, :, 0::2].float().contiguous() for t in tables)
+
+
+def _history(m: Any, call: Mapping[str, Any]) -> dict[str, T]:
+    """FramePack: rotary tables of the frames' own indices, and the clean frames as patches with theirs."""
+    from diffusers.models.transformers import transformer_hunyuan_video_framepack as stock
+
+    latents: T = call["hidden_states"]
+    height, width = latents.shape[-2:]
+
+    def tables(indices: T) -> Any:
+        return m.rope(frame_indices=indices, height=height, width=width, device=latents.device)
+
+    cos, sin = _halves(tables(given(call, "indices_latents")["indices_latents"]))
+    made: dict[str, T] = {"rope_cos": cos, "rope_sin": sin}
+    for name, patch in CLEAN.items():
+        clean = given(call, name, f"indices_{name}")
+        rope = tables(clean[f"indices_{name}"])
+        if patch[0] > 1:
+            p = m.config.patch_size
+            rope = m._pad_rotary_emb(rope, height // p, width // p, (patch[0],) * 3)
+        padded = stock._pad_for_3d_conv(clean[name], patch) if patch[0] > 1 else clean[name]
+        made[name] = patches(padded, patch)
+        made[f"{name}_cos"], made[f"{name}_sin"] = _halves(rope)
+    return made
+
+
+def unpatched_first(tokens: T, like: T, patch: tuple[int, int, int]) -> T:
+    """[1, S, C · patch] of the latents' size in `like` → [1, C, F, H, W]."""
+    t, h, w = (n // p for n, p in zip(like.shape[2:], patch, strict=True))
+    x = tokens.reshape(like.shape[0], t, h, w, -1, *patch)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def output(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, int, int]) -> Any:
+    return sample_output(unpatched_first(outputs["sample"], call["hidden_states"], patch), call)
+
+
+def sample(module: nn.Module, sizes: Mapping[str, int], generator: Any, *, names: tuple[str, ...]) -> dict[str, Any]:
+    """A call as the pipelines make it: padded text, and FramePack's 1 + 16 history frames."""
+    import torch
+
+    config: Any = module.config
+    normal = partial(torch.randn, generator=generator)
+    video, text = (sizes["frames"], sizes["height"], sizes["width"]), sizes["text"] + 3
+    call: dict[str, Any] = {
+        "hidden_states": normal(1, config.in_channels, *video),
+        "timestep": torch.tensor([750.0]),
+        "encoder_hidden_states": normal(1, text, config.text_embed_dim),
+        "encoder_attention_mask": (torch.arange(text) < sizes["text"])[None].long(),
+        "return_dict": False,
+    }
+    if "guidance" in names:
+        call["guidance"] = torch.tensor([6000.0])
+    if "pooled_projections" in names:
+        call["pooled_projections"] = normal(1, config.pooled_projection_dim)
+    if "encoder_hidden_states_2" in names:
+        call["encoder_hidden_states_2"] = normal(1, sizes["text_2"], config.text_embed_2_dim)
+        call["encoder_attention_mask_2"] = (torch.arange(sizes["text_2"]) < sizes["text_2"] - 1)[None].long()
+        embeds = normal(1, IMAGE_TOKENS, config.image_embed_dim)
+        call["image_embeds"] = embeds if "image_embeds" in names else embeds * 0
+    if "timestep_r" in names:
+        call["timestep_r"] = torch.tensor([500.0])
+    if "latents_clean" in names:
+        call["image_embeds"] = normal(1, IMAGE_TOKENS, config.image_proj_dim)
+        start = 0
+        for name, frames in (("latents_history_4x", 16), ("latents_history_2x", 2), ("latents_clean", 2)):
+            call[name] = normal(1, config.in_channels, frames, *video[1:])
+            call[f"indices_{name}"] = torch.arange(start, start + frames)
+            start += frames
+        call["indices_latents"] = torch.arange(start, start + video[0])
+    return call

@@ -1,0 +1,322 @@
+"""Cosmos (NVIDIA): world models Predict1, Predict2 and Predict2.5.
+
+Configurations are those of diffusers' conversion of the published checkpoints. Papers:
+arXiv:2501.03575 (Cosmos), arXiv:2511.00062 (Cosmos-Predict2.5). The pipelines need NVIDIA's
+guardrail (`pip install cosmos_guardrail`) and torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from overcrank.models import _cosmos_vae, _wan_vae, wan
+from overcrank.models._common import Kept, attend, forwards, given, patches, product, sample_output
+from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
+
+if TYPE_CHECKING:
+    from torch import Tensor as T
+    from torch import nn
+
+TITLE = "Cosmos"
+DEFAULT = "cosmos-predict2-2b-video2world"
+DENOISER_CLASSES = ("CosmosTransformer3DModel",)
+TRACED_BLOCKS, TEXT_LENGTH = 3, 512
+
+# ── published checkpoints ────────────────────────────────────────────────────────────
+
+_DIT: Config = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_attention_heads": 32,
+    "attention_head_dim": 128,
+    "num_layers": 28,
+    "mlp_ratio": 4.0,
+    "text_embed_dim": 1024,
+    "adaln_lora_dim": 256,
+    "max_size": (128, 240, 240),
+    "patch_size": (1, 2, 2),
+    "rope_scale": (2.0, 1.0, 1.0),
+    "concat_padding_mask": True,
+    "extra_pos_embed_type": "learnable",
+}
+_BIG = {"num_attention_heads": 40, "num_layers": 36}
+_VIDEO = {"in_channels": 17}
+_TWO: Config = _DIT | _VIDEO | {
+    "num_attention_heads": 16, "extra_pos_embed_type": None, "rope_scale": (1.0, 3.0, 3.0),
+}  # fmt: skip
+_TWO_BIG: Config = _TWO | _BIG | {"rope_scale": (20 / 24, 2.0, 2.0)}
+_TWO_FIVE = {
+    "use_crossattn_projection": True,
+    "crossattn_proj_in_channels": 100352,
+    "encoder_hidden_states_channels": 1024,
+    "rope_scale": (1.0, 3.0, 3.0),
+}
+_VAE: Config = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "encoder_block_out_channels": (128, 256, 512, 512),
+    "decode_block_out_channels": (256, 512, 512, 512),
+    "attention_resolutions": (32,),
+    "resolution": 1024,
+    "num_layers": 2,
+    "patch_size": 4,
+    "patch_type": "haar",
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 8,
+}
+_TEXT = {"text-to-video": "CosmosTextToWorldPipeline"}
+_TO_WORLD = {t: "CosmosVideoToWorldPipeline" for t in ("image-to-video", "video-to-video")}
+_TO_WORLD_2 = {t: "Cosmos2VideoToWorldPipeline" for t in ("image-to-video", "video-to-video")}
+_ANY_2_5 = {t: "Cosmos2_5_PredictBasePipeline" for t in ("text-to-video", "image-to-video", "video-to-video")}
+
+
+def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str], **more: Any) -> Variant:
+    first = "predict1" in name
+    usual: dict[str, Any] = {"guidance": 7.0, "steps": 36 if first else 35, "fps": 30 if first else 16}
+    native = VideoShape(704, 1280, 121 if first else 93)
+    edm = {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True}
+    unipc = {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "use_flow_sigmas": True}
+    scheduler = edm if first else unipc if dit.get("use_crossattn_projection") else flow
+    return Variant(
+        name=name,
+        family="cosmos",
+        title=name.replace("cosmos-p", "Cosmos P").replace("-", " ").title().replace("2B", "2B"),
+        hub_id=f"nvidia/{hub}",
+        configs={"transformer": dit, "vae": _VAE if first else wan.VAE_21, "scheduler": scheduler},
+        native=native,
+        minimum=VideoShape(256, 256, 9),
+        maximum=native,
+        tasks=tasks,
+        text_length=TEXT_LENGTH,
+        **(usual | more),
+    )
+
+
+_P1 = "Cosmos-1.0-Diffusion"
+VARIANTS: tuple[Variant, ...] = (
+    _variant("cosmos-predict1-7b-text2world", f"{_P1}-7B-Text2World", _DIT, _TEXT),
+    _variant("cosmos-predict1-7b-video2world", f"{_P1}-7B-Video2World", _DIT | _VIDEO, _TO_WORLD),
+    _variant("cosmos-predict1-14b-text2world", f"{_P1}-14B-Text2World", _DIT | _BIG, _TEXT),
+    _variant("cosmos-predict1-14b-video2world", f"{_P1}-14B-Video2World", _DIT | _BIG | _VIDEO, _TO_WORLD),
+    _variant("cosmos-predict2-2b-video2world", "Cosmos-Predict2-2B-Video2World", _TWO, _TO_WORLD_2),
+    _variant("cosmos-predict2-14b-video2world", "Cosmos-Predict2-14B-Video2World", _TWO_BIG, _TO_WORLD_2),
+    _variant("cosmos-predict2.5-2b", "Cosmos-Predict2.5-2B", _TWO | _TWO_FIVE, _ANY_2_5),
+    _variant("cosmos-predict2.5-14b", "Cosmos-Predict2.5-14B", _TWO | _BIG | _TWO_FIVE, _ANY_2_5),
+)
+
+# ── shapes and components ────────────────────────────────────────────────────────────
+
+
+def _strides(vae: Config) -> tuple[int, int]:
+    if "scale_factor_spatial" in vae:
+        return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    return vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
+
+
+def grid(variant: Variant) -> dict[str, tuple[int, int]]:
+    """Valid sizes of each axis as (step, offset)."""
+    side, temporal = _strides(variant.configs["vae"])
+    step = side * variant.configs["transformer"]["patch_size"][1]
+    return {"height": (step, 0), "width": (step, 0), "frames": (temporal, 1)}
+
+
+def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
+    """Latent (frames, height, width) of a video shape."""
+    side, temporal = _strides(variant.configs["vae"])
+    return (shape.frames - 1) // temporal + 1, shape.height // side, shape.width // side
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    vae = variant.configs["vae"]
+    made = _wan_vae if "scale_factor_spatial" in vae else _cosmos_vae
+    return (_denoiser(variant), *made.components(vae, lambda s: latent(variant, s)))
+
+
+def _denoiser(variant: Variant) -> Component:
+    """Predict1 has one timestep for all; Predict2 and 2.5 have one for each latent frame."""
+    config = variant.configs["transformer"]
+    patch = tuple(config["patch_size"])
+    features = patch[0] * patch[1] * patch[2]
+    mask = 1 if config["concat_padding_mask"] else 0
+    learned = bool(config["extra_pos_embed_type"])
+    text = config["crossattn_proj_in_channels"] if config.get("use_crossattn_projection") else config["text_embed_dim"]
+    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    inputs = [
+        Tensor("hidden_states", (1, "tokens", (config["in_channels"] + mask) * features)),
+        Tensor("encoder_hidden_states", (1, "text", text)),
+        Tensor("timestep", (1,) if learned else ("frames",), "float32"),
+        Tensor("rope_cos", (1, "tokens", dim // 2), "float32"),
+        Tensor("rope_sin", (1, "tokens", dim // 2), "float32"),
+        Tensor("extra_pos_emb", (1, "tokens", heads * dim)) if learned else Tensor("frame_of", ("tokens",), "int64"),
+    ]
+
+    def sizes(shape: VideoShape) -> Sizes:
+        frames, height, width = latent(variant, shape)
+        tokens = product((frames, height, width), patch)
+        return {"tokens": tokens, "text": TEXT_LENGTH, "frames": frames, "height": height, "width": width}
+
+    deep = config["num_layers"] > TRACED_BLOCKS
+    return Component(
+        name="denoiser",
+        cls=DENOISER_CLASSES[0],
+        subfolder="transformer",
+        config=config,
+        traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
+        repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
+        inputs=tuple(inputs),
+        outputs=(Tensor("sample", (1, "tokens", config["out_channels"] * features)),),
+        forward=partial(_traced, learned=learned),
+        adapt=partial(_adapt, learned=learned),
+        returns=partial(_returns, patch=patch),
+        sample=partial(_sample, learned=learned, text=text),
+        sizes=sizes,
+        trace_sizes={"tokens": 24, "text": 12, "frames": 3},
+        free_axes={"text": 1},
+    )
+
+
+# ── what is traced ───────────────────────────────────────────────────────────────────
+
+
+def _traced(module: nn.Module, x: T, text: T, timestep: T, cos: T, sin: T, place: T, *, learned: bool) -> T:
+    """CosmosTransformer3DModel.forward on patches; `place` is the position embedding, or each token's frame."""
+    m: Any = module
+    x = m.patch_embed.proj(x)
+    temb, time = m.time_embed(x, timestep)
+    if m.config.use_crossattn_projection:
+        text = m.crossattn_proj(text)
+    frame = None if learned else place
+    rope = (cos[:, :, None], sin[:, :, None])
+    with forwards(list(m.transformer_blocks), _block):
+        for block in m.transformer_blocks:
+            x = block(x, text, time, temb, rope, frame, place if learned else None)
+    shift, scale = _values(m.norm_out, time, temb[:, : 2 * x.shape[-1]], frame, 2)
+    out: T = m.proj_out(m.norm_out.norm(x) * (1 + scale) + shift)
+    return out
+
+
+def _values(norm: Any, time: T, temb: T, frame: T | None, count: int) -> tuple[T, ...]:
+    """adaLN values [1, 1, C], or [1, S, C] where each token takes its frame's."""
+    rows = (norm.linear_2(norm.linear_1(norm.activation(time))) + temb).chunk(count, dim=-1)
+    return tuple(row[None] if frame is None else row[frame][None] for row in rows)
+
+
+def _block(block: Any, x: T, text: T, time: T, temb: T, rope: Any, frame: T | None, position: T | None) -> T:
+    if position is not None:
+        x = x + position
+    shift, scale, gate = _values(block.norm1, time, temb, frame, 3)
+    y = block.norm1.norm(x) * (1 + scale) + shift
+    x = x + gate * _attention(block.attn1, y, y, rope)
+    shift, scale, gate = _values(block.norm2, time, temb, frame, 3)
+    x = x + gate * _attention(block.attn2, block.norm2.norm(x) * (1 + scale) + shift, text, None)
+    shift, scale, gate = _values(block.norm3, time, temb, frame, 3)
+    out: T = x + gate * block.ff(block.norm3.norm(x) * (1 + scale) + shift)
+    return out
+
+
+def _attention(attn: Any, x: T, context: T, rope: Any) -> Any:
+    q, k = (to(t).unflatten(2, (attn.heads, -1)) for to, t in ((attn.to_q, x), (attn.to_k, context)))
+    q, k = attn.norm_q(q), attn.norm_k(k)
+    if rope is not None:
+        q, k = _turned(q, *rope), _turned(k, *rope)
+    return attn.to_out[0](attend(q.flatten(2), k.flatten(2), attn.to_v(context), attn.heads))
+
+
+def _turned(x: T, cos: T, sin: T) -> T:
+    """Rotary embedding whose pairs are the halves of a head: x [1, S, h, d], cos and sin [1, S, 1, d / 2]."""
+    import torch
+
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+# ── from a diffusers call to named inputs ────────────────────────────────────────────
+
+_tables = Kept()
+
+
+def _adapt(module: nn.Module, *, learned: bool, **call: Any) -> dict[str, Any]:
+    """The engine's inputs for a call of CosmosTransformer3DModel (same arguments)."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    m: Any = module
+    latents: T = call["hidden_states"]
+    if call.get("condition_mask") is not None:
+        latents = torch.cat([latents, call["condition_mask"].to(latents.dtype)], dim=1)
+    if m.config.concat_padding_mask:
+        mask = interpolate(call["padding_mask"].to(latents.dtype), latents.shape[-2:], mode="nearest")
+        latents = torch.cat([latents, mask.unsqueeze(2).expand(latents.shape[0], -1, latents.shape[2], -1, -1)], dim=1)
+    fps = call.get("fps")
+    key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None)
+    cos, sin, place = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
+    times = call["timestep"].reshape(-1).float()
+    if not learned:
+        times = times.expand(latents.shape[2])
+    return {
+        "hidden_states": patches(latents, tuple(m.config.patch_size)),
+        "timestep": times,
+        "rope_cos": cos,
+        "rope_sin": sin,
+        "extra_pos_emb" if learned else "frame_of": place,
+    } | given(call, "encoder_hidden_states")
+
+
+def _places(m: Any, latents: T, fps: Any, learned: bool) -> tuple[T, T, T]:
+    """Rotary tables, whose halves are equal, and the learned embedding or each token's frame."""
+    import torch
+
+    cos, sin = (t[None, :, : t.shape[-1] // 2].float().contiguous() for t in m.rope(latents[:1], fps=fps))
+    if learned:
+        return cos, sin, m.learnable_pos_embed(latents[:1])
+    frames = latents.shape[2] // m.config.patch_size[0]
+    return cos, sin, torch.arange(frames, device=latents.device).repeat_interleave(cos.shape[1] // frames)
+
+
+def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, ...]) -> Any:
+    """[1, S, patch · C], features in the stock order, → [1, C, F, H, W]."""
+    t, h, w = (n // p for n, p in zip(call["hidden_states"].shape[2:], patch, strict=True))
+    x = outputs["sample"].reshape(-1, t, h, w, patch[1], patch[2], patch[0], outputs["sample"].shape[-1] // (
+        patch[0] * patch[1] * patch[2]
+    ))  # fmt: skip
+    video = x.permute(0, 7, 1, 6, 2, 4, 3, 5).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return sample_output(video, call)
+
+
+def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, learned: bool, text: int) -> dict[str, Any]:
+    import torch
+
+    config: Any = module.config
+    frames, height, width = (sizes[n] for n in ("frames", "height", "width"))
+    conditioned = config.in_channels > config.out_channels
+    call: dict[str, Any] = {
+        "hidden_states": torch.randn(1, config.out_channels, frames, height, width, generator=generator),
+        "encoder_hidden_states": torch.randn(1, sizes["text"], text, generator=generator),
+        "timestep": torch.tensor([0.75]),
+        "fps": 16,
+        "padding_mask": torch.zeros(1, 1, height * 8, width * 8),
+        "return_dict": False,
+    }
+    if conditioned:
+        call["condition_mask"] = (torch.rand(1, 1, frames, 1, 1, generator=generator) < 0.3).float()
+        call["condition_mask"] = call["condition_mask"].expand(-1, -1, -1, height, width)
+    if not learned:
+        call["timestep"] = torch.rand(1, 1, frames, 1, 1, generator=generator)
+    return call
+
+
+# ── rendering ────────────────────────────────────────────────────────────────────────
+
+
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipelines' calls beyond those all share."""
+    made = arguments | ({"image": media.images[0]} if media.images else {})
+    if media.video:
+        made["video"] = list(media.video)
+    if "use_crossattn_projection" not in variant.configs["transformer"]:
+        made["fps"] = int(media.fps)
+    return made

@@ -1,0 +1,123 @@
+"""FramePack (lllyasviel): HunyuanVideo 13B that continues a picture section by section, to any length.
+
+Each section of 33 frames is denoised beside clean frames of the others, kept at three scales. Paper:
+"Packing Input Frame Context in Next-Frame Prediction Models", arXiv:2504.12626.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import ceil
+from typing import Any
+
+from overcrank.models import _hunyuan_dit, _hunyuan_vae, hunyuan_video
+from overcrank.models._common import product
+from overcrank.models.base import Arguments, Component, Config, Media, Sizes, Tensor, Variant, VideoShape
+
+TITLE = "FramePack"
+DEFAULT = "framepack-i2v-13b"
+DENOISER_CLASSES = ("HunyuanVideoFramepackTransformer3DModel",)
+WINDOW = 9  # latent frames of a section
+HISTORY = {"latents_clean": (2, 1), "latents_history_2x": (2, 2), "latents_history_4x": (16, 4)}  # (frames, scale)
+
+_DIT: Config = hunyuan_video.DIT | {
+    "has_image_proj": True,
+    "image_proj_dim": 1152,
+    "has_clean_x_embedder": True,
+}
+_TASKS = {"image-to-video": "HunyuanVideoFramepackPipeline", "first-last-frame": "HunyuanVideoFramepackPipeline"}
+
+
+def _variant(name: str, hub: str, title: str) -> Variant:
+    return Variant(
+        name=name,
+        family="framepack",
+        title=title,
+        hub_id=hub,
+        configs={
+            "transformer": _DIT,
+            "vae": hunyuan_video.VAE,
+            "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0},
+        },
+        native=VideoShape(640, 640, 91),
+        minimum=VideoShape(256, 256, 5),
+        maximum=VideoShape(640, 640, 1025),  # a section is as large whatever the video's length
+        fps=30,
+        tasks=_TASKS,
+        text_length=256,
+        guidance=9.0,
+        steps=30,
+    )
+
+
+VARIANTS: tuple[Variant, ...] = (
+    _variant("framepack-i2v-13b", "lllyasviel/FramePackI2V_HY", "FramePack I2V 13B"),
+    _variant("framepack-f1-i2v-13b", "lllyasviel/FramePack_F1_I2V_HY_20250503", "FramePack F1 I2V 13B"),
+)
+
+grid = hunyuan_video.grid
+latent = hunyuan_video.latent
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    """The denoiser sees one section and its history, whatever the length of the video."""
+    return (_denoiser(variant), *_hunyuan_vae.components(variant.configs["vae"], lambda s: latent(variant, s)))
+
+
+def _denoiser(variant: Variant) -> Component:
+    config = variant.configs["transformer"]
+    inputs = _hunyuan_dit.inputs_of(config, framepack=True)
+    names = tuple(t.name for t in inputs)
+    patch = _hunyuan_dit.patch_of(config)
+
+    def sizes(shape: VideoShape) -> Sizes:
+        _, height, width = latent(variant, shape)
+        sides = {"frames": WINDOW, "height": height, "width": width}  # of no input; `sample` makes latents of them
+        history = {
+            name: ceil(frames / scale) * ceil(height / (2 * scale)) * ceil(width / (2 * scale))
+            for name, (frames, scale) in HISTORY.items()
+        }
+        return {"tokens": product((WINDOW, height, width), patch), "text": variant.text_length} | history | sides
+
+    features = config["out_channels"] * patch[0] * patch[1] * patch[2]
+    traced, repeats = hunyuan_video.shallow(config)
+    return Component(
+        name="denoiser",
+        cls=DENOISER_CLASSES[0],
+        subfolder="transformer",
+        config=config,
+        traced_config=traced,
+        repeats=repeats,
+        inputs=inputs,
+        outputs=(Tensor("sample", (1, "tokens", features)),),
+        forward=partial(_hunyuan_dit.denoiser, names=names),
+        adapt=partial(_hunyuan_dit.adapt, names=names, config=config),
+        returns=partial(_hunyuan_dit.output, patch=patch),
+        sample=partial(_hunyuan_dit.sample, names=names),
+        sizes=sizes,
+        trace_sizes={"tokens": 24, "text": 12, "latents_clean": 6, "latents_history_2x": 5, "latents_history_4x": 7},
+        free_axes={"text": 1},
+    )
+
+
+# ── rendering ────────────────────────────────────────────────────────────────────────
+
+
+def prepare(pipe: Any, variant: Variant) -> None:
+    _hunyuan_vae.prepare(pipe)
+
+
+def rounds(variant: Variant, shape: VideoShape) -> int:
+    """Sections of the video; each runs through all the steps."""
+    temporal = variant.configs["vae"]["temporal_compression_ratio"]
+    return max(1, ceil(shape.frames / ((WINDOW - 1) * temporal + 1)))
+
+
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipeline's call beyond those all share; F1 checkpoints are sampled forwards."""
+    made = arguments | {"image": media.images[0], "latent_window_size": WINDOW}
+    if len(media.images) > 1:
+        made["last_image"] = media.images[max(media.images)]
+    if "f1" in variant.name:
+        made["sampling_type"] = "vanilla"
+    return made
