@@ -63,6 +63,7 @@ def _traced(component: Component, config: Config, precision: str, repeats: tuple
         stage = "block repetition"
         for repeat in repeats:
             repeat_chain(model, repeat)
+        _drop_extra_outputs(model, component)
         deduplicated(model)
     except NotAChain:
         raise
@@ -134,7 +135,7 @@ def _name_interface(model: ir.Model, component: Component) -> None:
     graph = model.graph
     for value, spec in zip(list(graph.inputs), component.inputs, strict=True):
         value.name = spec.name
-    for value, spec in zip(graph.outputs, component.outputs, strict=True):
+    for value, spec in zip(graph.outputs, component.outputs, strict=False):
         value.name = spec.name
     for name, value in list(graph.initializers.items()):
         del graph.initializers[name]
@@ -150,6 +151,20 @@ def _name_interface(model: ir.Model, component: Component) -> None:
             graph.inputs.append(value)
         else:
             graph.initializers[name] = value
+
+
+def _drop_extra_outputs(model: ir.Model, component: Component) -> None:
+    """Outputs beyond the declared ones only kept the last block whole until its chain was repeated."""
+    import onnx_ir.passes.common as common
+
+    graph = model.graph
+    if len(graph.outputs) == len(component.outputs):
+        return
+    del graph.outputs[len(component.outputs) :]
+    common.RemoveUnusedNodesPass()(model)
+    declared = {t.name for t in component.inputs}
+    for value in [v for v in graph.inputs if v.name not in declared and not v.uses()]:
+        graph.inputs.remove(value)
 
 
 def _is_fake(tensor: Any) -> bool:

@@ -54,6 +54,11 @@ def rotated(x: T, cos: T, sin: T) -> T:
     return turned.flatten(-2).to(x.dtype)
 
 
+def flat(x: T) -> T:
+    """[B, S, C] → [1, B·S, C]."""
+    return x.reshape(1, -1, x.shape[-1])
+
+
 def modulations(table: T, temb: tuple[T, ...]) -> list[T]:
     """adaLN values: [n, C] and n of [1, N, C] → n of [1, N, C], N being 1 or B·S.
 
@@ -95,6 +100,13 @@ def unpatched(tokens: T, like: T, patch: Patch) -> T:
     t, h, w = (n // p for n, p in zip(like.shape[2:], patch, strict=True))
     x = tokens.reshape(like.shape[0], t, h, w, *patch, -1)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def unpatched_first(tokens: T, like: T, patch: tuple[int, int, int]) -> T:
+    """[B, S, C · patch] of the latents' size in `like` → [B, C, F, H, W]."""
+    t, h, w = (n // p for n, p in zip(like.shape[2:], patch, strict=True))
+    x = tokens.reshape(like.shape[0], t, h, w, -1, *patch)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def sample_output(result: T, call: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import Kept, attend, embedded, forwards, given, patches, rotated, sample_output
+from overcrank.models._common import Kept, attend, embedded, forwards, given, patches, rotated, sample_output, unpatched_first
 from overcrank.models.base import Config, Tensor
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> T:
     return out
 
 
-def newer_denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> T:
+def newer_denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> tuple[T, T]:
     """HunyuanVideo15Transformer3DModel.forward; the order of text tokens, which carry no position, is free."""
     m: Any = module
     of = dict(zip(names, inputs, strict=True))
@@ -115,8 +115,7 @@ def newer_denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> T:
     with forwards(list(m.transformer_blocks), _double):
         for block in m.transformer_blocks:
             x, text = block(x, text, (temb, None, None), rope, bias)
-    out: T = m.proj_out(m.norm_out(x, temb))
-    return out
+    return m.proj_out(m.norm_out(x, temb)), text
 
 
 def _joined(*parts: T) -> T:
@@ -264,13 +263,6 @@ def _history(m: Any, call: Mapping[str, Any]) -> dict[str, T]:
         made[name] = patches(padded, patch)
         made[f"{name}_cos"], made[f"{name}_sin"] = _halves(rope)
     return made
-
-
-def unpatched_first(tokens: T, like: T, patch: tuple[int, int, int]) -> T:
-    """[1, S, C · patch] of the latents' size in `like` → [1, C, F, H, W]."""
-    t, h, w = (n // p for n, p in zip(like.shape[2:], patch, strict=True))
-    x = tokens.reshape(like.shape[0], t, h, w, -1, *patch)
-    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def output(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, int, int]) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import forwards, modulations
+from overcrank.models._common import flat, forwards, modulations
 from overcrank.models.base import Sizes, Tensor, Variant
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def denoiser(
     """
     m: Any = module
     batch, dtype = hidden_states.shape[0], hidden_states.dtype
-    x = m.proj_in(_flat(hidden_states))
+    x = m.proj_in(flat(hidden_states))
     temb, embedded = m.time_embed(timestep.reshape(-1), hidden_dtype=dtype)
     modulation = temb.unflatten(1, (6, -1)).transpose(0, 1).contiguous().split(1)  # 6 of [1, N, inner]
-    text = _flat(m.caption_projection(encoder_hidden_states))
+    text = flat(m.caption_projection(encoder_hidden_states))
     bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None, :]
     rope = (rope_cos[..., None], rope_sin[..., None])
     with forwards(list(m.transformer_blocks), _block):
@@ -49,11 +49,6 @@ def denoiser(
     shift, scale = modulations(m.scale_shift_table, (embedded[None],) * 2)
     out: T = m.proj_out(m.norm_out(x) * (1 + scale) + shift)
     return out.reshape(batch, -1, out.shape[-1])
-
-
-def _flat(x: T) -> T:
-    """[B, S, C] → [1, B·S, C]."""
-    return x.reshape(1, -1, x.shape[-1])
 
 
 def _rotate(x: T, cos: T, sin: T) -> T:
@@ -75,7 +70,7 @@ def _attention(attn: Any, x: T, context: T, rope: tuple[T, T] | None, bias: T) -
         q, k = _rotate(q, *rope), _rotate(k, *rope)
     q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     out = sdpa(q, k, v, attn_mask=None if rope else bias)
-    return attn.to_out[0](_flat(out.transpose(1, 2).flatten(2)))
+    return attn.to_out[0](flat(out.transpose(1, 2).flatten(2)))
 
 
 def _block(block: Any, x: T, text: T, temb: tuple[T, ...], rope: tuple[T, T], bias: T, per_token: bool) -> T:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
+from overcrank.models import _streaming
 from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
 
 if TYPE_CHECKING:
@@ -79,53 +80,35 @@ def _component(vae: Config, latent: Any, part: str, first: bool) -> Component:
     coarse = 2 ** (len(vae["dim_mult"]) - 1)  # of the sides the module sees; a patch of the 2.2 VAE lies outside
     sides = sorted({c[3] for c in caches} | {1 if decodes else coarse})
 
-    def kept(prefix: str, of: list[Cache]) -> tuple[Tensor, ...]:
-        return tuple(
-            Tensor(f"{prefix}_{i}", (1, c, frames, _axis("height", s), _axis("width", s)))
-            for i, (_, c, frames, s) in enumerate(of)
-        )
-
     def sizes(shape: VideoShape) -> Sizes:
         _, height, width = latent(shape)
-        return _scaled(height, width, sides)
+        return _streaming.scaled(height, width, sides)
 
     side = 1 if decodes else coarse
     frames = 1 if decodes or first else 2 ** sum(vae["temperal_downsample"])
     channels = vae["z_dim"] if decodes else vae["in_channels"]
-    x = Tensor("x", (1, channels, frames, _axis("height", side), _axis("width", side)))
+    x = Tensor("x", (1, channels, frames, _streaming.axis("height", side), _streaming.axis("width", side)))
     out = (1, vae["out_channels"] if decodes else 2 * vae["z_dim"], "out_frames", "out_height", "out_width")
     left = caches
     if first:  # one frame came in; a temporal upsampling keeps nothing of it
         left = [(kind, c, 1, s) for kind, c, _, s in caches if not (decodes and kind == TIME_CONV)]
+    cached = () if first else _streaming.inputs("cache", [c[1:] for c in caches])
     return Component(
         name=f"vae_{part}_first" if first else f"vae_{part}",
         cls="AutoencoderKLWan",
         subfolder="vae",
         attribute=part,
         config=vae,
-        inputs=(x, *(() if first else kept("cache", caches))),
-        outputs=(Tensor("out", out), *(_unnamed(t) for t in kept("kept", left))),
+        inputs=(x, *cached),
+        outputs=(Tensor("out", out), *_streaming.outputs("kept", [c[1:] for c in left])),
         forward=partial(_first if first else _next, count=_counted(vae, part)),
         adapt=partial(_adapt, first=first, caches=tuple(caches), side=side),
         returns=partial(_returns, caches=tuple(caches), first=first, decodes=decodes),
-        sample=partial(_sample, x=x, caches=() if first else kept("cache", caches), count=_counted(vae, part)),
+        sample=partial(_sample, x=x, caches=cached, count=_counted(vae, part)),
         sizes=sizes,
-        trace_sizes=_scaled(3, 4, sides),
-        affine_axes={_axis(a, s): (a, s, 0) for s in sides if s > 1 for a in ("height", "width")},
+        trace_sizes=_streaming.scaled(3, 4, sides),
+        affine_axes=_streaming.affine(sides),
     )
-
-
-def _axis(name: str, scale: int) -> str:
-    return name if scale == 1 else f"{name}_x{scale}"
-
-
-def _scaled(height: int, width: int, scales: list[int]) -> dict[str, int]:
-    return {_axis(name, s): n * s for s in scales for name, n in (("height", height), ("width", width))}
-
-
-def _unnamed(tensor: Tensor) -> Tensor:
-    """An output's dynamic sides need no names of their own."""
-    return Tensor(tensor.name, tuple(d if isinstance(d, int) else f"{tensor.name}_{d}" for d in tensor.dims))
 
 
 def _counted(vae: Config, part: str) -> int:

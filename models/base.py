@@ -65,7 +65,8 @@ class Component:
     request. The rest are plain functions:
 
     - `forward(module, *inputs)` is what is traced: tensors in the order of `inputs` to a
-      tensor, or a tuple in the order of `outputs`.
+      tensor, or a tuple in the order of `outputs`. What follows those keeps the last block of
+      a chain like the others, until it is repeated (export/repeat.py), and is no output.
     - `adapt(module, **call)` turns a call of the stock module into the named inputs.
     - `returns(outputs, call)` turns the named outputs into what the stock call returns.
     - `sample(module, sizes, generator)` makes such a call with seeded random tensors.

@@ -120,6 +120,19 @@ _COSMOS_VAE = {
     "latents_mean": None,
     "latents_std": None,
 }
+_COG_DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 16,
+    "num_layers": 5,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 17,
+}
+_COG_VAE = {"latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,7 @@ class Tiny:
     more: Mapping[str, Any] = field(default_factory=dict)
 
 _NO_PICTURES = {"minimum": VideoShape(32, 32, 5), "more": {"text_length": 16}}  # no video of one frame
+_COG = {"minimum": VideoShape(32, 32, 9)}
 
 TINY = {
     "tiny-ltx-0.9.5": Tiny("ltx-2b-0.9.5", {"transformer": _LTX_DIT, "vae": _LTX_VAE}, more={"text_length": 16}),
@@ -197,6 +211,15 @@ TINY = {
             | {"in_channels": 5, "crossattn_proj_in_channels": 24, "encoder_hidden_states_channels": 16},
             "vae": _WAN_21,
         },
+    ),
+    "tiny-cogvideox-2b": Tiny("cogvideox-2b", {"transformer": _COG_DIT, "vae": _COG_VAE}, **_COG),
+    "tiny-cogvideox-5b": Tiny("cogvideox-5b", {"transformer": _COG_DIT, "vae": _COG_VAE}, **_COG),
+    "tiny-cogvideox-5b-i2v": Tiny(
+        "cogvideox-5b-i2v", {"transformer": _COG_DIT | {"in_channels": 8}, "vae": _COG_VAE}, **_COG
+    ),
+    "tiny-cogvideox-1.5": Tiny("cogvideox-1.5-5b", {"transformer": _COG_DIT, "vae": _COG_VAE}, **_COG),
+    "tiny-cogvideox-1.5-i2v": Tiny(
+        "cogvideox-1.5-5b-i2v", {"transformer": _COG_DIT | {"in_channels": 8, "ofs_embed_dim": 8}, "vae": _COG_VAE}, **_COG
     ),
     "tiny-wan-2.2-a14b": Tiny(
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
