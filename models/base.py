@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Config = Mapping[str, Any]
+Config = dict[str, Any]
 Arguments = dict[str, Any]
 """Of a pipeline's call."""
 Sizes = Mapping[str, int]

@@ -19,7 +19,7 @@ DENOISER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
-_DIT: Config = {
+DIT: Config = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 40,
     "attention_head_dim": 128,
@@ -36,20 +36,20 @@ _DIT: Config = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
-_SMALL: Config = _DIT | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-_FIVE: Config = _DIT | {
+DIT_SMALL: Config = DIT | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_FIVE: Config = DIT | {
     "num_attention_heads": 24,
     "ffn_dim": 14336,
     "num_layers": 30,
     "in_channels": 48,
     "out_channels": 48,
 }
-_IMAGE: Config = _DIT | {"in_channels": 36}
+_IMAGE: Config = DIT | {"in_channels": 36}
 _CLIP_IMAGE: Config = _IMAGE | {"image_dim": 1280, "added_kv_proj_dim": 5120}
 _FLF: Config = _CLIP_IMAGE | {"pos_embed_seq_len": 514}
 _VACE: Config = {"vace_in_channels": 96}
-_VACE_SMALL: Config = _SMALL | _VACE | {"vace_layers": tuple(range(0, 30, 2))}
-_VACE_BIG: Config = _DIT | _VACE | {"vace_layers": tuple(range(0, 40, 5))}
+_VACE_SMALL: Config = DIT_SMALL | _VACE | {"vace_layers": tuple(range(0, 30, 2))}
+_VACE_BIG: Config = DIT | _VACE | {"vace_layers": tuple(range(0, 40, 5))}
 
 VAE_21: Config = {
     "base_dim": 96,
@@ -116,15 +116,15 @@ def _variant(name: str, hub: str, dit: Config, does: str, size: str, shift: floa
 
 
 VARIANTS: tuple[Variant, ...] = (
-    _variant("wan-2.1-t2v-1.3b", "Wan2.1-T2V-1.3B", _SMALL, "text", "480p", 3.0),
-    _variant("wan-2.1-t2v-14b", "Wan2.1-T2V-14B", _DIT, "text", "720p", 5.0),
+    _variant("wan-2.1-t2v-1.3b", "Wan2.1-T2V-1.3B", DIT_SMALL, "text", "480p", 3.0),
+    _variant("wan-2.1-t2v-14b", "Wan2.1-T2V-14B", DIT, "text", "720p", 5.0),
     _variant("wan-2.1-i2v-14b-480p", "Wan2.1-I2V-14B-480P", _CLIP_IMAGE, "image", "480p", 3.0),
     _variant("wan-2.1-i2v-14b-720p", "Wan2.1-I2V-14B-720P", _CLIP_IMAGE, "image", "720p", 5.0),
     _variant("wan-2.1-flf2v-14b-720p", "Wan2.1-FLF2V-14B-720P", _FLF, "frames", "720p", 16.0),
     _variant("wan-2.1-vace-1.3b", "Wan2.1-VACE-1.3B", _VACE_SMALL, "vace", "480p", 3.0),
     _variant("wan-2.1-vace-14b", "Wan2.1-VACE-14B", _VACE_BIG, "vace", "720p", 5.0),
     _variant("wan-2.2-ti2v-5b", "Wan2.2-TI2V-5B", _FIVE, "both", "704p", 5.0, fps=24),
-    _variant("wan-2.2-t2v-a14b", "Wan2.2-T2V-A14B", _DIT, "text", "720p", 3.0, guidance=4.0, steps=40),
+    _variant("wan-2.2-t2v-a14b", "Wan2.2-T2V-A14B", DIT, "text", "720p", 3.0, guidance=4.0, steps=40),
     _variant("wan-2.2-i2v-a14b", "Wan2.2-I2V-A14B", _IMAGE, "image, frames", "720p", 3.0, guidance=3.5, steps=40),
 )
 

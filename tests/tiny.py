@@ -133,6 +133,37 @@ _COG_DIT = {
     "sample_frames": 17,
 }
 _COG_VAE = {"latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
+_LTX2_DIT = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "audio_in_channels": 8,
+    "audio_out_channels": 8,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 16,
+    "num_layers": 5,
+    "caption_channels": 24,
+}
+_LTX2_VAE = {
+    "latent_channels": 8,
+    "block_out_channels": (8, 8, 16, 16),
+    "decoder_block_out_channels": (8, 8, 8),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 1),
+}
+_LTX2_AUDIO = {"base_channels": 4, "ch_mult": (1, 2, 4), "num_res_blocks": 1, "latent_channels": 2, "mel_bins": 16}
+_LTX2_VOCODER = {
+    "in_channels": 32,
+    "hidden_channels": 16,
+    "upsample_kernel_sizes": (4, 4),
+    "upsample_factors": (2, 2),
+    "resnet_kernel_sizes": (3,),
+    "resnet_dilations": ((1, 3),),
+    "output_sampling_rate": 400,
+}
 
 
 @dataclass(frozen=True)
@@ -149,6 +180,7 @@ class Tiny:
 
 _NO_PICTURES = {"minimum": VideoShape(32, 32, 5), "more": {"text_length": 16}}  # no video of one frame
 _COG = {"minimum": VideoShape(32, 32, 9)}
+_PAIRS = {"minimum": VideoShape(32, 32, 5)}
 
 TINY = {
     "tiny-ltx-0.9.5": Tiny("ltx-2b-0.9.5", {"transformer": _LTX_DIT, "vae": _LTX_VAE}, more={"text_length": 16}),
@@ -220,6 +252,22 @@ TINY = {
     "tiny-cogvideox-1.5": Tiny("cogvideox-1.5-5b", {"transformer": _COG_DIT, "vae": _COG_VAE}, **_COG),
     "tiny-cogvideox-1.5-i2v": Tiny(
         "cogvideox-1.5-5b-i2v", {"transformer": _COG_DIT | {"in_channels": 8, "ofs_embed_dim": 8}, "vae": _COG_VAE}, **_COG
+    ),
+    "tiny-ltx2": Tiny(
+        "ltx2-19b",
+        {"transformer": _LTX2_DIT, "vae": _LTX2_VAE, "audio_vae": _LTX2_AUDIO, "vocoder": _LTX2_VOCODER},
+        minimum=VideoShape(64, 64, 9),
+        maximum=VideoShape(128, 128, 33),
+        odd=VideoShape(64, 96, 9),
+        more={"text_length": 16},
+    ),
+    "tiny-skyreels": Tiny(
+        "skyreels-v2-t2v-14b-540p", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
+        **_PAIRS,
+    ),
+    "tiny-skyreels-df": Tiny(
+        "skyreels-v2-df-1.3b-540p", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
+        **_PAIRS,
     ),
     "tiny-wan-2.2-a14b": Tiny(
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}

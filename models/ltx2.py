@@ -1,0 +1,320 @@
+"""LTX-2 (Lightricks): 19B text- and image-to-video with synchronous sound.
+
+Configurations are those of diffusers' conversion of the published checkpoint. One transformer
+denoises video and sound together; a video VAE, an audio VAE and a vocoder decode them. Paper:
+arXiv:2601.03233.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from overcrank.models import _ltx2
+from overcrank.models._common import product, random_call, tensors_named
+from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
+
+TITLE = "LTX-2"
+DEFAULT = "ltx2-19b"
+DENOISER_CLASSES = ("LTX2VideoTransformer3DModel",)
+TRACED_BLOCKS, TEXT_LENGTH = 3, 1024
+
+# ── published checkpoints ────────────────────────────────────────────────────────────
+
+_DIT: Config = {
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "num_attention_heads": 32,
+    "attention_head_dim": 128,
+    "cross_attention_dim": 4096,
+    "vae_scale_factors": (8, 32, 32),
+    "pos_embed_max_pos": 20,
+    "base_height": 2048,
+    "base_width": 2048,
+    "audio_in_channels": 128,
+    "audio_out_channels": 128,
+    "audio_num_attention_heads": 32,
+    "audio_attention_head_dim": 64,
+    "audio_cross_attention_dim": 2048,
+    "audio_scale_factor": 4,
+    "audio_pos_embed_max_pos": 20,
+    "audio_sampling_rate": 16000,
+    "audio_hop_length": 160,
+    "num_layers": 48,
+    "activation_fn": "gelu-approximate",
+    "qk_norm": "rms_norm_across_heads",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 3840,
+    "rope_theta": 10000.0,
+    "rope_double_precision": True,
+    "causal_offset": 1,
+    "timestep_scale_multiplier": 1000,
+    "cross_attn_timestep_scale_multiplier": 1000,
+    "rope_type": "split",
+}
+_VAE: Config = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 128,
+    "block_out_channels": (256, 512, 1024, 2048),
+    "down_block_types": ("LTX2VideoDownBlock3D",) * 4,
+    "decoder_block_out_channels": (256, 512, 1024),
+    "layers_per_block": (4, 6, 6, 2, 2),
+    "decoder_layers_per_block": (5, 5, 5, 5),
+    "spatio_temporal_scaling": (True, True, True, True),
+    "decoder_spatio_temporal_scaling": (True, True, True),
+    "decoder_inject_noise": (False, False, False, False),
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+    "upsample_type": ("spatiotemporal",) * 3,
+    "upsample_residual": (True, True, True),
+    "upsample_factor": (2, 2, 2),
+    "timestep_conditioning": False,
+    "patch_size": 4,
+    "patch_size_t": 1,
+    "resnet_norm_eps": 1e-6,
+    "encoder_causal": True,
+    "decoder_causal": False,
+    "encoder_spatial_padding_mode": "zeros",
+    "decoder_spatial_padding_mode": "reflect",
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+_AUDIO_VAE: Config = {
+    "base_channels": 128,
+    "output_channels": 2,
+    "ch_mult": (1, 2, 4),
+    "num_res_blocks": 2,
+    "attn_resolutions": None,
+    "in_channels": 2,
+    "resolution": 256,
+    "latent_channels": 8,
+    "norm_type": "pixel",
+    "causality_axis": "height",
+    "mid_block_add_attention": False,
+    "sample_rate": 16000,
+    "mel_hop_length": 160,
+    "is_causal": True,
+    "mel_bins": 64,
+}
+_VOCODER: Config = {
+    "in_channels": 128,
+    "hidden_channels": 1024,
+    "out_channels": 2,
+    "upsample_kernel_sizes": (16, 15, 8, 4, 4),
+    "upsample_factors": (6, 5, 2, 2, 2),
+    "resnet_kernel_sizes": (3, 7, 11),
+    "resnet_dilations": ((1, 3, 5),) * 3,
+    "leaky_relu_negative_slope": 0.1,
+    "output_sampling_rate": 24000,
+}
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        name="ltx2-19b",
+        family="ltx2",
+        title="LTX-2 19B",
+        hub_id="Lightricks/LTX-2",
+        configs={
+            "transformer": _DIT,
+            "vae": _VAE,
+            "audio_vae": _AUDIO_VAE,
+            "vocoder": _VOCODER,
+            "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+        },
+        native=VideoShape(512, 768, 121),
+        minimum=VideoShape(256, 256, 9),
+        maximum=VideoShape(768, 768, 241),
+        fps=24,
+        tasks={"text-to-video": "LTX2Pipeline", "image-to-video": "LTX2ImageToVideoPipeline"},
+        text_length=TEXT_LENGTH,
+        guidance=4.0,
+        steps=40,
+    ),
+)
+
+# ── shapes ───────────────────────────────────────────────────────────────────────────
+
+
+def grid(variant: Variant) -> dict[str, tuple[int, int]]:
+    """Valid sizes of each axis as (step, offset)."""
+    vae = variant.configs["vae"]
+    side = vae["spatial_compression_ratio"]
+    return {"height": (side, 0), "width": (side, 0), "frames": (vae["temporal_compression_ratio"], 1)}
+
+
+def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
+    """Latent (frames, height, width) of a video shape."""
+    vae = variant.configs["vae"]
+    side = vae["spatial_compression_ratio"]
+    return (shape.frames - 1) // vae["temporal_compression_ratio"] + 1, shape.height // side, shape.width // side
+
+
+def sound(variant: Variant, shape: VideoShape) -> int:
+    """Audio latents of a video: 25 a second, at the variant's frame rate."""
+    audio = variant.configs["audio_vae"]
+    rate = audio["sample_rate"] / audio["mel_hop_length"] / variant.configs["transformer"]["audio_scale_factor"]
+    return max(1, round(shape.frames / variant.fps * rate))
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    """As of LTX-Video, `denoiser_conditioned` takes a timestep for each token: image-to-video."""
+    return (
+        _denoiser(variant, per_token=False),
+        *_vae(variant),
+        _audio_decoder(variant),
+        _vocoder(variant),
+        _denoiser(variant, per_token=True),
+    )
+
+
+def _denoiser(variant: Variant, per_token: bool) -> Component:
+    config = variant.configs["transformer"]
+    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    audio_heads, audio_dim = config["audio_num_attention_heads"], config["audio_attention_head_dim"]
+    crossing = config["audio_cross_attention_dim"]
+    tables = {
+        "video": ("tokens", heads, dim // 2),
+        "audio": ("audio", audio_heads, audio_dim // 2),
+        "cross": ("tokens", heads, crossing // heads // 2),
+        "cross_audio": ("audio", audio_heads, crossing // audio_heads // 2),
+    }
+    inputs = (
+        Tensor("hidden_states", ("batch", "tokens", config["in_channels"])),
+        Tensor("audio_hidden_states", ("batch", "audio", config["audio_in_channels"])),
+        Tensor("encoder_hidden_states", ("batch", "text", config["caption_channels"])),
+        Tensor("audio_encoder_hidden_states", ("batch", "text", config["caption_channels"])),
+        Tensor("timestep", ("batch", "tokens" if per_token else 1), "float32"),
+        Tensor("audio_timestep", ("batch",), "float32"),
+        Tensor("cross_timestep", ("batch",), "float32"),
+        Tensor("cross_timestep_audio", ("batch",), "float32"),
+        Tensor("encoder_attention_mask", ("batch", "text")),
+        Tensor("audio_encoder_attention_mask", ("batch", "text")),
+        *(Tensor(f"{n}_{k}", (1, *dims), "float32") for n, dims in tables.items() for k in ("cos", "sin")),
+    )
+    names = tuple(t.name for t in inputs)
+
+    def sizes(shape: VideoShape) -> Sizes:
+        tokens = product(latent(variant, shape))
+        return {"batch": shape.batch, "tokens": tokens, "audio": sound(variant, shape), "text": variant.text_length}
+
+    deep = config["num_layers"] > TRACED_BLOCKS
+    return Component(
+        name="denoiser_conditioned" if per_token else "denoiser",
+        default=not per_token,
+        cls=DENOISER_CLASSES[0],
+        subfolder="transformer",
+        config=config,
+        traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
+        repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
+        inputs=inputs,
+        outputs=(
+            Tensor("sample", ("batch", "tokens", config["out_channels"])),
+            Tensor("audio_sample", ("batch", "audio", config["audio_out_channels"])),
+        ),
+        forward=partial(_ltx2.denoiser, names=names),
+        adapt=partial(_ltx2.adapt_denoiser, names=names, per_token=per_token),
+        returns=_ltx2.denoiser_output,
+        sample=partial(_ltx2.sample_denoiser, per_token=per_token),
+        sizes=sizes,
+        trace_sizes={"batch": 2, "tokens": 24, "audio": 10, "text": 16},
+        free_axes={"text": 1, "audio": 1},
+    )
+
+
+def _vae(variant: Variant) -> tuple[Component, ...]:
+    vae = variant.configs["vae"]
+    side, temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
+    common: dict[str, Any] = {"cls": "AutoencoderKLLTX2Video", "subfolder": "vae", "config": vae}
+    common |= {"forward": _ltx2.vae, "adapt": partial(tensors_named, names=("hidden_states",))}
+    z = Tensor("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
+    x = Tensor("hidden_states", (1, vae["in_channels"], "frames", "height", "width"))
+    out = ("out_frames", "out_height", "out_width")
+    decoder = Component(
+        name="vae_decoder",
+        attribute="decoder",
+        inputs=(z,),
+        outputs=(Tensor("sample", (1, vae["out_channels"], *out)),),
+        sample=partial(random_call, specs=(z,)),
+        sizes=lambda shape: dict(zip(("frames", "height", "width"), latent(variant, shape), strict=True)),
+        trace_sizes={"frames": 3, "height": 3, "width": 4},
+        **common,
+    )
+    encoder = Component(
+        name="vae_encoder",
+        attribute="encoder",
+        inputs=(x,),
+        outputs=(Tensor("latent", (1, 2 * vae["latent_channels"], *out)),),
+        sample=partial(random_call, specs=(x,)),
+        sizes=lambda shape: {"frames": shape.frames, "height": shape.height, "width": shape.width},
+        trace_sizes={"frames": 2 * temporal + 1, "height": 3 * side, "width": 4 * side},
+        affine_axes={
+            "frames": ("frames_k", temporal, 1),
+            "height": ("height_k", side, 0),
+            "width": ("width_k", side, 0),
+        },
+        **common,
+    )
+    return decoder, encoder
+
+
+def _audio_decoder(variant: Variant) -> Component:
+    audio = variant.configs["audio_vae"]
+    x = Tensor("sample", (1, audio["latent_channels"], "audio", audio["mel_bins"] // 4))
+    return Component(
+        name="audio_decoder",
+        cls="AutoencoderKLLTX2Audio",
+        subfolder="audio_vae",
+        attribute="decoder",
+        config=audio,
+        inputs=(x,),
+        outputs=(Tensor("mel", (1, audio["output_channels"], "mel_frames", "mel_bins")),),
+        forward=_ltx2.audio_decoder,
+        adapt=partial(tensors_named, names=("sample",)),
+        sample=partial(random_call, specs=(x,)),
+        sizes=lambda shape: {"audio": sound(variant, shape)},
+        trace_sizes={"audio": 7},
+        free_axes={"audio": 2},
+    )
+
+
+def _vocoder(variant: Variant) -> Component:
+    audio, vocoder = variant.configs["audio_vae"], variant.configs["vocoder"]
+    bins = vocoder["in_channels"] // audio["output_channels"]
+    x = Tensor("hidden_states", (1, audio["output_channels"], "mel_frames", bins))
+    return Component(
+        name="vocoder",
+        cls="LTX2Vocoder",
+        subfolder="vocoder",
+        config=vocoder,
+        inputs=(x,),
+        outputs=(Tensor("waveform", (1, vocoder["out_channels"], "samples")),),
+        forward=_ltx2.vocoder,
+        adapt=partial(tensors_named, names=("hidden_states",)),
+        sample=partial(random_call, specs=(x,)),
+        sizes=lambda shape: {"mel_frames": 4 * sound(variant, shape) - 3},
+        trace_sizes={"mel_frames": 13},
+        free_axes={"mel_frames": 5},
+    )
+
+
+# ── rendering ────────────────────────────────────────────────────────────────────────
+
+
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipelines' calls beyond those all share.
+
+    Guidance is classifier-free, as the 2.0 checkpoint is published: that of 2.3 (perturbed blocks, isolated
+    modalities) takes four times the work, half of it on no engine.
+    """
+    plain = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    plain |= {"guidance_rescale": 0.0, "audio_guidance_rescale": 0.0}
+    made = arguments | plain | {"frame_rate": media.fps, "audio_guidance_scale": arguments["guidance_scale"]}
+    return made | ({"image": media.images[0]} if media.images else {})
+
+
+def results(pipe: Any, result: Any) -> tuple[Any, tuple[Any, int] | None]:
+    """Frames, and the sound at the vocoder's rate."""
+    samples = result.audio[0].float().cpu().numpy()
+    return result.frames[0], (samples, pipe.vocoder.config.output_sampling_rate)

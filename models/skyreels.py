@@ -1,0 +1,97 @@
+"""SkyReels V2 (Skywork): text- and image-to-video, and diffusion forcing for long videos.
+
+The networks are Wan's with one embedding more. Diffusion forcing gives every latent frame its
+own timestep; its causal mode (`ar_step`, `causal_block_size`) runs in PyTorch. Paper:
+arXiv:2504.13074.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from overcrank.models import _clip, _wan_dit, _wan_vae, wan
+from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape
+
+TITLE = "SkyReels V2"
+DEFAULT = "skyreels-v2-t2v-14b-540p"
+DENOISER_CLASSES = ("SkyReelsV2Transformer3DModel",)
+OVERLAP, NOISE = 17, 20  # frames a longer video's windows share, and the noise on them, as its authors recommend
+
+_BIG: Config = wan.DIT | {"inject_sample_info": False, "num_frame_per_block": 1}
+_SMALL: Config = wan.DIT_SMALL | {"inject_sample_info": False, "num_frame_per_block": 1}
+_PICTURE = {"in_channels": 36, "image_dim": 1280}
+_KV = {"added_kv_proj_dim": 5120}
+_T2V = {"text-to-video": "SkyReelsV2Pipeline"}
+_I2V = {t: "SkyReelsV2ImageToVideoPipeline" for t in ("image-to-video", "first-last-frame")}
+_DF = {
+    "text-to-video": "SkyReelsV2DiffusionForcingPipeline",
+    "image-to-video": "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+    "video-to-video": "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+}
+_SIZE = {"540p": VideoShape(544, 960, 97), "720p": VideoShape(720, 1280, 121)}
+
+
+def _variant(name: str, hub: str, dit: Config, tasks: Any, size: str) -> Variant:
+    configs: dict[str, Config] = {
+        "transformer": dit,
+        "vae": wan.VAE_21,
+        "scheduler": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 8.0},
+    }
+    if dit["image_dim"]:
+        configs["image_encoder"] = _clip.VIT_H
+    return Variant(
+        name=name,
+        family="skyreels",
+        title=name.replace("skyreels-v2-", "SkyReels V2 ").upper().replace("SKYREELS", "SkyReels").replace("-", " "),
+        hub_id=f"Skywork/SkyReels-V2-{hub}-Diffusers",
+        configs=configs,
+        native=_SIZE[size],
+        minimum=VideoShape(256, 256, 5),
+        maximum=_SIZE[size],
+        fps=24,
+        tasks=tasks,
+        text_length=_wan_dit.TEXT_LENGTH,
+        guidance=5.0 if "i2v" in name else 6.0,
+        steps=30 if "-df-" in name else 50,
+    )
+
+
+_SMALL_DF: Config = _SMALL | {"inject_sample_info": True}
+VARIANTS: tuple[Variant, ...] = (
+    _variant("skyreels-v2-t2v-14b-540p", "T2V-14B-540P", _BIG, _T2V, "540p"),
+    _variant("skyreels-v2-t2v-14b-720p", "T2V-14B-720P", _BIG, _T2V, "720p"),
+    _variant("skyreels-v2-i2v-1.3b-540p", "I2V-1.3B-540P", _SMALL | _PICTURE | {"added_kv_proj_dim": 1536}, _I2V, "540p"),
+    _variant("skyreels-v2-i2v-14b-540p", "I2V-14B-540P", _BIG | _PICTURE | _KV, _I2V, "540p"),
+    _variant("skyreels-v2-i2v-14b-720p", "I2V-14B-720P", _BIG | _PICTURE | _KV, _I2V, "720p"),
+    _variant("skyreels-v2-df-1.3b-540p", "DF-1.3B-540P", _SMALL_DF, _DF, "540p"),
+    _variant("skyreels-v2-df-14b-540p", "DF-14B-540P", _BIG, _DF, "540p"),
+    _variant("skyreels-v2-df-14b-720p", "DF-14B-720P", _BIG, _DF, "720p"),
+)
+
+grid = wan.grid
+latent = wan.latent
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    """`denoiser` takes one timestep; `denoiser_forcing` one for each latent frame: diffusion forcing."""
+    dit = variant.configs["transformer"]
+    forcing = variant.tasks == _DF
+
+    def latent_of(shape: VideoShape) -> tuple[int, int, int]:
+        return latent(variant, shape)
+
+    plain = replace(_wan_dit.component(DENOISER_CLASSES[0], dit, latent_of), default=not forcing)
+    forced = _wan_dit.component(DENOISER_CLASSES[0], dit, latent_of, name="denoiser_forcing", per_token=True)
+    images = (_clip.component(variant.configs["image_encoder"], hidden=-2),) if dit.get("image_dim") else ()
+    return (plain, replace(forced, default=forcing), *_wan_vae.components(variant.configs["vae"], latent_of), *images)
+
+
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipelines' calls beyond those all share; a long video goes window by window."""
+    made = wan.call_arguments(pipe, variant, media, arguments)
+    if variant.tasks == _DF:
+        made |= {"fps": 16 if media.fps <= 16 else 24, "base_num_frames": variant.native.frames}
+        if arguments["num_frames"] > variant.native.frames:
+            made |= {"overlap_history": OVERLAP, "addnoise_condition": NOISE}
+    return made
