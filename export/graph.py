@@ -103,12 +103,18 @@ def _axes(component: Component) -> dict[str, Any]:
     from torch.export import Dim
 
     names = {d for t in component.inputs for d in t.dims if isinstance(d, str)}
-    roots = {n: Dim(n, min=component.least.get(n)) for n in names if n not in component.affine_axes}
+    bounds = component.bounds
+    roots = {n: Dim(n, **_range(bounds.get(n))) for n in names if n not in component.affine_axes}
     axes: dict[str, Any] = dict(roots)
     for name, (root, scale, offset) in component.affine_axes.items():
         base = roots.setdefault(root, Dim(root))
         axes[name] = base * scale + offset if offset else base * scale
     return axes
+
+
+def _range(bounds: tuple[int, int | None] | None) -> dict[str, int]:
+    low, high = bounds or (None, None)
+    return {k: v for k, v in (("min", low), ("max", high)) if v is not None}
 
 
 def _converted(program: Any) -> ir.Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ModelError
@@ -66,7 +67,7 @@ def random_module(component: Component, config: Config, precision: str, seed: in
 
 
 def cast_like_diffusers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating parameters to `dtype`, except the ones diffusers keeps in fp32."""
+    """Cast floating parameters and stored buffers to `dtype`, except the ones diffusers keeps in fp32."""
     kept = getattr(module, "_keep_in_fp32_modules", None) or []
     for owner_name, owner in module.named_modules():
         parts = owner_name.split(".")
@@ -74,6 +75,11 @@ def cast_like_diffusers(module: nn.Module, dtype: torch.dtype) -> None:
             keep = any(word in parts or word == name for word in kept)
             if value.is_floating_point() and not keep:
                 value.data = value.data.to(dtype)
+        stored = [n for n in owner._buffers if n not in owner._non_persistent_buffers_set]
+        for name in stored:  # loaded with the checkpoint, so cast with it; others are computed in fp32
+            buffer = owner._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                owner._buffers[name] = buffer.to(dtype)
 
 
 def _as_json_has_it(value: Any) -> Any:
@@ -99,7 +105,8 @@ def _construct(component: Component, config: Config) -> nn.Module:
     import diffusers
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    cls: Any = getattr(diffusers, component.cls, None)
+    where, _, name = component.cls.rpartition(".")
+    cls: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
     if cls is None:
         return _construct_transformers(component, config)
     known = inspect.signature(cls.__init__).parameters

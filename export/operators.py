@@ -11,7 +11,7 @@ from typing import Any
 from overcrank.export.linear import linear
 
 
-def repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size: int | None = None) -> Any:
+def repeat_interleave(x: Any, repeats: Any, dim: int | None = None, output_size: int | None = None) -> Any:
     """Each slice along `dim`, `repeats` times in a row."""
     from onnxscript import opset23 as op
 
@@ -19,11 +19,10 @@ def repeat_interleave(x: Any, repeats: int, dim: int | None = None, output_size:
         x, dim = op.Reshape(x, op.Constant(value_ints=[-1])), 0
     rank = len(x.shape)
     axis = dim % rank
-    ones = [1] * (rank + 1)
-    spread = op.Expand(
-        op.Unsqueeze(x, op.Constant(value_ints=[axis + 1])),
-        op.Constant(value_ints=ones[: axis + 1] + [repeats] + ones[axis + 2 :]),
-    )
+    count = op.Constant(value_ints=[repeats]) if isinstance(repeats, int) else op.Reshape(repeats, op.Constant(value_ints=[1]))
+    before, after = [1] * (axis + 1), [1] * (rank - axis - 1)
+    sizes = [op.Constant(value_ints=before), count, *([op.Constant(value_ints=after)] if after else [])]
+    spread = op.Expand(op.Unsqueeze(x, op.Constant(value_ints=[axis + 1])), op.Concat(*sizes, axis=0))
     parts = [op.Shape(x, start=0, end=axis)] if axis else []
     parts.append(op.Constant(value_ints=[-1]))
     parts += [op.Shape(x, start=axis + 1, end=rank)] if axis + 1 < rank else []

@@ -60,7 +60,7 @@ def _only_output(outputs: Mapping[str, Any], call: Mapping[str, Any]) -> Any:
 class Component:
     """A submodule that becomes an engine.
 
-    `cls` is a diffusers class, built from `config`; `attribute` is the part of it that
+    `cls` is a diffusers class (dotted where it is not at the top), else one of transformers, built from `config`; `attribute` is the part of it that
     runs ("" is the whole, "decoder" a VAE's decoder); one that is not `default` is built on
     request. The rest are plain functions:
 
@@ -76,8 +76,8 @@ class Component:
     the full one (export/repeat.py); `trace_sizes` are the axis lengths it is traced at.
     `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that
     its length is scale * root + offset; `free_axes` maps an axis that no video shape sets
-    to its smallest length. `least` maps an axis to the smallest
-    length it is traced for. `twins` are other parts of the pipeline, of the same architecture,
+    to its smallest length. `bounds` maps an axis to the smallest
+    and largest length it is traced for. `twins` are other parts of the pipeline, of the same architecture,
     that the same engine serves with their own weights, if the pipeline has them.
     """
 
@@ -99,7 +99,7 @@ class Component:
     free_axes: Sizes = field(default_factory=dict)
     traced_config: Config = field(default_factory=dict)
     repeats: tuple[Repeat, ...] = ()
-    least: Sizes = field(default_factory=dict)
+    bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     affine_axes: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 
     def at_depth(self, config: Config) -> Component:

@@ -285,7 +285,7 @@ def _vocoder(variant: Variant) -> Component:
     x = Tensor("hidden_states", (1, audio["output_channels"], "mel_frames", bins))
     return Component(
         name="vocoder",
-        cls="LTX2Vocoder",
+        cls="pipelines.ltx2.vocoder.LTX2Vocoder",
         subfolder="vocoder",
         config=vocoder,
         inputs=(x,),

@@ -150,7 +150,7 @@ _LTX2_DIT = {
 _LTX2_VAE = {
     "latent_channels": 8,
     "block_out_channels": (8, 8, 16, 16),
-    "decoder_block_out_channels": (8, 8, 8),
+    "decoder_block_out_channels": (8, 16, 32),
     "layers_per_block": (1, 1, 1, 1, 1),
     "decoder_layers_per_block": (1, 1, 1, 1),
 }
@@ -163,6 +163,31 @@ _LTX2_VOCODER = {
     "resnet_kernel_sizes": (3,),
     "resnet_dilations": ((1, 3),),
     "output_sampling_rate": 400,
+}
+_UNET = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+_SVD_UNET = {
+    "block_out_channels": (32, 64, 96, 128),  # in 32 groups: a group of one pixel would normalize rounding errors
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 12,
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "num_attention_heads": (2, 2, 2, 2),
+}
+_SDXL_UNET = _UNET | {
+    "block_out_channels": (8, 8, 16),
+    "transformer_layers_per_block": (1, 1, 2),
+    "cross_attention_dim": 24,
+    "num_attention_heads": (2, 2, 4),
+    "motion_num_attention_heads": 2,
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 40,
+}
+_KL = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+_SMALL = {
+    "native": VideoShape(64, 128, 4),
+    "minimum": VideoShape(64, 64, 2),
+    "maximum": VideoShape(128, 128, 6),
+    "odd": VideoShape(128, 64, 3),
 }
 
 
@@ -268,6 +293,27 @@ TINY = {
     "tiny-skyreels-df": Tiny(
         "skyreels-v2-df-1.3b-540p", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
         **_PAIRS,
+    ),
+    "tiny-svd": Tiny(
+        "svd-xt-1.1",
+        {
+            "unet": _SVD_UNET | {"num_frames": 4},
+            "vae": {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
+            "image_encoder": _CLIP,
+        },
+        native=VideoShape(128, 192, 4),
+        minimum=VideoShape(128, 128, 4),
+        maximum=VideoShape(192, 192, 4),
+        odd=VideoShape(192, 128, 4),
+    ),
+    "tiny-animatediff": Tiny(
+        "animatediff-sd15-v1.5.3",
+        {"unet": _UNET | {"cross_attention_dim": 24, "num_attention_heads": 2, "motion_num_attention_heads": 2}, "vae": _KL},
+        **_SMALL,
+    ),
+    "tiny-animatediff-sdxl": Tiny("animatediff-sdxl", {"unet": _SDXL_UNET, "vae": _KL}, **_SMALL),
+    "tiny-modelscope": Tiny(
+        "modelscope-1.7b", {"unet": _UNET | {"cross_attention_dim": 24, "attention_head_dim": 4}, "vae": _KL}, **_SMALL
     ),
     "tiny-wan-2.2-a14b": Tiny(
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}

@@ -1,0 +1,161 @@
+"""The convolutional video UNets (Stable Video Diffusion, AnimateDiff, ModelScope) as components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import ShapeError
+from overcrank.models._common import Kept, forwards, given, patched
+from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
+
+if TYPE_CHECKING:
+    from torch import Tensor as T
+    from torch import nn
+
+_same = Kept()
+DOWN = 8  # of the latents' sides, by three downsamplings
+
+
+def component(
+    cls: str, config: Config, more: tuple[Tensor, ...], *, frames_first: int = 0, stride: int = 8
+) -> Component:
+    """`more` are the inputs beside the latents and the timestep.
+
+    With `frames_first` latents are [2, F, C, H, W] of that many frames, guided: the temporal transformer's
+    reshapes let torch.export trace no other number of either.
+    """
+    channels = config["in_channels"]
+    middle: tuple[int | str, ...] = (frames_first, channels) if frames_first else (channels, "frames")
+    out: tuple[int | str, ...] = (frames_first or "frames", config["out_channels"])
+    batch: int | str = 2 if frames_first else "batch"
+    x = Tensor("sample", (batch, *middle, "height", "width"))
+    inputs = (x, Tensor("timestep", (1,), "float32"), *more)
+    names = tuple(t.name for t in inputs)
+
+    def sizes(shape: VideoShape) -> Sizes:
+        height, width = shape.height // stride, shape.width // stride
+        return {"batch": shape.batch, "frames": shape.frames, "height": height, "width": width}
+
+    return Component(
+        name="denoiser",
+        cls=cls,
+        subfolder="unet",
+        config=config,
+        inputs=inputs,
+        outputs=(Tensor("out", (batch, *(out if frames_first else out[::-1]), "height", "width")),),
+        forward=partial(_traced, names=names),
+        adapt=partial(_adapt, names=names),
+        returns=partial(_returns, cls=cls),
+        sample=partial(_sample, specs=(x, *more)),
+        sizes=sizes,
+        trace_sizes={"batch": 2, "frames": 3, "height": 2 * DOWN, "width": 3 * DOWN},
+        bounds={"frames": (2, config.get("motion_max_seq_length") or 128)},
+        affine_axes={"height": ("height_k", DOWN, 0), "width": ("width_k", DOWN, 0)},
+    )
+
+
+def _traced(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> T:
+    of = dict(zip(names, inputs, strict=True))
+    call: dict[str, Any] = {k: of[k] for k in ("sample", "timestep", "encoder_hidden_states")}
+    if "added_time_ids" in of:
+        call["added_time_ids"] = of["added_time_ids"]
+    if "text_embeds" in of:
+        call["added_cond_kwargs"] = {k: of[k] for k in ("text_embeds", "time_ids")}
+    if _text_by_frame(module):
+        call["encoder_hidden_states"] = of["encoder_hidden_states"].repeat_interleave(of["sample"].shape[2], dim=0)
+    with patched(module, {"TransformerSpatioTemporalModel": _spatio_temporal}), ExitStack() as stack:
+        if "text_embeds" in of:  # joined with the embedded ids, which stay in fp32 without this
+            added: Any = module
+            stack.enter_context(forwards([added.add_time_proj], _cast, of["text_embeds"].dtype))
+        out: T = module(**call, return_dict=False)[0]
+    return out
+
+
+def _cast(module: Any, dtype: Any, x: T) -> T:
+    out: T = type(module).forward(module, x).to(dtype)
+    return out
+
+
+def _spatio_temporal(
+    m: Any, hidden_states: T, encoder_hidden_states: T, image_only_indicator: T, return_dict: bool = True
+) -> Any:
+    """TransformerSpatioTemporalModel.forward; its reshapes of the context, which every frame shares, fix a length."""
+    import torch
+
+    (batch, frames), (_, _, height, width) = image_only_indicator.shape, hidden_states.shape
+    context = encoder_hidden_states.unflatten(0, (batch, frames))[:, 0].repeat_interleave(height * width, dim=0)
+    x = m.proj_in(m.norm(hidden_states).flatten(2).transpose(1, 2))
+    index = torch.arange(frames, device=x.device).repeat(batch)
+    position = m.time_pos_embed(m.time_proj(index).to(x.dtype))[:, None]
+    for spatial, temporal in zip(m.transformer_blocks, m.temporal_transformer_blocks, strict=True):
+        x = spatial(x, encoder_hidden_states=encoder_hidden_states)
+        mixed = temporal(x + position, num_frames=frames, encoder_hidden_states=context)
+        x = m.time_mixer(x_spatial=x, x_temporal=mixed, image_only_indicator=image_only_indicator)
+    out = m.proj_out(x).transpose(1, 2).unflatten(2, (height, width)) + hidden_states
+    return (out,)
+
+
+def _text_by_frame(module: Any) -> bool:
+    """Whether the pipeline repeats the text for every frame before the call."""
+    return type(module).__name__ == "UNetMotionModel"
+
+
+def _adapt(module: nn.Module, *, names: tuple[str, ...], **call: Any) -> dict[str, Any]:
+    """The engine's inputs for a call of the UNet (same arguments).
+
+    Raises ShapeError for what only PyTorch runs: FreeNoise's windows, IP-Adapter, ControlNet residuals,
+    a prompt that changes from frame to frame.
+    """
+    import torch
+
+    sample: T = call["sample"]
+    for name in ("down_block_additional_residuals", "mid_block_additional_residual", "timestep_cond"):
+        if call.get(name) is not None:
+            raise ShapeError(f"this call gives {name}")
+    timestep = torch.as_tensor(call["timestep"], device=sample.device).reshape(-1)[:1].float()
+    made: dict[str, Any] = {"timestep": timestep, "sample": sample}
+    added: Mapping[str, Any] = call.get("added_cond_kwargs") or {}
+    if "image_embeds" in added:
+        raise ShapeError("this call gives an IP-Adapter's image embeddings")
+    made |= given(added, *(n for n in ("text_embeds", "time_ids") if n in names))
+    made |= given(call, *(n for n in names if n not in made))
+    if _text_by_frame(module):
+        if any(type(m).__name__ == "FreeNoiseTransformerBlock" for m in module.modules()):
+            raise ShapeError("FreeNoise's windows are on")
+        made["encoder_hidden_states"] = _one_text(made["encoder_hidden_states"], sample.shape[2])
+    return made
+
+
+def _one_text(text: T, frames: int) -> T:
+    by_video = text.unflatten(0, (-1, frames))
+    if not _same.get(text, text._version, lambda: bool((by_video == by_video[:, :1]).all())):
+        raise ShapeError("the prompt changes from frame to frame")
+    return by_video[:, 0]
+
+
+def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, cls: str) -> Any:
+    if not call.get("return_dict", True):
+        return (outputs["out"],)
+    from diffusers.models.unets import unet_3d_condition, unet_motion_model, unet_spatio_temporal_condition
+
+    made = {
+        "UNet3DConditionModel": unet_3d_condition.UNet3DConditionOutput,
+        "UNetMotionModel": unet_motion_model.UNetMotionOutput,
+        "UNetSpatioTemporalConditionModel": unet_spatio_temporal_condition.UNetSpatioTemporalConditionOutput,
+    }
+    return made[cls](sample=outputs["out"])
+
+
+def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[Tensor, ...]) -> dict[str, Any]:
+    import torch
+
+    call: dict[str, Any] = {t.name: torch.randn(t.shape(sizes), generator=generator) for t in specs}
+    if "text_embeds" in call:
+        call["added_cond_kwargs"] = {n: call.pop(n) for n in ("text_embeds", "time_ids")}
+    if _text_by_frame(module):
+        text = call["encoder_hidden_states"]
+        call["encoder_hidden_states"] = text.repeat_interleave(sizes["frames"], dim=0)
+    return call | {"timestep": torch.tensor(750.0), "return_dict": False}

@@ -1,0 +1,109 @@
+"""AnimateDiff: Stable Diffusion 1.5 and SDXL with a motion module.
+
+The configuration is that of the UNet with the motion module loaded (diffusers' UNetMotionModel).
+FreeNoise, for videos longer than a window, runs in PyTorch. Paper: arXiv:2307.04725.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from overcrank.models import _kl_vae, _unet
+from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape
+
+TITLE = "AnimateDiff"
+DEFAULT = "animatediff-sd15-v1.5.3"
+DENOISER_CLASSES = ("UNetMotionModel",)
+CHUNK, TEXT_LENGTH = 16, 77
+
+_SD15: Config = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
+    "up_block_types": ("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "cross_attention_dim": 768,
+    "num_attention_heads": 8,
+    "motion_max_seq_length": 32,
+    "motion_num_attention_heads": 8,
+    "use_motion_mid_block": False,
+}
+_SDXL: Config = _SD15 | {
+    "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
+    "up_block_types": ("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "num_attention_heads": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "motion_max_seq_length": 32,
+}
+_DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "clip_sample": False}
+_TASKS = {"text-to-video": "AnimateDiffPipeline", "video-to-video": "AnimateDiffVideoToVideoPipeline"}
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        name="animatediff-sd15-v1.5.3",
+        family="animatediff",
+        title="AnimateDiff SD 1.5, motion module v1.5.3",
+        hub_id="guoyww/animatediff-motion-adapter-v1-5-3",
+        configs={"unet": _SD15, "vae": _kl_vae.SD, "scheduler": _DDIM},
+        native=VideoShape(512, 512, 16),
+        minimum=VideoShape(256, 256, 8),
+        maximum=VideoShape(768, 768, 24),
+        fps=8,
+        tasks=_TASKS,
+        text_length=TEXT_LENGTH,
+        guidance=7.5,
+        steps=25,
+    ),
+    Variant(
+        name="animatediff-sdxl",
+        family="animatediff",
+        title="AnimateDiff SDXL beta",
+        hub_id="guoyww/animatediff-motion-adapter-sdxl-beta",
+        configs={"unet": _SDXL, "vae": _kl_vae.SD | {"scaling_factor": 0.13025, "sample_size": 1024}, "scheduler": _DDIM},
+        native=VideoShape(1024, 1024, 16),
+        minimum=VideoShape(512, 512, 8),
+        maximum=VideoShape(1024, 1024, 16),
+        fps=8,
+        tasks={"text-to-video": "AnimateDiffSDXLPipeline"},
+        text_length=TEXT_LENGTH,
+        guidance=8.0,
+        steps=20,
+    ),
+)
+
+
+def grid(variant: Variant) -> dict[str, tuple[int, int]]:
+    """Valid sizes of each axis as (step, offset)."""
+    step = _unet.DOWN * _kl_vae.stride(variant.configs["vae"])
+    return {"height": (step, 0), "width": (step, 0), "frames": (1, 0)}
+
+
+def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
+    """Latent (frames, height, width) of a video shape."""
+    side = _kl_vae.stride(variant.configs["vae"])
+    return shape.frames, shape.height // side, shape.width // side
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    unet, vae = variant.configs["unet"], variant.configs["vae"]
+    conditions = [Tensor("encoder_hidden_states", ("batch", TEXT_LENGTH, unet["cross_attention_dim"]))]
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        conditions += [Tensor("text_embeds", ("batch", pooled)), Tensor("time_ids", ("batch", 6))]
+    denoiser = _unet.component(DENOISER_CLASSES[0], unet, tuple(conditions), stride=_kl_vae.stride(vae))
+    return (denoiser, *_kl_vae.components(vae, CHUNK))
+
+
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipelines' calls beyond those all share."""
+    if not media.video:
+        return arguments
+    return arguments | {"video": list(media.video), "strength": media.strength}

@@ -1,0 +1,56 @@
+"""ModelScope text-to-video (Alibaba): 1.7B, 256 × 256.
+
+The configuration is that of the published checkpoint. Paper: arXiv:2308.06571.
+"""
+
+from __future__ import annotations
+
+from overcrank.models import _kl_vae, _unet, animatediff
+from overcrank.models.base import Component, Config, Tensor, Variant, VideoShape
+
+TITLE = "ModelScope"
+DEFAULT = "modelscope-1.7b"
+DENOISER_CLASSES = ("UNet3DConditionModel",)
+TEXT_LENGTH = 77
+
+_UNET: Config = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
+    "up_block_types": ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": 64,
+}
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        name="modelscope-1.7b",
+        family="modelscope",
+        title="ModelScope 1.7B",
+        hub_id="ali-vilab/text-to-video-ms-1.7b",
+        configs={"unet": _UNET, "vae": _kl_vae.SD, "scheduler": {"_class_name": "DDIMScheduler"}},
+        native=VideoShape(256, 256, 16),
+        minimum=VideoShape(256, 256, 8),
+        maximum=VideoShape(512, 512, 32),
+        fps=8,
+        tasks={"text-to-video": "TextToVideoSDPipeline"},
+        text_length=TEXT_LENGTH,
+        guidance=9.0,
+        steps=50,
+    ),
+)
+
+grid = animatediff.grid
+latent = animatediff.latent
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    """Every frame is decoded in one call, as the pipeline does."""
+    unet, vae = variant.configs["unet"], variant.configs["vae"]
+    text = Tensor("encoder_hidden_states", ("batch", TEXT_LENGTH, unet["cross_attention_dim"]))
+    denoiser = _unet.component(DENOISER_CLASSES[0], unet, (text,), stride=_kl_vae.stride(vae))
+    return (denoiser, *_kl_vae.components(vae, variant.maximum.frames))

@@ -1,0 +1,106 @@
+"""Stable Video Diffusion (Stability AI): image-to-video, 14 and 25 frames.
+
+Configurations are those of the published checkpoints. Paper: arXiv:2311.15127.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from overcrank.models import _clip, _kl_vae, _unet
+from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape
+
+TITLE = "Stable Video Diffusion"
+DEFAULT = "svd-xt-1.1"
+DENOISER_CLASSES = ("UNetSpatioTemporalConditionModel",)
+CHUNK = 8  # frames decoded at a time: the temporal decoder takes 1.2 GB a frame at 1024 × 576
+
+_UNET: Config = {
+    "sample_size": 96,
+    "in_channels": 8,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
+    "up_block_types": ("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 768,
+    "layers_per_block": 2,
+    "cross_attention_dim": 1024,
+    "transformer_layers_per_block": 1,
+    "num_attention_heads": (5, 10, 20, 20),
+    "num_frames": 25,
+}
+_VAE: Config = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 768,
+    "scaling_factor": 0.18215,
+}
+
+
+def _variant(name: str, hub: str, title: str, frames: int) -> Variant:
+    return Variant(
+        name=name,
+        family="svd",
+        title=title,
+        hub_id=f"stabilityai/{hub}",
+        configs={
+            "unet": _UNET | {"num_frames": frames},
+            "vae": _VAE,
+            "image_encoder": _clip.VIT_H,
+            "scheduler": {"_class_name": "EulerDiscreteScheduler"},
+        },
+        native=VideoShape(576, 1024, frames),
+        minimum=VideoShape(256, 256, 2),
+        maximum=VideoShape(576, 1024, 25),
+        fps=7,
+        tasks={"image-to-video": "StableVideoDiffusionPipeline"},
+        text_length=0,
+        guidance=3.0,
+        steps=25,
+    )
+
+
+VARIANTS: tuple[Variant, ...] = (
+    _variant("svd", "stable-video-diffusion-img2vid", "Stable Video Diffusion", 14),
+    _variant("svd-xt", "stable-video-diffusion-img2vid-xt", "Stable Video Diffusion XT", 25),
+    _variant("svd-xt-1.1", "stable-video-diffusion-img2vid-xt-1-1", "Stable Video Diffusion XT 1.1", 25),
+)
+
+
+def grid(variant: Variant) -> dict[str, tuple[int, int]]:
+    """Valid sizes of each axis as (step, offset)."""
+    step = _unet.DOWN * _kl_vae.stride(variant.configs["vae"])
+    return {"height": (step, 0), "width": (step, 0), "frames": (1, 0)}
+
+
+def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
+    """Latent (frames, height, width) of a video shape."""
+    side = _kl_vae.stride(variant.configs["vae"])
+    return shape.frames, shape.height // side, shape.width // side
+
+
+def components(variant: Variant) -> tuple[Component, ...]:
+    unet, vae = variant.configs["unet"], variant.configs["vae"]
+    ids = unet["projection_class_embeddings_input_dim"] // unet["addition_time_embed_dim"]
+    conditions = (
+        Tensor("encoder_hidden_states", (2, 1, unet["cross_attention_dim"])),
+        Tensor("added_time_ids", (2, ids)),
+    )
+    denoiser = _unet.component(DENOISER_CLASSES[0], unet, conditions, frames_first=unet["num_frames"], stride=_kl_vae.stride(vae))
+    return (denoiser, *_kl_vae.temporal_components(vae, CHUNK), _clip.component(variant.configs["image_encoder"]))
+
+
+def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+    """Arguments of the pipeline's call: guidance grows from 1 along the frames, there is no text."""
+    guidance = arguments.pop("guidance_scale", variant.guidance)
+    return arguments | {
+        "image": media.images[0],
+        "fps": round(media.fps),
+        "max_guidance_scale": guidance,
+        "decode_chunk_size": CHUNK,
+    }
