@@ -104,8 +104,8 @@ def resolve(model: str) -> Variant:
     raise ModelError(f"Unknown model '{model}' (not a family, a variant, a folder or a hub id like owner/name): {hint}")
 
 
-def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]) -> Variant:
-    """A variant of the family whose denoiser class is `denoiser`.
+def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config], pipeline: str = "") -> Variant:
+    """A variant of the family whose denoiser class is `denoiser`; `pipeline` is the checkpoint's pipeline class.
 
     What configs cannot tell (native shape, guidance, steps) comes from the published
     variant of the same architecture, else from the family's default.
@@ -115,7 +115,7 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
         if denoiser not in module.DENOISER_CLASSES:
             continue
         default = _variants()[module.DEFAULT]
-        nearest = max((default, *module.VARIANTS), key=lambda v: _likeness(v, configs))  # the first of equals
+        nearest = max((default, *module.VARIANTS), key=lambda v: _likeness(v, configs, pipeline))  # the first of equals
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
         return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
@@ -134,11 +134,16 @@ def _same(published: Config, given: Config) -> bool:
     return all(_plain(published[k]) == _plain(given[k]) for k in published if k in given and not k.startswith("_"))
 
 
-def _likeness(variant: Variant, configs: Mapping[str, Config]) -> tuple[bool, int]:
-    """(whether all that is given agrees, number of fields that do)."""
+def _likeness(variant: Variant, configs: Mapping[str, Config], pipeline: str) -> tuple[bool, bool, int, int]:
+    """(made for this pipeline, all that is given agrees, number of fields set alike, number that agree)."""
     pairs = [(c, configs.get(k, {})) for k, c in variant.configs.items()]
-    fields = sum(_plain(c[f]) == _plain(given[f]) for c, given in pairs for f in c if f in given)
-    return all(_same(c, given) for c, given in pairs), fields
+    both = [(c[f], given[f]) for c, given in pairs for f in c if f in given]
+    return (
+        pipeline in variant.tasks.values(),
+        all(_same(c, given) for c, given in pairs),
+        sum(bool(a) == bool(b) for a, b in both),
+        sum(_plain(a) == _plain(b) for a, b in both),
+    )
 
 
 def _defaults_like(config: Config) -> Config:
@@ -178,7 +183,7 @@ def _from_index(name: str, where: str, index: Config, configs: Mapping[str, Conf
         if part in index:
             if part not in configs:
                 raise ModelError(f"{where} lacks {part}/config.json, which model_index.json names.")
-            return variant_from_configs(name, str(index[part][1]), configs)
+            return variant_from_configs(name, str(index[part][1]), configs, str(index.get("_class_name", "")))
     raise ModelError(f"{where}/model_index.json names neither a transformer nor a unet; it is no video model.")
 
 

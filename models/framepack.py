@@ -39,7 +39,7 @@ def _variant(name: str, hub: str, title: str) -> Variant:
             "vae": hunyuan_video.VAE,
             "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0},
         },
-        native=VideoShape(640, 640, 91),
+        native=VideoShape(640, 640, 129),
         minimum=VideoShape(256, 256, 5),
         maximum=VideoShape(640, 640, 1025),  # a section is as large whatever the video's length
         fps=30,

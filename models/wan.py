@@ -172,5 +172,5 @@ def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Argumen
         made["video"] = media.video
     if media.video and not variant.configs["transformer"].get("vace_layers"):
         made["strength"] = media.strength
-        made.pop("num_frames")  # as many as the video has
+        made.pop("num_frames", None)  # as many as the video has
     return made

@@ -79,8 +79,10 @@ def _variant_of(pipe: Any, model: str) -> Variant:
         denoiser = getattr(pipe, part, None)
         if denoiser is not None:
             every = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
-            configs = {name: dict(config) for name, config in every.items() if isinstance(config, Mapping)}
-            return variant_from_configs(model or type(pipe).__name__, type(denoiser).__name__, configs)
+            read = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
+            configs = {name: dict(config) for name, config in read.items() if isinstance(config, Mapping)}
+            kind = type(pipe).__name__
+            return variant_from_configs(model or kind, type(denoiser).__name__, configs, kind)
     raise UserError(
         f"{type(pipe).__name__} has no transformer or unet; overcrank accelerates video diffusion pipelines."
     )

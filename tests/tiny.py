@@ -154,7 +154,7 @@ _LTX2_VAE = {
     "layers_per_block": (1, 1, 1, 1, 1),
     "decoder_layers_per_block": (1, 1, 1, 1),
 }
-_LTX2_AUDIO = {"base_channels": 4, "ch_mult": (1, 2, 4), "num_res_blocks": 1, "latent_channels": 2, "mel_bins": 16}
+_LTX2_AUDIO = {"base_channels": 8, "ch_mult": (1, 2, 4), "num_res_blocks": 1, "latent_channels": 2, "mel_bins": 16}
 _LTX2_VOCODER = {
     "in_channels": 32,
     "hidden_channels": 16,
