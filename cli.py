@@ -248,6 +248,26 @@ def batch(**options: Any) -> None:
     sys.exit(render_batch(options))
 
 
+@main.group(cls=_Group, invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="As one JSON document.")
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> None:
+    """Every family and variant: parameters, native shape, tasks, components."""
+    from overcrank.engines.catalogue import print_models
+
+    if context.invoked_subcommand is None:
+        print_models(as_json)
+
+
+@models.command("show", cls=_Command)
+@click.argument("model")
+def models_show(model: str) -> None:
+    """One family, variant, diffusers folder or hub id, explained."""
+    from overcrank.engines.catalogue import print_model
+
+    print_model(model)
+
+
 @main.group(cls=_Group)
 def engines() -> None:
     """Look at and remove built bundles."""

@@ -1,4 +1,4 @@
-"""Full-size builds of every family's default variant, as a user would build them: seconds, RAM, sizes, activation memory.
+"""Full-size builds of every family's default variant, as a user would: seconds, RAM, sizes, activation memory.
 
     python bench/build_families.py [VARIANT …]
 

@@ -31,4 +31,3 @@ def _viewed(op: Any, value: Any, shape: tuple[int, ...]) -> Any:
         return op.Reshape(value, op.Constant(value_ints=list(shape)))
     value.metadata_props[SHAPE_KEY] = ",".join(map(str, shape))
     return value
-

@@ -19,7 +19,11 @@ def repeat_interleave(x: Any, repeats: Any, dim: int | None = None, output_size:
         x, dim = op.Reshape(x, op.Constant(value_ints=[-1])), 0
     rank = len(x.shape)
     axis = dim % rank
-    count = op.Constant(value_ints=[repeats]) if isinstance(repeats, int) else op.Reshape(repeats, op.Constant(value_ints=[1]))
+    count = (
+        op.Constant(value_ints=[repeats])
+        if isinstance(repeats, int)
+        else op.Reshape(repeats, op.Constant(value_ints=[1]))
+    )
     before, after = [1] * (axis + 1), [1] * (rank - axis - 1)
     sizes = [op.Constant(value_ints=before), count, *([op.Constant(value_ints=after)] if after else [])]
     spread = op.Expand(op.Unsqueeze(x, op.Constant(value_ints=[axis + 1])), op.Concat(*sizes, axis=0))

@@ -29,6 +29,7 @@ __all__ = [
     "hub_folder",
     "local_folder",
     "packaged_model",
+    "parameter_counts",
     "resolve",
     "variant_from_configs",
     "variant_from_manifest",
@@ -60,6 +61,12 @@ def components(variant: Variant, names: tuple[str, ...] = ()) -> tuple[Component
         if name not in known:
             raise ModelError(f"{variant.name} has no component '{name}'; it has {', '.join(known)}.")
     return tuple(c for c in every if (c.name in names if names else c.default))
+
+
+def parameter_counts(variant: Variant) -> dict[str, int]:
+    """Component → number of parameters of a published variant; empty for others (bench/count_parameters.py)."""
+    counts: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "parameters.json").read_text("utf-8"))
+    return counts.get(variant.name, {})
 
 
 def check_shape(variant: Variant, shape: VideoShape) -> None:
@@ -114,8 +121,10 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
         module = family(owner)
         if denoiser not in module.DENOISER_CLASSES:
             continue
-        default = _variants()[module.DEFAULT]
-        nearest = max((default, *module.VARIANTS), key=lambda v: _likeness(v, configs, pipeline))  # the first of equals
+        default: Variant = _variants()[module.DEFAULT]
+        nearest: Variant = max(
+            (default, *module.VARIANTS), key=lambda v: _likeness(v, configs, pipeline)
+        )  # the first of equals
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
         return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")

@@ -11,7 +11,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import Kept, attend, embedded, forwards, given, patches, rotated, sample_output, unpatched_first
+from overcrank.models._common import (
+    Kept,
+    attend,
+    embedded,
+    forwards,
+    given,
+    patches,
+    rotated,
+    sample_output,
+    unpatched_first,
+)
 from overcrank.models.base import Config, Tensor
 
 if TYPE_CHECKING:

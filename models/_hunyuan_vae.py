@@ -40,10 +40,10 @@ def components(vae: Config, latent: Any, cls: str = "AutoencoderKLHunyuanVideo")
         return {"frames": frames, "height": small["height"] * stride, "width": small["width"] * stride}
 
     common: dict[str, Any] = {"cls": cls, "subfolder": "vae", "config": vae, "forward": _traced}
+    common["adapt"] = partial(tensors_named, names=("hidden_states",))
     x = Tensor("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
     y = Tensor("hidden_states", (1, vae["in_channels"], "frames", "height", "width"))
     out = ("out_frames", "out_height", "out_width")
-    given = {"adapt": partial(tensors_named, names=("hidden_states",))}
     decoder = Component(
         name="vae_decoder",
         attribute="decoder",
@@ -52,8 +52,9 @@ def components(vae: Config, latent: Any, cls: str = "AutoencoderKLHunyuanVideo")
         sample=partial(random_call, specs=(x,)),
         sizes=latent_tile,
         trace_sizes={"frames": 3, "height": 3, "width": 4},
-        bounds={"frames": (3, None)},  # two, one after the first, are no special case of the graph: compared in the tests
-        **given,
+        bounds={
+            "frames": (3, None)
+        },  # two, one after the first, are no special case of the graph: compared in the tests
         **common,
     )
     encoder = Component(
@@ -69,7 +70,6 @@ def components(vae: Config, latent: Any, cls: str = "AutoencoderKLHunyuanVideo")
             "height": ("height_k", stride, 0),
             "width": ("width_k", stride, 0),
         },
-        **given,
         **common,
     )
     return decoder, encoder

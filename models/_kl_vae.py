@@ -29,7 +29,7 @@ SD: Config = {
 
 
 def stride(vae: Config) -> int:
-    return 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def components(vae: Config, chunk: int) -> tuple[Component, ...]:

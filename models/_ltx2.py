@@ -134,10 +134,13 @@ def adapt_denoiser(module: nn.Module, *, names: tuple[str, ...], per_token: bool
         (x.shape[1], id(c), None if c is None else c._version)
         for x, c in ((video, call.get("video_coords")), (audio, call.get("audio_coords")))
     )
-    found, _ = _tables.get(module, key, lambda: (_rotary(module, call), (call.get("video_coords"), call.get("audio_coords"))))
+    found, _ = _tables.get(
+        module, key, lambda: (_rotary(module, call), (call.get("video_coords"), call.get("audio_coords")))
+    )
     for name in ("encoder_attention_mask", "audio_encoder_attention_mask"):
         made[name] = given(call, name)[name].to(video.dtype)
-    return made | found | given(call, *(n for n in names if n not in made and n not in found))
+    made |= found
+    return made | given(call, *(n for n in names if n not in made))
 
 
 def _rotary(module: Any, call: Mapping[str, Any]) -> dict[str, T]:

@@ -133,7 +133,8 @@ def _one_text(text: T, frames: int) -> T:
     by_video = text.unflatten(0, (-1, frames))
     if not _same.get(text, text._version, lambda: bool((by_video == by_video[:, :1]).all())):
         raise ShapeError("the prompt changes from frame to frame")
-    return by_video[:, 0]
+    out: T = by_video[:, 0]
+    return out
 
 
 def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, cls: str) -> Any:

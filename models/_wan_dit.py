@@ -146,7 +146,8 @@ def _block(block: Any, x: T, text: T, image: T | None, temb: tuple[T, ...], rope
     x = (x.float() + gated(_self_attention(block.attn1, y, rope), 2)).type_as(x)
     x = x + _cross_attention(block.attn2, block.norm2(x.float()).type_as(x), text, image)
     y = (block.norm3(x.float()) * (1 + ada[4]) + ada[3]).type_as(x)
-    return (x.float() + gated(block.ffn(y).float(), 5)).type_as(x)
+    out: T = (x.float() + gated(block.ffn(y).float(), 5)).type_as(x)
+    return out
 
 
 def _self_attention(attn: Any, x: T, rope: Any) -> T:
@@ -251,7 +252,9 @@ def sample(
         if hasattr(config, "inject_sample_info"):
             call["enable_diffusion_forcing"] = True
     if "encoder_hidden_states_image" in names:
-        call["encoder_hidden_states_image"] = normal(2 if config.pos_embed_seq_len else 1, IMAGE_TOKENS, config.image_dim)
+        call["encoder_hidden_states_image"] = normal(
+            2 if config.pos_embed_seq_len else 1, IMAGE_TOKENS, config.image_dim
+        )
     if "fps" in names:
         call["fps"] = torch.tensor([1])
     if "control_hidden_states" in names:

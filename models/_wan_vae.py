@@ -8,6 +8,7 @@ no past, is another graph.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def _decoder_caches(vae: Config) -> Iterator[Cache]:
     doubles = list(reversed(vae["temperal_downsample"]))
     yield "conv", vae["z_dim"], 2, scale
     yield from (("conv", dims[0], 2, scale),) * 4  # two resnets around the attention
-    for i, (into, out) in enumerate(zip(dims, dims[1:], strict=False)):
+    for i, (into, out) in enumerate(itertools.pairwise(dims)):
         if i and not vae["is_residual"]:
             into //= 2  # the upsampling before it halved the channels
         last = i == len(dims) - 2
@@ -63,7 +64,7 @@ def _decoder_caches(vae: Config) -> Iterator[Cache]:
 def _encoder_caches(vae: Config) -> Iterator[Cache]:
     dims, scale = _dims(vae, "encoder"), 2 ** (len(vae["dim_mult"]) - 1)
     yield "conv", vae["in_channels"], 2, scale
-    for i, (into, out) in enumerate(zip(dims, dims[1:], strict=False)):
+    for i, (into, out) in enumerate(itertools.pairwise(dims)):
         last = i == len(dims) - 2
         yield "conv", into, 2, scale
         yield from (("conv", out, 2, scale),) * (2 * vae["num_res_blocks"] - 1)

@@ -67,7 +67,11 @@ VARIANTS: tuple[Variant, ...] = (
         family="animatediff",
         title="AnimateDiff SDXL beta",
         hub_id="guoyww/animatediff-motion-adapter-sdxl-beta",
-        configs={"unet": _SDXL, "vae": _kl_vae.SD | {"scaling_factor": 0.13025, "sample_size": 1024}, "scheduler": _DDIM},
+        configs={
+            "unet": _SDXL,
+            "vae": _kl_vae.SD | {"scaling_factor": 0.13025, "sample_size": 1024},
+            "scheduler": _DDIM,
+        },
         native=VideoShape(1024, 1024, 16),
         minimum=VideoShape(512, 512, 8),
         maximum=VideoShape(1024, 1024, 16),

@@ -60,7 +60,8 @@ def _only_output(outputs: Mapping[str, Any], call: Mapping[str, Any]) -> Any:
 class Component:
     """A submodule that becomes an engine.
 
-    `cls` is a diffusers class (dotted where it is not at the top), else one of transformers, built from `config`; `attribute` is the part of it that
+    `cls` is a diffusers class (dotted where it is not at the top), else one of transformers,
+    built from `config`; `attribute` is the part of it that
     runs ("" is the whole, "decoder" a VAE's decoder); one that is not `default` is built on
     request. The rest are plain functions:
 

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.models import _cogvideox_vae
 from overcrank.models._common import (
-    Kept, attend, embedded, flat, forwards, given, patches, product, rotated, sample_output, unpatched_first,
+    Kept,
+    attend,
+    embedded,
+    flat,
+    forwards,
+    given,
+    patches,
+    product,
+    rotated,
+    sample_output,
+    unpatched_first,
 )  # fmt: skip
 from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
 
@@ -235,11 +245,12 @@ def _joint(attn: Any, x: T, c: T, rope: Any, sizes: tuple[Any, Any]) -> tuple[T,
     batch, length = sizes
 
     def heads(to: Any, norm: Any, tokens: T, rope: Any) -> T:
-        t = to(tokens).reshape(batch, -1, x.shape[-1])
+        t: T = to(tokens).reshape(batch, -1, x.shape[-1])
         if norm is None:
             return t
         t = norm(t.unflatten(2, (attn.heads, -1)))
-        return (rotated(t, *rope) if rope is not None else t).flatten(2)
+        out: T = (rotated(t, *rope) if rope is not None else t).flatten(2)
+        return out
 
     q, k, v = (
         torch.cat([heads(to, norm, c, None), heads(to, norm, x, rope if norm is not None else None)], dim=1)
@@ -255,7 +266,7 @@ _tables, _positions = Kept(), Kept()
 
 
 def _adapt(module: nn.Module, *, names: tuple[str, ...], patch: tuple[int, int, int], **call: Any) -> dict[str, Any]:
-    """The engine's inputs for a call of CogVideoXTransformer3DModel; a batch shares one timestep, as in the pipelines."""
+    """The engine's inputs for a call of CogVideoXTransformer3DModel, whose batch shares one timestep."""
     import torch
 
     m: Any = module
@@ -309,7 +320,9 @@ def _sample(
         "return_dict": False,
     }
     if "rope_cos" in names:
-        angles = torch.rand(product((frames, height, width), patch), config.attention_head_dim // 2, generator=generator)
+        angles = torch.rand(
+            product((frames, height, width), patch), config.attention_head_dim // 2, generator=generator
+        )
         angles = angles.repeat_interleave(2, dim=1) * 6
         call["image_rotary_emb"] = (angles.cos(), angles.sin())
     if "ofs" in names:

@@ -68,9 +68,9 @@ _VAE: Config = {
     "temporal_compression_ratio": 8,
 }
 _TEXT = {"text-to-video": "CosmosTextToWorldPipeline"}
-_TO_WORLD = {t: "CosmosVideoToWorldPipeline" for t in ("image-to-video", "video-to-video")}
-_TO_WORLD_2 = {t: "Cosmos2VideoToWorldPipeline" for t in ("image-to-video", "video-to-video")}
-_ANY_2_5 = {t: "Cosmos2_5_PredictBasePipeline" for t in ("text-to-video", "image-to-video", "video-to-video")}
+_TO_WORLD = dict.fromkeys(("image-to-video", "video-to-video"), "CosmosVideoToWorldPipeline")
+_TO_WORLD_2 = dict.fromkeys(("image-to-video", "video-to-video"), "Cosmos2VideoToWorldPipeline")
+_ANY_2_5 = dict.fromkeys(("text-to-video", "image-to-video", "video-to-video"), "Cosmos2_5_PredictBasePipeline")
 
 
 def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str], **more: Any) -> Variant:

@@ -109,7 +109,7 @@ def prepare(pipe: Any, variant: Variant) -> None:
 
 def rounds(variant: Variant, shape: VideoShape) -> int:
     """Sections of the video; each runs through all the steps."""
-    temporal = variant.configs["vae"]["temporal_compression_ratio"]
+    temporal: int = variant.configs["vae"]["temporal_compression_ratio"]
     return max(1, ceil(shape.frames / ((WINDOW - 1) * temporal + 1)))
 
 

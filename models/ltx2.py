@@ -154,7 +154,7 @@ def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
 def sound(variant: Variant, shape: VideoShape) -> int:
     """Audio latents of a video: 25 a second, at the variant's frame rate."""
     audio = variant.configs["audio_vae"]
-    rate = audio["sample_rate"] / audio["mel_hop_length"] / variant.configs["transformer"]["audio_scale_factor"]
+    rate: float = audio["sample_rate"] / audio["mel_hop_length"] / variant.configs["transformer"]["audio_scale_factor"]
     return max(1, round(shape.frames / variant.fps * rate))
 
 

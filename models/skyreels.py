@@ -23,7 +23,7 @@ _SMALL: Config = wan.DIT_SMALL | {"inject_sample_info": False, "num_frame_per_bl
 _PICTURE = {"in_channels": 36, "image_dim": 1280}
 _KV = {"added_kv_proj_dim": 5120}
 _T2V = {"text-to-video": "SkyReelsV2Pipeline"}
-_I2V = {t: "SkyReelsV2ImageToVideoPipeline" for t in ("image-to-video", "first-last-frame")}
+_I2V = dict.fromkeys(("image-to-video", "first-last-frame"), "SkyReelsV2ImageToVideoPipeline")
 _DF = {
     "text-to-video": "SkyReelsV2DiffusionForcingPipeline",
     "image-to-video": "SkyReelsV2DiffusionForcingImageToVideoPipeline",
@@ -61,7 +61,9 @@ _SMALL_DF: Config = _SMALL | {"inject_sample_info": True}
 VARIANTS: tuple[Variant, ...] = (
     _variant("skyreels-v2-t2v-14b-540p", "T2V-14B-540P", _BIG, _T2V, "540p"),
     _variant("skyreels-v2-t2v-14b-720p", "T2V-14B-720P", _BIG, _T2V, "720p"),
-    _variant("skyreels-v2-i2v-1.3b-540p", "I2V-1.3B-540P", _SMALL | _PICTURE | {"added_kv_proj_dim": 1536}, _I2V, "540p"),
+    _variant(
+        "skyreels-v2-i2v-1.3b-540p", "I2V-1.3B-540P", _SMALL | _PICTURE | {"added_kv_proj_dim": 1536}, _I2V, "540p"
+    ),
     _variant("skyreels-v2-i2v-14b-540p", "I2V-14B-540P", _BIG | _PICTURE | _KV, _I2V, "540p"),
     _variant("skyreels-v2-i2v-14b-720p", "I2V-14B-720P", _BIG | _PICTURE | _KV, _I2V, "720p"),
     _variant("skyreels-v2-df-1.3b-540p", "DF-1.3B-540P", _SMALL_DF, _DF, "540p"),

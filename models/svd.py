@@ -91,7 +91,9 @@ def components(variant: Variant) -> tuple[Component, ...]:
         Tensor("encoder_hidden_states", (2, 1, unet["cross_attention_dim"])),
         Tensor("added_time_ids", (2, ids)),
     )
-    denoiser = _unet.component(DENOISER_CLASSES[0], unet, conditions, frames_first=unet["num_frames"], stride=_kl_vae.stride(vae))
+    denoiser = _unet.component(
+        DENOISER_CLASSES[0], unet, conditions, frames_first=unet["num_frames"], stride=_kl_vae.stride(vae)
+    )
     return (denoiser, *_kl_vae.temporal_components(vae, CHUNK), _clip.component(variant.configs["image_encoder"]))
 
 

@@ -78,7 +78,7 @@ def _variant_of(pipe: Any, model: str) -> Variant:
     for part in DENOISERS:
         denoiser = getattr(pipe, part, None)
         if denoiser is not None:
-            every = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
+            every: dict[str, Any] = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
             read = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
             configs = {name: dict(config) for name, config in read.items() if isinstance(config, Mapping)}
             kind = type(pipe).__name__

@@ -34,7 +34,9 @@ class Steps:
         self._before: Tensor | None = None
         self._cuda = pipe.device.type == "cuda"
         variant = driver.acceleration.variant
-        self._preview_of = hook(variant, "preview") if driver.preview and hasattr(pipe.scheduler, "sigmas") else None
+        self._preview_of: Any = (
+            hook(variant, "preview") if driver.preview and hasattr(pipe.scheduler, "sigmas") else None
+        )
         self._left = hook(variant, "rounds")(variant, job.request.shape)  # times the steps are run through
 
     @contextmanager

@@ -33,7 +33,8 @@ def clip(width: int, projection: int = 16, cls: str = "CLIPTextModel") -> tuple[
     tokenizer = transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
     config = transformers.CLIPTextConfig(
         vocab_size=len(words), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=projection, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
+        projection_dim=projection, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
     )  # fmt: skip
     return tokenizer, getattr(transformers, cls)(config).eval()
 
@@ -94,7 +95,9 @@ def framepack() -> Any:
 def cosmos() -> Any:
     width = tiny.variant("tiny-cosmos-1").configs["transformer"]["text_embed_dim"]
     parts = networks_of("tiny-cosmos-1")
-    return diffusers.CosmosTextToWorldPipeline(**parts, **t5(width), scheduler=diffusers.EDMEulerScheduler(sigma_max=80.0))
+    return diffusers.CosmosTextToWorldPipeline(
+        **parts, **t5(width), scheduler=diffusers.EDMEulerScheduler(sigma_max=80.0)
+    )
 
 
 def cogvideox(name: str, cls: str) -> Any:
@@ -142,7 +145,8 @@ def ltx2() -> Any:
     )
     connectors = LTX2TextConnectors(
         caption_channels=width, text_proj_in_factor=3, video_connector_num_attention_heads=2,
-        video_connector_attention_head_dim=12, video_connector_num_layers=1, video_connector_num_learnable_registers=None,
+        video_connector_attention_head_dim=12, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
         audio_connector_num_attention_heads=2, audio_connector_attention_head_dim=12, audio_connector_num_layers=1,
         audio_connector_num_learnable_registers=None, connector_rope_base_seq_len=32, rope_theta=10000.0,
         rope_double_precision=False, causal_temporal_positioning=False, rope_type="split",

@@ -5,25 +5,54 @@ from pathlib import Path
 
 import pytest
 from overcrank.errors import ModelError, ShapeError
-from overcrank.models import check_shape, components, families, family, resolve
-from overcrank.models.base import VideoShape
+from overcrank.models import check_shape, components, families, family, parameter_counts, resolve
+from overcrank.models.base import Variant, VideoShape
 from overcrank.models.ltx import latent, strides
 
 VARIANTS = [v for name in families() for v in family(name).VARIANTS]
-# Parameters in billions, as the publishers state them (rounded).
-STATED = {"ltx-demo": (0.0017, 0.0019), "ltx-2b": (1.8, 2.1), "ltx-13b": (12.5, 13.5)}
+# Parameters of the denoiser in billions, as the publishers state them (rounded).
+STATED = {
+    "ltx-demo": (0.0017, 0.0019),
+    "ltx-2b": (1.8, 2.1),
+    "ltx-13b": (12.5, 13.5),
+    "ltx2-19b": (18.0, 20.0),
+    "wan-2.1-vace-1.3b": (1.3, 2.3),
+    "wan-2.1-vace-14b": (14.0, 17.5),
+    "wan-2.1-t2v-1.3b": (1.3, 1.5),
+    "wan-2.2-ti2v-5b": (4.8, 5.2),
+    "wan-": (13.8, 16.6),
+    "hunyuan-video-13b": (12.5, 13.5),
+    "hunyuan-video-1.5": (8.0, 8.6),
+    "framepack": (12.5, 13.5),
+    "cosmos-predict1-7b": (6.8, 7.5),
+    "cosmos-predict1-14b": (14.0, 14.9),
+    "cosmos-predict2-14b": (14.0, 14.9),
+    "cosmos-predict2.5-14b": (14.0, 14.9),
+    "cosmos": (1.9, 2.2),
+    "cogvideox-2b": (1.6, 1.8),
+    "cogvideox": (5.4, 5.8),
+    "svd": (1.4, 1.6),
+    "animatediff-sd15": (1.2, 1.4),
+    "animatediff-sdxl": (2.7, 3.1),
+    "modelscope": (1.3, 1.5),
+    "skyreels-v2-df-1.3b": (1.3, 1.5),
+    "skyreels-v2-i2v-1.3b": (1.4, 1.7),
+    "skyreels": (13.8, 16.6),
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-def test_published_configurations_build_the_stated_size(variant: object) -> None:
+def test_published_configurations_build_the_stated_size(variant: Variant) -> None:
     from overcrank.export.module import abstract_module
 
-    for component in components(variant):  # type: ignore[arg-type]
-        module = abstract_module(component, component.config, "bf16")
-        count = sum(p.numel() for p in module.parameters()) / 1e9
-        if component.name == "denoiser":
-            low, high = next(r for prefix, r in STATED.items() if variant.name.startswith(prefix))  # type: ignore[attr-defined]
-            assert low < count < high
+    counts = parameter_counts(variant)
+    assert set(counts) == {c.name for c in components(variant)}, "run bench/count_parameters.py"
+    denoiser = next(c for c in components(variant) if c.name.startswith("denoiser"))
+    module = abstract_module(denoiser, denoiser.config, "bf16")
+    count = sum(p.numel() for p in module.parameters())
+    assert counts[denoiser.name] == count
+    low, high = next(r for prefix, r in STATED.items() if variant.name.startswith(prefix))
+    assert low < count / 1e9 < high
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)

@@ -191,17 +191,26 @@ _SMALL = {
 }
 
 
+NATIVE, MINIMUM, MAXIMUM, ODD = (
+    VideoShape(64, 64, 17),
+    VideoShape(32, 32, 1),
+    VideoShape(96, 96, 33),
+    VideoShape(32, 96, 9),
+)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A published variant with some fields of its configurations shrunk."""
 
     like: str
     configs: Mapping[str, Mapping[str, Any]]
-    native: VideoShape = VideoShape(64, 64, 17)
-    minimum: VideoShape = VideoShape(32, 32, 1)
-    maximum: VideoShape = VideoShape(96, 96, 33)
-    odd: VideoShape = VideoShape(32, 96, 9)
+    native: VideoShape = NATIVE
+    minimum: VideoShape = MINIMUM
+    maximum: VideoShape = MAXIMUM
+    odd: VideoShape = ODD
     more: Mapping[str, Any] = field(default_factory=dict)
+
 
 _NO_PICTURES = {"minimum": VideoShape(32, 32, 5), "more": {"text_length": 16}}  # no video of one frame
 _COG = {"minimum": VideoShape(32, 32, 9)}
@@ -255,11 +264,13 @@ TINY = {
         **_NO_PICTURES,
     ),
     "tiny-cosmos-1": Tiny(
-        "cosmos-predict1-7b-text2world", {"transformer": _COSMOS_DIT | {"in_channels": 4}, "vae": _COSMOS_VAE},
+        "cosmos-predict1-7b-text2world",
+        {"transformer": _COSMOS_DIT | {"in_channels": 4}, "vae": _COSMOS_VAE},
         **_NO_PICTURES | {"minimum": VideoShape(32, 32, 9)},
     ),
     "tiny-cosmos-2": Tiny(
-        "cosmos-predict2-2b-video2world", {"transformer": _COSMOS_DIT | {"in_channels": 5}, "vae": _WAN_21},
+        "cosmos-predict2-2b-video2world",
+        {"transformer": _COSMOS_DIT | {"in_channels": 5}, "vae": _WAN_21},
     ),
     "tiny-cosmos-2.5": Tiny(
         "cosmos-predict2.5-2b",
@@ -276,7 +287,9 @@ TINY = {
     ),
     "tiny-cogvideox-1.5": Tiny("cogvideox-1.5-5b", {"transformer": _COG_DIT, "vae": _COG_VAE}, **_COG),
     "tiny-cogvideox-1.5-i2v": Tiny(
-        "cogvideox-1.5-5b-i2v", {"transformer": _COG_DIT | {"in_channels": 8, "ofs_embed_dim": 8}, "vae": _COG_VAE}, **_COG
+        "cogvideox-1.5-5b-i2v",
+        {"transformer": _COG_DIT | {"in_channels": 8, "ofs_embed_dim": 8}, "vae": _COG_VAE},
+        **_COG,
     ),
     "tiny-ltx2": Tiny(
         "ltx2-19b",
@@ -287,11 +300,13 @@ TINY = {
         more={"text_length": 16},
     ),
     "tiny-skyreels": Tiny(
-        "skyreels-v2-t2v-14b-540p", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
+        "skyreels-v2-t2v-14b-540p",
+        {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
         **_PAIRS,
     ),
     "tiny-skyreels-df": Tiny(
-        "skyreels-v2-df-1.3b-540p", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
+        "skyreels-v2-df-1.3b-540p",
+        {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
         **_PAIRS,
     ),
     "tiny-svd": Tiny(
@@ -308,7 +323,10 @@ TINY = {
     ),
     "tiny-animatediff": Tiny(
         "animatediff-sd15-v1.5.3",
-        {"unet": _UNET | {"cross_attention_dim": 24, "num_attention_heads": 2, "motion_num_attention_heads": 2}, "vae": _KL},
+        {
+            "unet": _UNET | {"cross_attention_dim": 24, "num_attention_heads": 2, "motion_num_attention_heads": 2},
+            "vae": _KL,
+        },
         **_SMALL,
     ),
     "tiny-animatediff-sdxl": Tiny("animatediff-sdxl", {"unet": _SDXL_UNET, "vae": _KL}, **_SMALL),
@@ -348,4 +366,4 @@ def profile(name: str) -> Profile:
     return Profile(tiny.minimum, replace(tiny.native, batch=2), replace(tiny.maximum, batch=2))
 
 
-TARGETS = {"sm_75": "fp16", "sm_86": "bf16", "sm_89": "bf16", "sm_120": "bf16"}
+TARGETS = {"fp16": ("sm_75",), "bf16": ("sm_86", "sm_89", "sm_120")}

@@ -1,0 +1,158 @@
+"""What `overcrank models` shows, and docs/models.md: every family and variant, from the same data that builds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from overcrank.engines.targets import BUILDABLE, TARGETS
+from overcrank.models import components, families, family, parameter_counts, resolve
+from overcrank.models.base import Variant
+
+
+def variants() -> Iterator[Variant]:
+    """Of every family, its default first."""
+    for name in families():
+        module = family(name)
+        yield from sorted(module.VARIANTS, key=lambda v: v.name != module.DEFAULT)
+
+
+def described(variant: Variant) -> dict[str, Any]:
+    """One variant as plain data; `parameters` is the denoiser's number."""
+    counts = parameter_counts(variant)
+    return {
+        "name": variant.name,
+        "family": variant.family,
+        "title": variant.title,
+        "parameters": counts.get("denoiser") or counts.get("denoiser_forcing", 0),
+        "native": str(variant.native),
+        "fps": variant.fps,
+        "tasks": dict(variant.tasks),
+        "components": [c.name for c in family(variant.family).components(variant)],
+        "default_components": [c.name for c in components(variant)],
+        "checkpoint": variant.hub_id,
+        "steps": variant.steps,
+        "guidance": variant.guidance,
+    }
+
+
+def precisions() -> dict[str, list[str]]:
+    """Target → what this version builds for it."""
+    return {t.name: [p for p in t.precisions if p in BUILDABLE] for t in TARGETS}
+
+
+def print_models(as_json: bool) -> None:
+    import click
+
+    if as_json:
+        everything = {"models": [described(v) for v in variants()], "targets": precisions()}
+        click.echo(json.dumps(everything, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("model", "parameters", "native", "fps", "tasks", "components"):
+        table.add_column(name, no_wrap=name in ("model", "native"))
+    for variant in variants():
+        row = described(variant)
+        default = variant.name == family(variant.family).DEFAULT
+        table.add_row(
+            row["name"] + ("*" if default else ""),
+            _billions(row["parameters"]),
+            row["native"],
+            str(row["fps"]),
+            ", ".join(row["tasks"]),
+            ", ".join(row["default_components"]),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\n* what the family's name alone means. Precisions: ", end="")
+    console.print("; ".join(f"{t} {' '.join(p)}" for t, p in precisions().items()))
+    console.print("overcrank models show MODEL explains one.")
+
+
+def print_model(name: str) -> None:
+    """One variant: its networks with their sizes and inputs, what it renders, and the command that builds it."""
+    from rich.console import Console
+
+    variant = resolve(name)
+    row, counts = described(variant), parameter_counts(variant)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{row['title']}[/bold] ({row['name']}, family {row['family']})")
+    console.print(f"checkpoint   {row['checkpoint'] or '(local)'}")
+    console.print(
+        f"native       {row['native']} at {row['fps']} fps, {row['steps']} steps, guidance {row['guidance']:g}"
+    )
+    low, high = variant.minimum, variant.maximum
+    console.print(f"profile      {low} … {high} unless --min-… and --max-… say otherwise")
+    for axis, (step, offset) in family(variant.family).grid(variant).items():
+        console.print(f"  {axis:<10} {f'a multiple of {step}' if not offset else f'{step}k+{offset}'}")
+    for task, pipeline in row["tasks"].items():
+        console.print(f"{task:<17}{pipeline}")
+    for component in family(variant.family).components(variant):
+        size = f"{_billions(counts[component.name])} parameters" if component.name in counts else ""
+        built = "" if component.default else " (built with --components)"
+        console.print(f"[bold]{component.name}[/bold]{built}  {component.cls}  {size}", markup=True)
+        for tensor in component.inputs[:8]:
+            console.print(f"    {tensor.name} [{', '.join(map(str, tensor.dims))}]", markup=False)
+        if len(component.inputs) > 8:
+            console.print(f"    and {len(component.inputs) - 8} more inputs")
+    console.print(f"\nbuild-engine --model {row['name']} --gpu rtx4090", markup=False)
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count else "?"
+
+
+# ── docs/models.md ───────────────────────────────────────────────────────────────────
+
+
+def markdown(figures: Path | None, notes: str) -> str:
+    """docs/models.md: `notes` (its hand-written part), every variant, and the figures of bench/build_families.py."""
+    lines = [notes.rstrip(), "", "## Variants", ""]
+    lines += [
+        "| model | parameters | native | fps | tasks (diffusers pipeline) | components |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in variants():
+        row = described(variant)
+        mark = " (default)" if variant.name == family(variant.family).DEFAULT else ""
+        tasks = ", ".join(f"{t} ({p})" for t, p in row["tasks"].items())
+        cells = [f"`{row['name']}`{mark}", _billions(row["parameters"]), row["native"], row["fps"], tasks]
+        lines.append("| " + " | ".join(map(str, [*cells, ", ".join(row["components"])])) + " |")
+    lines += ["", "## Targets and precisions", "", "| target | builds |", "|---|---|"]
+    lines += [f"| {t} | {', '.join(p)} |" for t, p in precisions().items()]
+    if figures is not None and figures.is_file():
+        lines += _figures(json.loads(figures.read_text("utf-8"))["rows"])
+    return "\n".join(lines) + "\n"
+
+
+def _figures(rows: list[dict[str, Any]]) -> list[str]:
+    """Full-size builds, one row a component; parity is that of the tests' tiny networks."""
+    lines = ["", "## Full-size builds, weights as inputs", ""]
+    lines.append(
+        "Measured by `python bench/build_families.py` on two cores without a GPU; activation at the native shape."
+    )
+    lines += [
+        "",
+        "| model | component | target | export s | compile s | engine MB | activation GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: (r["family"], r["variant"], r["target"], r["component"])):
+        cells = (
+            r["variant"],
+            r["component"],
+            r["target"],
+            r["export_s"],
+            r["compile_s"],
+            r["engine_mb"],
+            r["activation_gb"],
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| model | all targets together, s | peak RAM GB |", "|---|---|---|"]
+    totals = {r["variant"]: (r["build_s"], r["peak_ram_gb"]) for r in rows}
+    lines += [f"| {name} | {s} | {ram} |" for name, (s, ram) in sorted(totals.items())]
+    return lines
