@@ -151,22 +151,37 @@ def _with_history(m: Any, of: Mapping[str, T], x: T, cos: T, sin: T) -> tuple[T,
     return x, cos, sin
 
 
-def _values(norm: Any, count: int, condition: Any) -> tuple[T, ...]:
-    """adaLN values [1, 1, C], or [1, S, C] where the first frame's tokens have a timestep of their own."""
+Value = tuple[Any, Any]
+"""An adaLN value [1, 1, C], and what the first frame's tokens have beyond it, if they have a timestep of their own."""
+
+
+def _values(norm: Any, count: int, condition: Any) -> tuple[Value, ...]:
     temb, replaced, first = condition
-    rows = tuple(v[:, None] for v in norm.linear(norm.silu(temb)).chunk(count, dim=1))
+    rows = [v[:, None] for v in norm.linear(norm.silu(temb)).chunk(count, dim=1)]
     if first is None:
-        return rows
+        return tuple((row, None) for row in rows)
     others = norm.linear(norm.silu(replaced)).chunk(count, dim=1)
-    return tuple(row + first * (other[:, None] - row) for row, other in zip(rows, others, strict=True))
+    return tuple((row, other[:, None] - row) for row, other in zip(rows, others, strict=True))
+
+
+def _scaled(y: T, value: Value, condition: Any) -> T:
+    """y times a value. A value for each token, made first, would be kept for every block (docs/adr/0004)."""
+    row, beyond = value
+    return y * row if beyond is None else y * row + (y * condition[2]) * beyond
+
+
+def _modulated(y: T, shift: Value, scale: Value, condition: Any) -> T:
+    moved = y + _scaled(y, scale, condition) + shift[0]
+    return moved if shift[1] is None else moved + condition[2] * shift[1]
 
 
 def _double(block: Any, x: T, text: T, condition: Any, rope: Any, bias: T | None) -> tuple[T, T]:
     shift, scale, gate, shift2, scale2, gate2 = _values(block.norm1, 6, condition)
-    c_shift, c_scale, c_gate, c_shift2, c_scale2, c_gate2 = _values(block.norm1_context, 6, (condition[0], None, None))
+    plain = (condition[0], None, None)
+    c_shift, c_scale, c_gate, c_shift2, c_scale2, c_gate2 = _values(block.norm1_context, 6, plain)
     attn = block.attn
-    y = block.norm1.norm(x) * (1 + scale) + shift
-    c = block.norm1_context.norm(text) * (1 + c_scale) + c_shift
+    y = _modulated(block.norm1.norm(x), shift, scale, condition)
+    c = _modulated(block.norm1_context.norm(text), c_shift, c_scale, plain)
     q, k = (
         _joined(rotated(_normed(attn, to, norm, y), *rope), _normed(attn, added, added_norm, c))
         for to, norm, added, added_norm in (
@@ -176,24 +191,24 @@ def _double(block: Any, x: T, text: T, condition: Any, rope: Any, bias: T | None
     )
     v = _joined(attn.to_v(y), attn.add_v_proj(c))
     out = attend(q.flatten(2), k.flatten(2), v, attn.heads, bias)
-    x = x + attn.to_out[0](out[:, : x.shape[1]]) * gate
-    text = text + attn.to_add_out(out[:, x.shape[1] :]) * c_gate
-    x = x + block.ff(block.norm2(x) * (1 + scale2) + shift2) * gate2
-    text = text + block.ff_context(block.norm2_context(text) * (1 + c_scale2) + c_shift2) * c_gate2
-    return x, text
+    x = x + _scaled(attn.to_out[0](out[:, : x.shape[1]]), gate, condition)
+    text = text + _scaled(attn.to_add_out(out[:, x.shape[1] :]), c_gate, plain)
+    x = x + _scaled(block.ff(_modulated(block.norm2(x), shift2, scale2, condition)), gate2, condition)
+    c = _modulated(block.norm2_context(text), c_shift2, c_scale2, plain)
+    return x, text + _scaled(block.ff_context(c), c_gate2, plain)
 
 
 def _single(block: Any, x: T, condition: Any, rope: Any) -> T:
     import torch
 
     shift, scale, gate = _values(block.norm, 3, condition)
-    y = block.norm.norm(x) * (1 + scale) + shift
+    y = _modulated(block.norm.norm(x), shift, scale, condition)
     attn = block.attn
     q = rotated(_normed(attn, attn.to_q, attn.norm_q, y), *rope).flatten(2)
     k = rotated(_normed(attn, attn.to_k, attn.norm_k, y), *rope).flatten(2)
     out = attend(q, k, attn.to_v(y), attn.heads)
-    made: T = block.proj_out(torch.cat([out, block.act_mlp(block.proj_mlp(y))], dim=2))
-    return x + made * gate
+    made = block.proj_out(torch.cat([out, block.act_mlp(block.proj_mlp(y))], dim=2))
+    return x + _scaled(made, gate, condition)
 
 
 def _normed(attn: Any, to: Any, norm: Any, x: T) -> T:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from overcrank.errors import ShapeError
 from overcrank.models import _cosmos_vae, _wan_vae, wan
 from overcrank.models._common import Kept, attend, forwards, given, patches, product, sample_output
 from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
@@ -146,18 +147,18 @@ def _denoiser(variant: Variant) -> Component:
     text = config["crossattn_proj_in_channels"] if config.get("use_crossattn_projection") else config["text_embed_dim"]
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     inputs = [
-        Tensor("hidden_states", (1, "tokens", (config["in_channels"] + mask) * features)),
+        Tensor("hidden_states", ("frames", "pixels", (config["in_channels"] + mask) * features)),
         Tensor("encoder_hidden_states", (1, "text", text)),
         Tensor("timestep", (1,) if learned else ("frames",), "float32"),
-        Tensor("rope_cos", (1, "tokens", dim // 2), "float32"),
-        Tensor("rope_sin", (1, "tokens", dim // 2), "float32"),
-        Tensor("extra_pos_emb", (1, "tokens", heads * dim)) if learned else Tensor("frame_of", ("tokens",), "int64"),
+        Tensor("rope_cos", ("frames", "pixels", dim // 2), "float32"),
+        Tensor("rope_sin", ("frames", "pixels", dim // 2), "float32"),
+        *((Tensor("extra_pos_emb", ("frames", "pixels", heads * dim)),) if learned else ()),
     ]
 
     def sizes(shape: VideoShape) -> Sizes:
         frames, height, width = latent(variant, shape)
-        tokens = product((frames, height, width), patch)
-        return {"tokens": tokens, "text": TEXT_LENGTH, "frames": frames, "height": height, "width": width}
+        sides = {"height": height, "width": width}  # of no input; `sample` makes latents of them
+        return {"frames": frames, "pixels": product((1, height, width), (1, *patch[1:])), "text": TEXT_LENGTH} | sides
 
     deep = config["num_layers"] > TRACED_BLOCKS
     return Component(
@@ -168,13 +169,13 @@ def _denoiser(variant: Variant) -> Component:
         traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
         repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
         inputs=tuple(inputs),
-        outputs=(Tensor("sample", (1, "tokens", config["out_channels"] * features)),),
-        forward=partial(_traced, learned=learned),
+        outputs=(Tensor("sample", ("frames", "pixels", config["out_channels"] * features)),),
+        forward=_traced,
         adapt=partial(_adapt, learned=learned),
         returns=partial(_returns, patch=patch),
         sample=partial(_sample, learned=learned, text=text),
         sizes=sizes,
-        trace_sizes={"tokens": 24, "text": 12, "frames": 3},
+        trace_sizes={"pixels": 8, "text": 12, "frames": 3},
         free_axes={"text": 1},
     )
 
@@ -182,48 +183,50 @@ def _denoiser(variant: Variant) -> Component:
 # ── what is traced ───────────────────────────────────────────────────────────────────
 
 
-def _traced(module: nn.Module, x: T, text: T, timestep: T, cos: T, sin: T, place: T, *, learned: bool) -> T:
-    """CosmosTransformer3DModel.forward on patches; `place` is the position embedding, or each token's frame."""
+def _traced(module: nn.Module, x: T, text: T, timestep: T, cos: T, sin: T, position: T | None = None) -> T:
+    """CosmosTransformer3DModel.forward on patches [F, P, C], so that a frame's values need no copy for each token."""
     m: Any = module
     x = m.patch_embed.proj(x)
     temb, time = m.time_embed(x, timestep)
     if m.config.use_crossattn_projection:
         text = m.crossattn_proj(text)
-    frame = None if learned else place
-    rope = (cos[:, :, None], sin[:, :, None])
+    rope = tuple(t.flatten(0, 1)[None, :, None] for t in (cos, sin))
     with forwards(list(m.transformer_blocks), _block):
         for block in m.transformer_blocks:
-            x = block(x, text, time, temb, rope, frame, place if learned else None)
-    shift, scale = _values(m.norm_out, time, temb[:, : 2 * x.shape[-1]], frame, 2)
+            x = block(x, text, time, temb, rope, position)
+    shift, scale = _values(m.norm_out, time, temb[:, : 2 * x.shape[-1]], 2)
     out: T = m.proj_out(m.norm_out.norm(x) * (1 + scale) + shift)
     return out
 
 
-def _values(norm: Any, time: T, temb: T, frame: T | None, count: int) -> tuple[T, ...]:
-    """adaLN values [1, 1, C], or [1, S, C] where each token takes its frame's."""
+def _values(norm: Any, time: T, temb: T, count: int) -> tuple[T, ...]:
+    """adaLN values [F, 1, C], or [1, 1, C] for all frames."""
     rows = (norm.linear_2(norm.linear_1(norm.activation(time))) + temb).chunk(count, dim=-1)
-    return tuple(row[None] if frame is None else row[frame][None] for row in rows)
+    return tuple(row[:, None] for row in rows)
 
 
-def _block(block: Any, x: T, text: T, time: T, temb: T, rope: Any, frame: T | None, position: T | None) -> T:
+def _block(block: Any, x: T, text: T, time: T, temb: T, rope: Any, position: T | None) -> T:
     if position is not None:
         x = x + position
-    shift, scale, gate = _values(block.norm1, time, temb, frame, 3)
+    shift, scale, gate = _values(block.norm1, time, temb, 3)
     y = block.norm1.norm(x) * (1 + scale) + shift
     x = x + gate * _attention(block.attn1, y, y, rope)
-    shift, scale, gate = _values(block.norm2, time, temb, frame, 3)
+    shift, scale, gate = _values(block.norm2, time, temb, 3)
     x = x + gate * _attention(block.attn2, block.norm2.norm(x) * (1 + scale) + shift, text, None)
-    shift, scale, gate = _values(block.norm3, time, temb, frame, 3)
+    shift, scale, gate = _values(block.norm3, time, temb, 3)
     out: T = x + gate * block.ff(block.norm3.norm(x) * (1 + scale) + shift)
     return out
 
 
 def _attention(attn: Any, x: T, context: T, rope: Any) -> Any:
-    q, k = (to(t).unflatten(2, (attn.heads, -1)) for to, t in ((attn.to_q, x), (attn.to_k, context)))
-    q, k = attn.norm_q(q), attn.norm_k(k)
+    """x [F, P, C] attends to context, as one sequence of all frames."""
+    q, k, v = (to(t) for to, t in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context)))
+    q, k, v = (t.reshape(1, -1, t.shape[-1]) for t in (q, k, v))
+    q, k = (norm(t.unflatten(2, (attn.heads, -1))) for norm, t in ((attn.norm_q, q), (attn.norm_k, k)))
     if rope is not None:
         q, k = _turned(q, *rope), _turned(k, *rope)
-    return attn.to_out[0](attend(q.flatten(2), k.flatten(2), attn.to_v(context), attn.heads))
+    out = attn.to_out[0](attend(q.flatten(2), k.flatten(2), v, attn.heads))
+    return out.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _turned(x: T, cos: T, sin: T) -> T:
@@ -253,36 +256,32 @@ def _adapt(module: nn.Module, *, learned: bool, **call: Any) -> dict[str, Any]:
         latents = torch.cat([latents, mask.unsqueeze(2).expand(latents.shape[0], -1, latents.shape[2], -1, -1)], dim=1)
     fps = call.get("fps")
     key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None)
-    cos, sin, place = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
+    places = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
     times = call["timestep"].reshape(-1).float()
     if not learned:
         times = times.expand(latents.shape[2])
-    return {
-        "hidden_states": patches(latents, tuple(m.config.patch_size)),
-        "timestep": times,
-        "rope_cos": cos,
-        "rope_sin": sin,
-        "extra_pos_emb" if learned else "frame_of": place,
-    } | given(call, "encoder_hidden_states")
+    tokens = patches(latents, tuple(m.config.patch_size))
+    if len(tokens) != 1:
+        raise ShapeError(f"this call renders {len(tokens)} videos at once; render one at a time")
+    frames = latents.shape[2]
+    made = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
+    return made | places | given(call, "encoder_hidden_states")
 
 
-def _places(m: Any, latents: T, fps: Any, learned: bool) -> tuple[T, T, T]:
-    """Rotary tables, whose halves are equal, and the learned embedding or each token's frame."""
-    import torch
-
-    cos, sin = (t[None, :, : t.shape[-1] // 2].float().contiguous() for t in m.rope(latents[:1], fps=fps))
+def _places(m: Any, latents: T, fps: Any, learned: bool) -> dict[str, T]:
+    """Rotary tables [F, P, d / 2], whose stock halves are equal, and the learned embedding [F, P, C]."""
+    frames = latents.shape[2]
+    cos, sin = (t[:, : t.shape[-1] // 2].float().unflatten(0, (frames, -1)) for t in m.rope(latents[:1], fps=fps))
+    made = {"rope_cos": cos.contiguous(), "rope_sin": sin.contiguous()}
     if learned:
-        return cos, sin, m.learnable_pos_embed(latents[:1])
-    frames = latents.shape[2] // m.config.patch_size[0]
-    return cos, sin, torch.arange(frames, device=latents.device).repeat_interleave(cos.shape[1] // frames)
+        made["extra_pos_emb"] = m.learnable_pos_embed(latents[:1])[0].unflatten(0, (frames, -1))
+    return made
 
 
 def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, ...]) -> Any:
-    """[1, S, patch · C], features in the stock order, → [1, C, F, H, W]."""
+    """[F, P, patch · C], features in the stock order, → [1, C, F, H, W]."""
     t, h, w = (n // p for n, p in zip(call["hidden_states"].shape[2:], patch, strict=True))
-    x = outputs["sample"].reshape(-1, t, h, w, patch[1], patch[2], patch[0], outputs["sample"].shape[-1] // (
-        patch[0] * patch[1] * patch[2]
-    ))  # fmt: skip
+    x = outputs["sample"].reshape(1, t, h, w, patch[1], patch[2], patch[0], -1)
     video = x.permute(0, 7, 1, 6, 2, 4, 3, 5).flatten(6, 7).flatten(4, 5).flatten(2, 3)
     return sample_output(video, call)
 

@@ -10,7 +10,7 @@ from overcrank.engines.compile import engine_from_graph
 from overcrank.engines.lint import compared
 from overcrank.engines.plan import PlanReport, read_plan
 from overcrank.engines.targets import BY_NAME
-from overcrank.export import linear
+from overcrank.export import operators
 from overcrank.export.graph import onnx_from_component
 from overcrank.models import components, resolve
 
@@ -42,7 +42,7 @@ def test_a_weight_that_is_transposed_at_run_time_is_seen(monkeypatch: pytest.Mon
 
     import torch
 
-    monkeypatch.setattr(linear, "translations", lambda: {torch.ops.aten.linear.default: plain})
+    monkeypatch.setattr(operators, "translations", lambda: {torch.ops.aten.linear.default: plain})
     component = components(tiny.variant(NAME), ("denoiser",))[0]
     exported = onnx_from_component(component, "bf16")
     ir.save(exported.model, tmp_path / "g.onnx")
