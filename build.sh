@@ -5,6 +5,7 @@
 #   ./build.sh render "a blue square moving up"  renders the demo model (more words go to overcrank render)
 #   ./build.sh test                              runs the tests
 #   ./build.sh lint                              ruff and mypy
+#   ./build.sh docs                              writes docs/models.md
 #   ./build.sh bench                             repeats the benchmark of bench/results
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -33,6 +34,7 @@ case "${1:-}" in
     ruff format --check .
     mkdir -p .types && ln -sfn .. .types/overcrank
     exec mypy ;;
+  docs) exec overcrank models --markdown docs/models.notes.md --figures bench/results/families.json > docs/models.md ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;
   render)
     shift

@@ -250,13 +250,21 @@ def batch(**options: Any) -> None:
 
 @main.group(cls=_Group, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON document.")
+@click.option(
+    "--markdown", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="As docs/models.md, after NOTES."
+)
+@click.option("--figures", type=click.Path(path_type=Path, dir_okay=False), help="Builds to add to the Markdown.")
 @click.pass_context
-def models(context: click.Context, as_json: bool) -> None:
+def models(context: click.Context, as_json: bool, markdown: Path | None, figures: Path | None) -> None:
     """Every family and variant: parameters, native shape, tasks, components."""
-    from overcrank.engines.catalogue import print_models
+    from overcrank.engines import catalogue
 
-    if context.invoked_subcommand is None:
-        print_models(as_json)
+    if context.invoked_subcommand is not None:
+        return
+    if markdown is not None:
+        click.echo(catalogue.markdown(figures, markdown.read_text("utf-8")), nl=False)
+    else:
+        catalogue.print_models(as_json)
 
 
 @models.command("show", cls=_Command)

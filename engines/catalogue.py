@@ -50,28 +50,19 @@ def print_models(as_json: bool) -> None:
         everything = {"models": [described(v) for v in variants()], "targets": precisions()}
         click.echo(json.dumps(everything, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("model", "parameters", "native", "fps", "tasks", "components"):
-        table.add_column(name, no_wrap=name in ("model", "native"))
-    for variant in variants():
-        row = described(variant)
-        default = variant.name == family(variant.family).DEFAULT
-        table.add_row(
-            row["name"] + ("*" if default else ""),
-            _billions(row["parameters"]),
-            row["native"],
-            str(row["fps"]),
-            ", ".join(row["tasks"]),
-            ", ".join(row["default_components"]),
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print("\n* what the family's name alone means. Precisions: ", end="")
-    console.print("; ".join(f"{t} {' '.join(p)}" for t, p in precisions().items()))
-    console.print("overcrank models show MODEL explains one.")
+    rows = [described(v) for v in variants()]
+    width = max(len(r["name"]) for r in rows)
+    shown = ""
+    for row in rows:
+        if row["family"] != shown:
+            shown = row["family"]
+            click.echo(f"\n{family(shown).TITLE} ({shown}): {', '.join(row['default_components'])}")
+        cells = f"{_billions(row['parameters']):>8}  {row['native']:>12} at {row['fps']:>2} fps"
+        click.echo(f"  {row['name']:<{width}}  {cells}  {', '.join(row['tasks'])}")
+    click.echo("\nA family's name alone means its first variant. Precisions built for each target:")
+    for target, built in precisions().items():
+        click.echo(f"  {target:<7} {', '.join(built)}")
+    click.echo("overcrank models show NAME explains one.")
 
 
 def print_model(name: str) -> None:

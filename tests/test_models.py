@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from overcrank.errors import ModelError, ShapeError
@@ -86,6 +87,27 @@ def test_conditioning_is_not_run_on_the_engine_with_one_timestep() -> None:
     assert conditioned.adapt(module, **call)["timestep"].shape == (2, 6)
     with pytest.raises(ShapeError, match="needs the engine denoiser_conditioned"):
         plain.adapt(module, **call)
+
+
+def test_the_documentation_is_what_the_data_says() -> None:
+    from overcrank.engines.catalogue import markdown
+
+    root = Path(__file__).parent.parent
+    notes = (root / "docs/models.notes.md").read_text("utf-8")
+    made = markdown(root / "bench/results/families.json", notes)
+    assert (root / "docs/models.md").read_text("utf-8") == made, "run ./build.sh docs"
+
+
+def test_models_are_listed_and_explained(run: Any) -> None:
+    listed = run("overcrank", "models")
+    assert listed.exit_code == 0, listed.output
+    assert all(v.name in listed.output for v in VARIANTS)
+    everything = json.loads(run("overcrank", "models", "--json").output)
+    assert {m["name"] for m in everything["models"]} == {v.name for v in VARIANTS}
+    shown = run("overcrank", "models", "show", "wan-2.2-ti2v-5b").output
+    assert "5.0 B parameters" in shown
+    assert "WanImageToVideoPipeline" in shown
+    assert run("overcrank", "models", "show", "wam").exit_code == 2
 
 
 def test_model_names() -> None:
