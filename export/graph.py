@@ -95,7 +95,9 @@ def _program(component: Component, module: nn.Module, precision: str) -> Any:
         )
     axes = _axes(component)
     dynamic = tuple({i: axes[d] for i, d in enumerate(t.dims) if isinstance(d, str)} for t in component.inputs)
-    with _quiet(), torch.no_grad():
+    from torch.fx.experimental import _config
+
+    with _quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=component.oblivious):
         return torch.export.export(Traced(), inputs, dynamic_shapes=(dynamic,), strict=False)
 
 

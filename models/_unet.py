@@ -20,18 +20,13 @@ DOWN = 8  # of the latents' sides, by three downsamplings
 
 
 def component(
-    cls: str, config: Config, more: tuple[Tensor, ...], *, frames_first: int = 0, stride: int = 8
+    cls: str, config: Config, more: tuple[Tensor, ...], *, frames_first: bool = False, stride: int = 8
 ) -> Component:
-    """`more` are the inputs beside the latents and the timestep.
-
-    With `frames_first` latents are [2, F, C, H, W] of that many frames, guided: the temporal transformer's
-    reshapes let torch.export trace no other number of either.
-    """
+    """`more` are the inputs beside the latents and the timestep; `frames_first` latents are [B, F, C, H, W]."""
     channels = config["in_channels"]
-    middle: tuple[int | str, ...] = (frames_first, channels) if frames_first else (channels, "frames")
-    out: tuple[int | str, ...] = (frames_first or "frames", config["out_channels"])
-    batch: int | str = 2 if frames_first else "batch"
-    x = Tensor("sample", (batch, *middle, "height", "width"))
+    middle: tuple[int | str, ...] = ("frames", channels) if frames_first else (channels, "frames")
+    out: tuple[int | str, ...] = ("frames", config["out_channels"])
+    x = Tensor("sample", ("batch", *middle, "height", "width"))
     inputs = (x, Tensor("timestep", (1,), "float32"), *more)
     names = tuple(t.name for t in inputs)
 
@@ -45,13 +40,14 @@ def component(
         subfolder="unet",
         config=config,
         inputs=inputs,
-        outputs=(Tensor("out", (batch, *(out if frames_first else out[::-1]), "height", "width")),),
+        outputs=(Tensor("out", ("batch", *(out if frames_first else out[::-1]), "height", "width")),),
         forward=partial(_traced, names=names),
         adapt=partial(_adapt, names=names),
         returns=partial(_returns, cls=cls),
         sample=partial(_sample, specs=(x, *more)),
         sizes=sizes,
         trace_sizes={"batch": 2, "frames": 3, "height": 2 * DOWN, "width": 3 * DOWN},
+        oblivious=frames_first,  # the temporal transformer takes repeated rows apart again
         bounds={"frames": (2, config.get("motion_max_seq_length") or 128)},
         affine_axes={"height": ("height_k", DOWN, 0), "width": ("width_k", DOWN, 0)},
     )

@@ -78,7 +78,8 @@ class Component:
     `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that
     its length is scale * root + offset; `free_axes` maps an axis that no video shape sets
     to its smallest length. `bounds` maps an axis to the smallest
-    and largest length it is traced for. `twins` are other parts of the pipeline, of the same architecture,
+    and largest length it is traced for; `oblivious` has torch.export
+    take every length for neither 0 nor 1, where its guards ask for no more. `twins` are other parts of the pipeline, of the same architecture,
     that the same engine serves with their own weights, if the pipeline has them.
     """
 
@@ -101,6 +102,7 @@ class Component:
     traced_config: Config = field(default_factory=dict)
     repeats: tuple[Repeat, ...] = ()
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    oblivious: bool = False
     affine_axes: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 
     def at_depth(self, config: Config) -> Component:

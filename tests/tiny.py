@@ -317,9 +317,9 @@ TINY = {
             "image_encoder": _CLIP,
         },
         native=VideoShape(128, 192, 4),
-        minimum=VideoShape(128, 128, 4),
-        maximum=VideoShape(192, 192, 4),
-        odd=VideoShape(192, 128, 4),
+        minimum=VideoShape(128, 128, 2),
+        maximum=VideoShape(192, 192, 6),
+        odd=VideoShape(192, 128, 3),
     ),
     "tiny-animatediff": Tiny(
         "animatediff-sd15-v1.5.3",
