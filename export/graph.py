@@ -97,7 +97,13 @@ def _program(component: Component, module: nn.Module, precision: str) -> Any:
     dynamic = tuple({i: axes[d] for i, d in enumerate(t.dims) if isinstance(d, str)} for t in component.inputs)
     from torch.fx.experimental import _config
 
-    with _quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=component.oblivious):
+    with (
+        _quiet(),
+        torch.no_grad(),
+        _config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=component.oblivious
+        ),
+    ):
         return torch.export.export(Traced(), inputs, dynamic_shapes=(dynamic,), strict=False)
 
 

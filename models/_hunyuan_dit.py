@@ -167,12 +167,14 @@ def _values(norm: Any, count: int, condition: Any) -> tuple[Value, ...]:
 def _scaled(y: T, value: Value, condition: Any) -> T:
     """y times a value. A value for each token, made first, would be kept for every block (docs/adr/0004)."""
     row, beyond = value
-    return y * row if beyond is None else y * row + (y * condition[2]) * beyond
+    out: T = y * row if beyond is None else y * row + (y * condition[2]) * beyond
+    return out
 
 
 def _modulated(y: T, shift: Value, scale: Value, condition: Any) -> T:
-    moved = y + _scaled(y, scale, condition) + shift[0]
-    return moved if shift[1] is None else moved + condition[2] * shift[1]
+    moved: T = y + _scaled(y, scale, condition) + shift[0]
+    out: T = moved if shift[1] is None else moved + condition[2] * shift[1]
+    return out
 
 
 def _double(block: Any, x: T, text: T, condition: Any, rope: Any, bias: T | None) -> tuple[T, T]:

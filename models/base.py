@@ -75,12 +75,12 @@ class Component:
 
     `traced_config` and `repeats` describe the shallow module that is traced in place of
     the full one (export/repeat.py); `trace_sizes` are the axis lengths it is traced at.
-    `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that
-    its length is scale * root + offset; `free_axes` maps an axis that no video shape sets
-    to its smallest length. `bounds` maps an axis to the smallest
-    and largest length it is traced for; `oblivious` has torch.export
-    take every length for neither 0 nor 1, where its guards ask for no more. `twins` are other parts of the pipeline, of the same architecture,
-    that the same engine serves with their own weights, if the pipeline has them.
+    `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that its
+    length is scale * root + offset; `bounds` maps an axis to the smallest and largest length it
+    is traced for; `oblivious` has torch.export take every length for neither 0 nor 1, where its
+    guards ask for no more; `free_axes` maps an axis that no video shape sets to its smallest
+    length. `twins` are other parts of the pipeline, of the same architecture, that the same
+    engine serves with their own weights, if the pipeline has them.
     """
 
     name: str

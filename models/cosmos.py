@@ -265,7 +265,8 @@ def _adapt(module: nn.Module, *, learned: bool, **call: Any) -> dict[str, Any]:
         raise ShapeError(f"this call renders {len(tokens)} videos at once; render one at a time")
     frames = latents.shape[2]
     made = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
-    return made | places | given(call, "encoder_hidden_states")
+    made |= places
+    return made | given(call, "encoder_hidden_states")
 
 
 def _places(m: Any, latents: T, fps: Any, learned: bool) -> dict[str, T]:
