@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models.base import Component
-from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
+from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session, run_each
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,7 +92,7 @@ class EngineModule:
         session = slot.opened()
         _check_fixed(component, inputs)
         try:
-            outputs = session(inputs)
+            outputs = run_each(session, component, inputs)
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise CannotServe(
@@ -110,8 +110,10 @@ def _check_fixed(component: Component, inputs: Mapping[str, Any]) -> None:
     """Raise CannotServe for a length the graph holds fixed, such as a batch of 1."""
     for spec in component.inputs:
         shape = inputs[spec.name].shape
+        batched = spec.dims[:1] == (1,)  # goes item by item, so any first length fits
         fits = len(shape) == len(spec.dims) and all(
-            isinstance(d, str) or d == n for d, n in zip(spec.dims, shape, strict=True)
+            isinstance(d, str) or d == n or (batched and i == 0)
+            for i, (d, n) in enumerate(zip(spec.dims, shape, strict=True))
         )
         if not fits:
             raise CannotServe(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from overcrank.errors import BackendError
+from overcrank.models.base import Component
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,22 @@ class Session(Protocol):
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Raises CannotServe for a call it has no engine for."""
+
+
+def run_each(session: Session, component: Component, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Run a session; a batch goes item by item through a graph of batch 1.
+
+    Of the inputs that start with a fixed 1, those longer than that are the batch.
+    """
+    import torch
+
+    single = [t.name for t in component.inputs if t.dims[:1] == (1,)]
+    batch = max((inputs[name].shape[0] for name in single), default=1)
+    if batch == 1:
+        return session(inputs)
+    batched = {name for name in single if inputs[name].shape[0] == batch}
+    made = [session({k: v[i : i + 1] if k in batched else v for k, v in inputs.items()}) for i in range(batch)]
+    return {name: torch.cat([out[name] for out in made]) for name in made[0]}
 
 
 class CannotServe(Exception):

@@ -17,6 +17,7 @@ from overcrank.models import components, family, variant_from_manifest
 from overcrank.models.base import Component, Variant, VideoShape
 from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.parameters import bound_parameters, parameters_of
+from overcrank.runtime.session import run_each
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,7 +80,11 @@ def compare(component: Component, session: OrtSession, module: nn.Module, shape:
         torch.manual_seed(1)
         expected = dict(_tensors((module(**call), _written(call))))
         torch.manual_seed(1)
-        found = dict(_tensors((component.returns(session(component.adapt(module, **own)), own), _written(own))))
+        found = dict(
+            _tensors(
+                (component.returns(run_each(session, component, component.adapt(module, **own)), own), _written(own))
+            )
+        )
     worst = relative = 0.0
     for name, tensor in found.items():
         reference = expected.get(name)

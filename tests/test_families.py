@@ -9,10 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from overcrank.engines.compile import engine_from_graph
-from overcrank.engines.plan import read_plan
 from overcrank.engines.profiles import Profile
-from overcrank.engines.targets import BY_NAME
 from overcrank.export.graph import Exported, onnx_from_component
 from overcrank.export.module import random_module
 from overcrank.models import components, families, family
@@ -21,6 +18,7 @@ from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.verify import compare
 
 from tests import tiny, without_torchvision
+from tests.compiling import compiled
 
 without_torchvision.install()
 # Components that two tiny variants share stand here once.
@@ -31,7 +29,7 @@ CASES = list(
         for component in family(tiny.variant(name).family).components(tiny.variant(name))
     }.values()
 )
-FP16 = "tiny-ltx-0.9.5"  # Turing has no bf16; one family stands for the others there
+OTHERS = "tiny-ltx-0.9.5"  # one family stands for the others on the targets beside sm_89
 
 
 def component_of(name: str, which: str) -> Component:
@@ -50,9 +48,7 @@ def test_graph_and_engines(name: str, which: str, tmp_path: Path) -> None:
     _parameters_are_inputs(component, exported, module)
     graph = tmp_path / "graph.onnx"
     ir.save(exported.model, graph)
-    targets = tiny.TARGETS["bf16"]
-    for target in targets:
-        _compiles(component, exported, graph, target, tiny.profile(name))
+    _compiles(component, exported, graph, "sm_89", tiny.profile(name))
     named = dict(module.named_parameters())
     views = {p.input: named[p.input].view(p.shape) for p in exported.parameters}
     session = OrtSession(exported.model, views)  # widens the graph in place
@@ -67,29 +63,31 @@ def _parameters_are_inputs(component: Component, exported: Exported, module: Any
     own = {n: (str(p.dtype)[6:], tuple(p.shape)) for n, p in whole.named_parameters()}
     table = {p.input: (p.dtype, p.module_shape) for p in exported.parameters}
     assert table.items() <= own.items()
-    assert len(table) > 0.8 * len(own), sorted(set(own) - set(table))
+    assert len(table) > 0.6 * len(own), sorted(set(own) - set(table))
     assert all(v.const_value is None for v in exported.model.graph.inputs)
     largest = max((v.const_value.size for v in exported.model.graph.initializers.values() if v.const_value), default=0)
     assert largest <= 4096, "a weight was materialized"
 
 
 def _compiles(component: Component, exported: Exported, graph: Path, target: str, profile: Profile) -> None:
-    """Compiles, and no linear layer's weight is transposed, cast or moved when the engine runs."""
-    made = engine_from_graph(graph, BY_NAME[target], profile.ranges(component))
-    report = read_plan(bytes(memoryview(made.plan)), [p.input for p in exported.parameters])
-    assert made.activation_bytes
+    """Compiles, and no linear layer's weight of a transformer is transposed, cast or moved when the engine runs."""
+    names = [p.input for p in exported.parameters]
+    activation, report = compiled(graph, target, profile.ranges(component), names)
+    assert activation
     assert report.known
-    ranks = {p.input: len(p.module_shape) for p in exported.parameters}
-    moved = [(kernel, name) for kernel, name in report.weight_moves if ranks[name] == 2]
-    assert not moved, "only convolutions and vectors may be laid out anew"
-    assert report.gemms == report.linears
+    if component.subfolder == "transformer":
+        ranks = {p.input: len(p.module_shape) for p in exported.parameters}
+        moved = [(kernel, name) for kernel, name in report.weight_moves if ranks[name] == 2]
+        assert not moved, "only convolutions and vectors may be laid out anew"
+        assert report.gemms == report.linears
 
 
-def test_turing_compiles_in_fp16(tmp_path: Path) -> None:
-    for component in components(tiny.variant(FP16)):
-        exported = onnx_from_component(component, "fp16")
+@pytest.mark.parametrize("target", ["sm_75", "sm_86", "sm_120"])
+def test_other_targets_compile(target: str, tmp_path: Path) -> None:
+    for component in components(tiny.variant(OTHERS)):
+        exported = onnx_from_component(component, "fp16" if target == "sm_75" else "bf16")
         ir.save(exported.model, tmp_path / "graph.onnx")
-        _compiles(component, exported, tmp_path / "graph.onnx", "sm_75", tiny.profile(FP16))
+        _compiles(component, exported, tmp_path / "graph.onnx", target, tiny.profile(OTHERS))
 
 
 def _chained() -> list[tuple[str, str]]:
@@ -129,5 +127,5 @@ def test_activation_memory_does_not_grow_with_depth(name: str, which: str, tmp_p
         deep = components(replace(variant, configs=configs), (which,))[0]
         ir.save(onnx_from_component(deep, "bf16").model, tmp_path / "graph.onnx")
         ranges = Profile(tiny.TINY[name].minimum, shape, shape).ranges(deep)
-        figures.append(engine_from_graph(tmp_path / "graph.onnx", BY_NAME["sm_89"], ranges).activation_bytes or 0)
+        figures.append(compiled(tmp_path / "graph.onnx", "sm_89", ranges, [])[0])
     assert abs(figures[1] / figures[0] - 1) < 0.03, figures

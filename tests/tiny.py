@@ -364,6 +364,3 @@ def shapes(name: str) -> tuple[VideoShape, ...]:
 def profile(name: str) -> Profile:
     tiny = TINY[name]
     return Profile(tiny.minimum, replace(tiny.native, batch=2), replace(tiny.maximum, batch=2))
-
-
-TARGETS = {"fp16": ("sm_75",), "bf16": ("sm_86", "sm_89", "sm_120")}

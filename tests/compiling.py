@@ -1,0 +1,25 @@
+"""Compilation in a process of its own, as the product does it: the compiler may crash one that has compiled before."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from overcrank.engines.plan import PlanReport
+
+
+def _work(graph: Path, target: str, ranges: Any, names: list[str]) -> tuple[int, PlanReport]:
+    from overcrank.engines.compile import engine_from_graph
+    from overcrank.engines.plan import read_plan
+    from overcrank.engines.targets import BY_NAME
+
+    made = engine_from_graph(graph, BY_NAME[target], ranges)
+    return made.activation_bytes or 0, read_plan(bytes(memoryview(made.plan)), names)
+
+
+def compiled(graph: Path, target: str, ranges: Any, names: list[str]) -> tuple[int, PlanReport]:
+    """Activation memory in bytes, and what the plan does."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_work, graph, target, ranges, names).result()
