@@ -197,8 +197,8 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
 
     def sizes(shape: VideoShape) -> Sizes:
         tokens = product(latent(variant, shape))
-        # `batch` is of no input: the prompts of a guided call go one by one through a graph of batch 1, which compiles
-        # in a fraction of the time
+        # `batch` is of no input: the prompts of a guided call go one by one through a graph of batch 1, for a dynamic
+        # batch compiled for 861 s at full size
         return {"batch": shape.batch, "tokens": tokens, "audio": sound(variant, shape), "text": variant.text_length}
 
     deep = config["num_layers"] > TRACED_BLOCKS

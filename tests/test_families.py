@@ -63,7 +63,8 @@ def _parameters_are_inputs(component: Component, exported: Exported, module: Any
     own = {n: (str(p.dtype)[6:], tuple(p.shape)) for n, p in whole.named_parameters()}
     table = {p.input: (p.dtype, p.module_shape) for p in exported.parameters}
     assert table.items() <= own.items()
-    assert len(table) > 0.6 * len(own), sorted(set(own) - set(table))
+    read = 0.6 if component.name == "image_encoder" else 0.8  # what lies after the layer that is asked for is not read
+    assert len(table) > read * len(own), sorted(set(own) - set(table))
     assert all(v.const_value is None for v in exported.model.graph.inputs)
     largest = max((v.const_value.size for v in exported.model.graph.initializers.values() if v.const_value), default=0)
     assert largest <= 4096, "a weight was materialized"
