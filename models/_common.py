@@ -54,6 +54,18 @@ def rotated(x: T, cos: T, sin: T) -> T:
     return turned.flatten(-2).to(x.dtype)
 
 
+def scaled_norm(norm: Any, x: T) -> T:
+    """WanRMS_norm.forward, and its copy in HunyuanVideo 1.5, over dim 1 or the last.
+
+    The stock form multiplies a 16-bit tensor by sqrt(dim), which a graph would round to 16 bits.
+    """
+    from torch.nn.functional import normalize
+
+    unit = normalize(x.float(), dim=1 if norm.channel_first else -1) * norm.scale
+    out: T = unit.to(x.dtype) * norm.gamma + norm.bias
+    return out
+
+
 def flat(x: T) -> T:
     """[B, S, C] → [1, B·S, C]."""
     return x.reshape(1, -1, x.shape[-1])

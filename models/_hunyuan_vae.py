@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from overcrank.models._common import patched, random_call, tensors_named
+from overcrank.models._common import patched, random_call, scaled_norm, tensors_named
 from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def components(vae: Config, latent: Any, cls: str = "AutoencoderKLHunyuanVideo")
         sample=partial(random_call, specs=(x,)),
         sizes=latent_tile,
         trace_sizes={"frames": 3, "height": 3, "width": 4},
-        bounds={
-            "frames": (3, None)
-        },  # two, one after the first, are no special case of the graph: compared in the tests
+        bounds={"frames": (3, None)},  # two are no special case of the graph: compared in the tests
         **common,
     )
     encoder = Component(
@@ -81,7 +79,8 @@ def prepare(pipe: Any) -> None:
 
 
 def _traced(module: nn.Module, hidden_states: T) -> T:
-    with _masks_of_any_size(), patched(module, {"HunyuanVideoUpsampleCausal3D": _upsampled}):
+    kinds = {"HunyuanVideoUpsampleCausal3D": _upsampled, "HunyuanVideo15RMS_norm": scaled_norm}
+    with _masks_of_any_size(), patched(module, kinds):
         out: T = module(hidden_states)
     return out
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models import _streaming
+from overcrank.models._common import patched, scaled_norm
 from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
     from torch import nn
 
+NORMS = {"WanRMS_norm": scaled_norm}
 TIME_CONV = "time"  # a cache of the temporal up- or downsampling
 Cache = tuple[str, int, int, int]
 """(kind, channels, frames, scale): the scale is of the tensor's sides to the coarsest ones."""
@@ -123,13 +125,15 @@ def _counted(vae: Config, part: str) -> int:
 def _first(module: nn.Module, x: T, *, count: int) -> tuple[T, ...]:
     cache: list[Any] = [None] * count
     more = {"first_chunk": True} if hasattr(module, "up_blocks") else {}
-    out = module(x, feat_cache=cache, feat_idx=[0], **more)
+    with patched(module, NORMS):
+        out = module(x, feat_cache=cache, feat_idx=[0], **more)
     return (out, *(c for c in cache if c is not None and not isinstance(c, str)))
 
 
 def _next(module: nn.Module, x: T, *caches: T, count: int) -> tuple[T, ...]:
     cache: list[Any] = [*caches, *[None] * (count - len(caches))]
-    out = module(x, feat_cache=cache, feat_idx=[0])
+    with patched(module, NORMS):
+        out = module(x, feat_cache=cache, feat_idx=[0])
     return (out, *cache[: len(caches)])
 
 

@@ -165,7 +165,7 @@ def _session(
         note = f"; {count / 1e9:.1f} B parameters do not fit in RAM here: same export with {depth}"
     else:
         model = ir.load(bundle / entry.graph.name)
-    module = random_module(component, config, "fp32")
+    module = random_module(component, config, manifest.precision).float()  # its stored buffers are the graph's
     if weights is not None:
         _load(module, weights / component.subfolder, parameters)
     views = bound_parameters(module, component, parameters)
