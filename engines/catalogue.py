@@ -20,13 +20,13 @@ def variants() -> Iterator[Variant]:
 
 
 def described(variant: Variant) -> dict[str, Any]:
-    """One variant as plain data; `parameters` is the denoiser's number."""
+    """One variant as plain data; `parameters` is the first component's number: the denoiser's."""
     counts = parameter_counts(variant)
     return {
         "name": variant.name,
         "family": variant.family,
         "title": variant.title,
-        "parameters": counts.get("denoiser") or counts.get("denoiser_forcing", 0),
+        "parameters": next(iter(counts.values()), 0),
         "native": str(variant.native),
         "fps": variant.fps,
         "tasks": dict(variant.tasks),

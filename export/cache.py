@@ -6,8 +6,9 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def graph_digest(component: Component, precision: str) -> str:
         "component": component.name,
         "class": component.cls,
         "attribute": component.attribute,
-        "config": component.config,
+        "config": {k: v for k, v in component.config.items() if not k.startswith("_")},  # not where it was loaded from
         "inputs": [asdict(t) for t in component.inputs],
         "outputs": [asdict(t) for t in component.outputs],
         "repeats": [asdict(r) for r in component.repeats],
@@ -41,12 +42,21 @@ def graph_digest(component: Component, precision: str) -> str:
 
 
 def _code_digest(forward: Any) -> str:
-    """SHA-256 of the export package, of the file of `forward`, and of what families share."""
+    """SHA-256 of the export package, of the files of `forward` and what it is made of, and of what families share."""
     import inspect
 
-    own = Path(inspect.getfile(getattr(forward, "func", forward)))
-    files = [*sorted(Path(__file__).parent.glob("*.py")), own, own.parent / "_common.py"]
+    own = sorted({Path(inspect.getfile(f)) for f in _functions(forward)})
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *own, own[0].parent / "_common.py"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def _functions(made: Any) -> Iterator[Any]:
+    """The functions in a partial and its arguments."""
+    if isinstance(made, partial):
+        for part in (made.func, *made.args, *made.keywords.values()):
+            yield from _functions(part)
+    elif callable(made):
+        yield made
 
 
 @dataclass(frozen=True)

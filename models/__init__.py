@@ -28,6 +28,7 @@ __all__ = [
     "hook",
     "hub_folder",
     "local_folder",
+    "main_part",
     "packaged_model",
     "parameter_counts",
     "resolve",
@@ -61,6 +62,13 @@ def components(variant: Variant, names: tuple[str, ...] = ()) -> tuple[Component
         if name not in known:
             raise ModelError(f"{variant.name} has no component '{name}'; it has {', '.join(known)}.")
     return tuple(c for c in every if (c.name in names if names else c.default))
+
+
+def main_part(classes: Mapping[str, str]) -> str | None:
+    """Of a checkpoint's or pipeline's parts, by their class, the one that a family is known by."""
+    known = {cls for name in families() for cls in family(name).DENOISER_CLASSES}
+    named = [part for part in ("transformer", "unet") if part in classes]  # named in errors, if of no family
+    return next((part for part, cls in classes.items() if cls in known), named[0] if named else None)
 
 
 def parameter_counts(variant: Variant) -> dict[str, int]:
@@ -121,10 +129,7 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
         module = family(owner)
         if denoiser not in module.DENOISER_CLASSES:
             continue
-        default: Variant = _variants()[module.DEFAULT]
-        nearest: Variant = max(
-            (default, *module.VARIANTS), key=lambda v: _likeness(v, configs, pipeline)
-        )  # the first of equals
+        nearest = _nearest(module, configs, pipeline)
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
         return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
@@ -135,8 +140,15 @@ def variant_from_manifest(manifest: Any) -> Variant:
     known = _variants().get(manifest.model)
     if known is not None and all(_same(known.configs[k], manifest.configs.get(k, {})) for k in known.configs):
         return known
-    nearest = _variants()[family(manifest.family).DEFAULT]
+    nearest = _nearest(family(manifest.family), manifest.configs, "")
     return replace(nearest, name=manifest.model, title=manifest.model, configs=manifest.configs, hub_id=manifest.hub_id)
+
+
+def _nearest(module: Any, configs: Mapping[str, Config], pipeline: str) -> Variant:
+    """The family's published variant most like these; its default before equals."""
+    default: Variant = _variants()[module.DEFAULT]
+    found: Variant = max((default, *module.VARIANTS), key=lambda v: _likeness(v, configs, pipeline))
+    return found
 
 
 def _same(published: Config, given: Config) -> bool:
@@ -188,12 +200,17 @@ def _from_folder(path: Path) -> Variant:
 
 
 def _from_index(name: str, where: str, index: Config, configs: Mapping[str, Config]) -> Variant:
-    for part in ("transformer", "unet"):
-        if part in index:
-            if part not in configs:
-                raise ModelError(f"{where} lacks {part}/config.json, which model_index.json names.")
-            return variant_from_configs(name, str(index[part][1]), configs, str(index.get("_class_name", "")))
-    raise ModelError(f"{where}/model_index.json names neither a transformer nor a unet; it is no video model.")
+    part = _main_part(index)
+    if part is None:
+        raise ModelError(f"{where}/model_index.json names neither a transformer nor a unet; it is no video model.")
+    if part not in configs:
+        raise ModelError(f"{where} lacks {part}/config.json, which model_index.json names.")
+    return variant_from_configs(name, str(index[part][1]), configs, str(index.get("_class_name", "")))
+
+
+def _main_part(index: Config) -> str | None:
+    """`main_part` of a model_index.json."""
+    return main_part({part: str(entry[1]) for part, entry in index.items() if isinstance(entry, list)})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -209,8 +226,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _from_hub(hub_id: str) -> Variant:
     """Only the configuration files are fetched, from the local hub cache or the network."""
     index = _read_json(Path(_fetched(hub_id, "model_index.json")))
-    part = "transformer" if "transformer" in index else "unet"
-    configs = {p: _read_json(Path(_fetched(hub_id, f"{p}/config.json"))) for p in (part, "vae") if p in index}
+    parts = {_main_part(index), "vae"} & index.keys()
+    configs = {p: _read_json(Path(_fetched(hub_id, f"{p}/config.json"))) for p in sorted(parts)}
     return _from_index(hub_id.split("/")[1], hub_id, index, configs)
 
 

@@ -194,6 +194,11 @@ def prepare(pipe: Any, variant: Variant) -> None:
     """Called once when a checkpoint is loaded."""
 
 
+def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
+    """How many frames of a given video are used, and whether its last ones in place of its first."""
+    return shape.frames, False
+
+
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipelines' calls; `arguments` are those that all share."""
     return arguments | ({"image": media.images[0]} if media.images else {})

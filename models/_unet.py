@@ -42,7 +42,7 @@ def component(
         inputs=inputs,
         outputs=(Tensor("out", ("batch", *(out if frames_first else out[::-1]), "height", "width")),),
         forward=partial(_traced, names=names),
-        adapt=partial(_adapt, names=names),
+        adapt=partial(_adapt, specs=inputs),
         returns=partial(_returns, cls=cls),
         sample=partial(_sample, specs=(x, *more)),
         sizes=sizes,
@@ -61,7 +61,9 @@ def _traced(module: nn.Module, *inputs: T, names: tuple[str, ...]) -> T:
     if "text_embeds" in of:
         call["added_cond_kwargs"] = {k: of[k] for k in ("text_embeds", "time_ids")}
     if _text_by_frame(module):
-        call["encoder_hidden_states"] = of["encoder_hidden_states"].repeat_interleave(of["sample"].shape[2], dim=0)
+        text = of["encoder_hidden_states"]
+        rows = text.flatten(0, 1) if text.ndim == 4 else text.repeat_interleave(of["sample"].shape[2], dim=0)
+        call["encoder_hidden_states"] = rows
     with patched(module, {"TransformerSpatioTemporalModel": _spatio_temporal}), ExitStack() as stack:
         if "text_embeds" in of:  # joined with the embedded ids, which stay in fp32 without this
             added: Any = module
@@ -99,15 +101,16 @@ def _text_by_frame(module: Any) -> bool:
     return type(module).__name__ == "UNetMotionModel"
 
 
-def _adapt(module: nn.Module, *, names: tuple[str, ...], **call: Any) -> dict[str, Any]:
+def _adapt(module: nn.Module, *, specs: tuple[Tensor, ...], **call: Any) -> dict[str, Any]:
     """The engine's inputs for a call of the UNet (same arguments).
 
-    Raises ShapeError for what only PyTorch runs: FreeNoise's windows, IP-Adapter, ControlNet residuals,
-    a prompt that changes from frame to frame.
+    Raises ShapeError for what only PyTorch runs: IP-Adapter, ControlNet residuals, a prompt that changes from
+    frame to frame where `specs` give text for each video.
     """
     import torch
 
     sample: T = call["sample"]
+    names = [t.name for t in specs]
     for name in ("down_block_additional_residuals", "mid_block_additional_residual", "timestep_cond"):
         if call.get(name) is not None:
             raise ShapeError(f"this call gives {name}")
@@ -119,14 +122,14 @@ def _adapt(module: nn.Module, *, names: tuple[str, ...], **call: Any) -> dict[st
     made |= given(added, *(n for n in ("text_embeds", "time_ids") if n in names))
     made |= given(call, *(n for n in names if n not in made))
     if _text_by_frame(module):
-        if any(type(m).__name__ == "FreeNoiseTransformerBlock" for m in module.modules()):
-            raise ShapeError("FreeNoise's windows are on")
-        made["encoder_hidden_states"] = _one_text(made["encoder_hidden_states"], sample.shape[2])
+        text = made["encoder_hidden_states"].unflatten(0, (-1, sample.shape[2]))
+        each = any(t.name == "encoder_hidden_states" and len(t.dims) == 4 for t in specs)
+        made["encoder_hidden_states"] = text if each else _one_text(text, made["encoder_hidden_states"])
     return made
 
 
-def _one_text(text: T, frames: int) -> T:
-    by_video = text.unflatten(0, (-1, frames))
+def _one_text(by_video: T, text: T) -> T:
+    """[B, F, L, C] → [B, L, C]; `text` is the caller's own tensor, the same from step to step."""
     if not _same.get(text, text._version, lambda: bool((by_video == by_video[:, :1]).all())):
         raise ShapeError("the prompt changes from frame to frame")
     out: T = by_video[:, 0]
@@ -154,5 +157,6 @@ def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[Ten
         call["added_cond_kwargs"] = {n: call.pop(n) for n in ("text_embeds", "time_ids")}
     if _text_by_frame(module):
         text = call["encoder_hidden_states"]
-        call["encoder_hidden_states"] = text.repeat_interleave(sizes["frames"], dim=0)
+        rows = text.flatten(0, 1) if text.ndim == 4 else text.repeat_interleave(sizes["frames"], dim=0)
+        call["encoder_hidden_states"] = rows
     return call | {"timestep": torch.tensor(750.0), "return_dict": False}

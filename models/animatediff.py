@@ -1,14 +1,17 @@
 """AnimateDiff: Stable Diffusion 1.5 and SDXL with a motion module.
 
 The configuration is that of the UNet with the motion module loaded (diffusers' UNetMotionModel).
-FreeNoise, for videos longer than a window, runs in PyTorch. Paper: arXiv:2307.04725.
+Videos of more frames than the motion module knows go through FreeNoise's windows, and an engine
+of their own. Paper: arXiv:2307.04725.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from overcrank.models import _kl_vae, _unet
+from overcrank.errors import RequestError
+from overcrank.models import _freenoise, _kl_vae, _unet
 from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape
 
 TITLE = "AnimateDiff"
@@ -98,16 +101,33 @@ def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
 
 def components(variant: Variant) -> tuple[Component, ...]:
     unet, vae = variant.configs["unet"], variant.configs["vae"]
-    conditions = [Tensor("encoder_hidden_states", ("batch", TEXT_LENGTH, unet["cross_attention_dim"]))]
-    if unet.get("addition_embed_type") == "text_time":
+    text = (TEXT_LENGTH, unet["cross_attention_dim"])
+    conditions = [Tensor("encoder_hidden_states", ("batch", *text))]
+    sdxl = unet.get("addition_embed_type") == "text_time"
+    if sdxl:
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
         conditions += [Tensor("text_embeds", ("batch", pooled)), Tensor("time_ids", ("batch", 6))]
-    denoiser = _unet.component(DENOISER_CLASSES[0], unet, tuple(conditions), stride=_kl_vae.stride(vae))
-    return (denoiser, *_kl_vae.components(vae, CHUNK))
+    made = partial(_unet.component, DENOISER_CLASSES[0], unet, stride=_kl_vae.stride(vae))
+    denoiser, around = made(tuple(conditions)), _kl_vae.components(vae, CHUNK)
+    if sdxl:  # its pipeline has no FreeNoise
+        return (denoiser, *around)
+    by_frame = (Tensor("encoder_hidden_states", ("batch", "frames", *text)),)
+    return (_freenoise.unwindowed(denoiser), *around, _freenoise.windowed(made(by_frame)))
 
 
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share."""
+    """Arguments of the pipelines' calls beyond those all share; FreeNoise is on for a long video, and else off."""
+    frames = len(media.video) or arguments["num_frames"]
+    longest = variant.configs["unet"]["motion_max_seq_length"]
+    if frames > longest:
+        if not hasattr(pipe, "enable_free_noise") or pipe.motion_adapter is None:
+            raise RequestError(
+                f"frames {frames}: {variant.name} makes at most {longest} at once, and more need FreeNoise, which "
+                f"{type(pipe).__name__} of a checkpoint without motion_adapter has not; lower --frames."
+            )
+        pipe.enable_free_noise(context_length=_freenoise.LENGTH, context_stride=_freenoise.STRIDE)
+    elif _freenoise.is_on(pipe.unet):
+        pipe.disable_free_noise()
     if not media.video:
         return arguments
     return arguments | {"video": list(media.video), "strength": media.strength}

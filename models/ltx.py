@@ -12,12 +12,12 @@ from functools import partial
 from math import lcm
 from typing import Any
 
-from overcrank.models import _ltx
+from overcrank.models import _ltx, _ltx_upsampler
 from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
 
 TITLE = "LTX-Video"
 DEFAULT = "ltx-2b-0.9.5"
-DENOISER_CLASSES = ("LTXVideoTransformer3DModel",)
+DENOISER_CLASSES = ("LTXVideoTransformer3DModel", _ltx_upsampler.CLASS)
 TASKS = {
     "text-to-video": "LTXPipeline",
     "image-to-video": "LTXImageToVideoPipeline",
@@ -180,6 +180,20 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", _DIT_13B, _VAE_095, _UNIFORM, 5.0, 30, **_BIG),
     _variant("ltx-13b-0.9.7-distilled", f"{_REPO}-0.9.7-distilled", _DIT_13B, _VAE_095, _UNIFORM, 1.0, 8, **_BIG),
     _variant("ltx-13b-0.9.8-distilled", _098D, _DIT_13B, _VAE_095, _UNIFORM, 1.0, 8, **_BIG),
+    Variant(
+        name="ltx-upsampler-0.9.7",
+        family="ltx",
+        title="LTX-Video spatial upsampler 0.9.7",
+        hub_id="Lightricks/ltxv-spatial-upscaler-0.9.7",
+        configs={"latent_upsampler": _ltx_upsampler.CONFIG, "vae": _VAE_095},
+        native=VideoShape(1024, 1536, 121),
+        minimum=VideoShape(512, 512, 1),
+        maximum=VideoShape(1408, 1536, 121),
+        fps=24,
+        tasks={"video-to-video": "LTXLatentUpsamplePipeline"},
+        text_length=0,
+        steps=1,
+    ),
     _variant("ltx-demo", "", _DIT_DEMO, _VAE_DEMO, _UNIFORM, 3.0, 24, **_SMALL),
 )
 
@@ -191,6 +205,9 @@ DECODE_TIMESTEP, DECODE_NOISE, CONDITION_NOISE = 0.05, 0.025, 0.025
 
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipelines' calls beyond those all share."""
+    if media.video:  # the size that the upsampler is told is that of what it encodes
+        small = {axis: arguments[axis] // _ltx_upsampler.SCALE for axis in ("height", "width")}
+        return arguments | small | {"video": list(media.video)}
     made = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
     timed = variant.configs["vae"].get("timestep_conditioning")
     if timed:
@@ -225,7 +242,7 @@ def strides(variant: Variant) -> tuple[int, int]:
 def grid(variant: Variant) -> dict[str, tuple[int, int]]:
     """Valid sizes of each axis as (step, offset); the pipelines want multiples of 32 of any VAE."""
     spatial, temporal = strides(variant)
-    step = lcm(spatial, 32)
+    step = lcm(spatial * (_ltx_upsampler.SCALE if "latent_upsampler" in variant.configs else 1), 32)
     return {"height": (step, 0), "width": (step, 0), "frames": (temporal, 1)}
 
 
@@ -238,6 +255,9 @@ def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
 def components(variant: Variant) -> tuple[Component, ...]:
     """Text-to-video runs `denoiser`; image and video conditioning, with a timestep per token,
     `denoiser_conditioned`: same weights, another engine."""
+    if "latent_upsampler" in variant.configs:
+        config, encoder = variant.configs["latent_upsampler"], _vae_encoder(variant)
+        return (*_ltx_upsampler.components(config, strides(variant), encoder), _vae_decoder(variant))
     return (
         _denoiser(variant, per_token=False),
         _vae_decoder(variant),

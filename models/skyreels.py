@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from overcrank.errors import RequestError
 from overcrank.models import _clip, _wan_dit, _wan_vae, wan
 from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape
 
@@ -89,11 +90,22 @@ def components(variant: Variant) -> tuple[Component, ...]:
     return (plain, replace(forced, default=forcing), *_wan_vae.components(variant.configs["vae"], latent_of), *images)
 
 
+def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
+    """How many frames of a given video are used, and whether the last ones: diffusion forcing goes on from there."""
+    return (OVERLAP, True) if variant.tasks == _DF else (shape.frames, False)
+
+
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipelines' calls beyond those all share; a long video goes window by window."""
-    made = wan.call_arguments(pipe, variant, media, arguments)
-    if variant.tasks == _DF:
-        made |= {"fps": 16 if media.fps <= 16 else 24, "base_num_frames": variant.native.frames}
-        if arguments["num_frames"] > variant.native.frames:
-            made |= {"overlap_history": OVERLAP, "addnoise_condition": NOISE}
+    if variant.tasks != _DF:
+        return wan.call_arguments(pipe, variant, media, arguments)
+    frames = arguments["num_frames"]
+    made = arguments | {"fps": 16 if media.fps <= 16 else 24, "base_num_frames": variant.native.frames}
+    made |= {"image": media.images[0]} if media.images else {}
+    if media.video and frames <= OVERLAP:
+        raise RequestError(f"frames {frames}: the video begins with the last {OVERLAP} of the one given; ask for more.")
+    if media.video:
+        made["video"] = list(media.video)
+    if media.video or frames > variant.native.frames:
+        made |= {"overlap_history": OVERLAP, "addnoise_condition": NOISE}
     return made

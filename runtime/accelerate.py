@@ -12,7 +12,7 @@ from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BUILDABLE
 from overcrank.errors import IntegrityError, UserError
-from overcrank.models import components, family, variant_from_configs, variant_from_manifest
+from overcrank.models import components, family, main_part, variant_from_configs, variant_from_manifest
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.module import EngineModule, Slot
 from overcrank.runtime.parameters import bound_parameters, own_parameters, parameters_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 BACKENDS = ("auto", "tensorrt", "onnxruntime", EAGER)
-DENOISERS = ("transformer", "unet")
 
 
 @dataclass
@@ -75,17 +74,20 @@ def accelerate(
 
 
 def _variant_of(pipe: Any, model: str) -> Variant:
-    for part in DENOISERS:
-        denoiser = getattr(pipe, part, None)
-        if denoiser is not None:
-            every: dict[str, Any] = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
-            read = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
-            configs = {name: dict(config) for name, config in read.items() if isinstance(config, Mapping)}
-            kind = type(pipe).__name__
-            return variant_from_configs(model or kind, type(denoiser).__name__, configs, kind)
-    raise UserError(
-        f"{type(pipe).__name__} has no transformer or unet; overcrank accelerates video diffusion pipelines."
-    )
+    kind = type(pipe).__name__
+    denoiser = main_module(pipe)
+    if denoiser is None:
+        raise UserError(f"{kind} has no transformer or unet; overcrank accelerates video diffusion pipelines.")
+    every: dict[str, Any] = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
+    read = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
+    configs = {name: dict(config) for name, config in read.items() if isinstance(config, Mapping)}
+    return variant_from_configs(model or kind, type(denoiser).__name__, configs, kind)
+
+
+def main_module(pipe: Any) -> Any:
+    """The pipeline's denoiser, or what stands in its place; None if it has none."""
+    part = main_part({name: type(module).__name__ for name, module in pipe.components.items() if module is not None})
+    return getattr(pipe, part) if part else None
 
 
 def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None) -> None:
@@ -121,7 +123,7 @@ def _card(pipe: Any) -> str:
 
 def _precision(pipe: Any) -> str:
     """Precision name of the denoiser's dtype."""
-    dtype = str(next(d for n in DENOISERS if (d := getattr(pipe, n, None)) is not None).dtype)
+    dtype = str(main_module(pipe).dtype)
     return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(dtype, dtype.removeprefix("torch."))
 
 

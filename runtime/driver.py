@@ -161,15 +161,16 @@ class Driver:
         pipe = pipeline_for(self.pipe, variant, request.task)
         if request.audio is not None:
             check_audio(request.audio)
-        media = media_of(request)
+        media = media_of(request, variant)
         guided = (request.guidance or 0) > 1
         with torch.no_grad(), _own_stream(self.lanes, pipe.device):
             with self.stage(job, "encoding"):
-                text = hook(variant, "encode")(pipe, variant, request.prompt, request.negative_prompt, guided)
+                prompts = (request.prompt, request.negative_prompt)
+                text = hook(variant, "encode")(pipe, variant, *prompts, guided) if variant.text_length else {}
             usual = text | _usual_arguments(request)
-            arguments = hook(variant, "call_arguments")(pipe, variant, media, _taken(pipe, usual))
             steps = Steps(self, job, pipe)
             with steps.denoising():
+                arguments = _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual), usual)
                 result = pipe(
                     **arguments,
                     **steps.callback(),
@@ -205,10 +206,10 @@ def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
     }
 
 
-def _taken(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that this pipeline knows: not every one takes a size, or guidance."""
+def _taken(pipe: Any, arguments: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without those of the usual ones that this pipeline lacks: not every one takes a size, or guidance."""
     known = inspect.signature(type(pipe).__call__).parameters
-    return {k: v for k, v in arguments.items() if k in known}
+    return {k: v for k, v in arguments.items() if k in known or k not in usual}
 
 
 def _lanes(device: Any) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RequestError
-from overcrank.models.base import Media, VideoShape
+from overcrank.models import hook
+from overcrank.models.base import Media, Variant, VideoShape
 
 if TYPE_CHECKING:
     from overcrank.runtime.request import RenderRequest
@@ -16,36 +18,40 @@ if TYPE_CHECKING:
 log = logging.getLogger("overcrank")
 
 
-def media_of(request: RenderRequest) -> Media:
+def media_of(request: RenderRequest, variant: Variant) -> Media:
     """Pictures and videos of a completed request, opened and fitted."""
     paths = ((0, request.image), (request.shape.frames - 1, request.last_image))
     images = {index: fitted_image(path, request.shape) for index, path in paths if path is not None}
-    video = fitted_video(request.video, request.shape) if request.video is not None else ()
+    video: list[Image.Image] = []
+    if request.video is not None:
+        count, last = hook(variant, "clip_of")(variant, request.shape)
+        video = fitted_video(request.video, request.shape, count, last)
     assert request.fps is not None
     return Media(images, video, request.strength, request.fps)
 
 
-def fitted_video(path: Path, shape: VideoShape) -> list[Image.Image]:
-    """The video's first frames as RGB of the size asked for.
+def fitted_video(path: Path, shape: VideoShape, count: int, last: bool) -> list[Image.Image]:
+    """The video's first, or last, `count` frames as RGB of the size asked for.
 
-    Raises RequestError for a file that is no video, or one of fewer frames than asked for.
+    Raises RequestError for a file that is no video, or one of fewer frames.
     """
     import av
     from PIL import Image, ImageOps
 
-    frames: list[Image.Image] = []
+    kept: deque[Any] = deque(maxlen=count)
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                if len(frames) == shape.frames:
+                kept.append(frame)
+                if len(kept) == count and not last:
                     break
-                picture = frame.to_image()
-                frames.append(ImageOps.fit(picture, (shape.width, shape.height), Image.Resampling.LANCZOS))
+        pictures = [frame.to_image() for frame in kept]
     except (av.FFmpegError, IndexError) as error:
         raise RequestError(f"video {path} cannot be read as a video: {error}.") from error
-    if len(frames) < shape.frames:
-        raise RequestError(f"video {path} has {len(frames)} frames and {shape.frames} are asked for; lower --frames.")
-    return frames
+    if len(pictures) < count:
+        fix = "give a longer one" if last else "lower --frames"
+        raise RequestError(f"video {path} has {len(pictures)} frames and {count} are used; {fix}.")
+    return [ImageOps.fit(p, (shape.width, shape.height), Image.Resampling.LANCZOS) for p in pictures]
 
 
 def fitted_image(path: Path, shape: VideoShape) -> Image.Image:

@@ -84,9 +84,10 @@ def pipeline_for(pipe: Any, variant: Variant, task: str) -> Any:
     if task not in variant.tasks:
         raise RequestError(f"{variant.name} cannot do {task}: it does {', '.join(variant.tasks)}.")
     cls = getattr(diffusers, variant.tasks[task])
-    scheduler = type(pipe.scheduler).from_config(copy.deepcopy(pipe.scheduler.config))
+    scheduler = getattr(pipe, "scheduler", None)
+    own = {"scheduler": type(scheduler).from_config(copy.deepcopy(scheduler.config))} if scheduler else {}
     taken = inspect.signature(cls.__init__).parameters
     parts = {k: v for k, v in {**pipe.config, **pipe.components}.items() if k in taken}
-    made = cls(**{**parts, "scheduler": scheduler})
+    made = cls(**(parts | own))
     made.set_progress_bar_config(disable=True)
     return made

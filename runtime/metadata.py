@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from overcrank import __version__
+from overcrank.runtime.accelerate import main_module
 
 if TYPE_CHECKING:
     from overcrank.runtime.accelerate import Acceleration
@@ -27,7 +28,7 @@ def about_render(
     record = outcome.record
     device = pipe.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    scheduler = getattr(pipe, "scheduler", None)
     return {
         "overcrank": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -36,8 +37,8 @@ def about_render(
         "request": request.model_dump(mode="json", exclude_none=True),
         "request_sha256": request.digest(model),
         "pipeline": type(pipe).__name__,
-        "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
-        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "scheduler": {"class": type(scheduler).__name__, **_plain(scheduler.config)} if scheduler else {},
+        "dtype": str(main_module(pipe).dtype).removeprefix("torch."),
         "device": device.type,
         "gpu": gpu,
         "machine": platform.machine(),

@@ -34,9 +34,9 @@ class Steps:
         self._before: Tensor | None = None
         self._cuda = pipe.device.type == "cuda"
         variant = driver.acceleration.variant
-        self._preview_of: Any = (
-            hook(variant, "preview") if driver.preview and hasattr(pipe.scheduler, "sigmas") else None
-        )
+        self._scheduler = getattr(pipe, "scheduler", None)  # an upsampler has none, and takes no steps
+        previews = driver.preview and hasattr(self._scheduler, "sigmas")
+        self._preview_of: Any = hook(variant, "preview") if previews else None
         self._left = hook(variant, "rounds")(variant, job.request.shape)  # times the steps are run through
 
     @contextmanager
@@ -45,6 +45,8 @@ class Steps:
         with self._held:
             self._held.enter_context(self._driver.stage(self._job, "denoising"))
             yield
+            if self._scheduler is None:
+                self._driver.watcher.stepped(self._job, 1, 1)
 
     def callback(self) -> dict[str, Any]:
         """How the pipeline is told to call this; older ones take another argument, some none."""
@@ -55,12 +57,12 @@ class Steps:
             return {"callback_on_step_end": self}
         if "callback" in taken:
             return {"callback": lambda step, timestep, latents: self(self._pipe, step, timestep, {"latents": latents})}
-        self._watch_scheduler()
+        if self._scheduler is not None:
+            self._watch_scheduler(self._scheduler)
         return {}
 
-    def _watch_scheduler(self) -> None:
+    def _watch_scheduler(self, scheduler: Any) -> None:
         """A pipeline without a callback calls its scheduler once a step; the scheduler is this job's own."""
-        scheduler = self._pipe.scheduler
         step = scheduler.step
         counted = iter(range(10**9))
 

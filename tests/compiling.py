@@ -10,16 +10,16 @@ from typing import Any
 from overcrank.engines.plan import PlanReport
 
 
-def _work(graph: Path, target: str, ranges: Any, names: list[str]) -> tuple[int, PlanReport]:
+def _work(graph: Path, targets: tuple[str, ...], ranges: Any, names: list[str]) -> list[tuple[int, PlanReport]]:
     from overcrank.engines.compile import engine_from_graph
     from overcrank.engines.plan import read_plan
     from overcrank.engines.targets import BY_NAME
 
-    made = engine_from_graph(graph, BY_NAME[target], ranges)
-    return made.activation_bytes or 0, read_plan(bytes(memoryview(made.plan)), names)
+    made = [engine_from_graph(graph, BY_NAME[target], ranges) for target in targets]
+    return [(m.activation_bytes or 0, read_plan(bytes(memoryview(m.plan)), names)) for m in made]
 
 
-def compiled(graph: Path, target: str, ranges: Any, names: list[str]) -> tuple[int, PlanReport]:
-    """Activation memory in bytes, and what the plan does."""
+def compiled(graph: Path, targets: tuple[str, ...], ranges: Any, names: list[str]) -> list[tuple[int, PlanReport]]:
+    """For each target: activation memory in bytes, and what the plan does."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_work, graph, target, ranges, names).result()
+        return pool.submit(_work, graph, targets, ranges, names).result()

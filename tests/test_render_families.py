@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from overcrank.runtime.output import Video, write_mp4
 from PIL import Image
 
 from tests import pipelines, without_torchvision
@@ -17,17 +20,18 @@ STEPS = 3
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of exported graphs for all tests here."""
-    return tmp_path_factory.mktemp("store")
+    """One cache of exported graphs for all tests here, those of other workers included."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "store"
 
 
 @pytest.fixture(autouse=True)
 def _what_cannot_be_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVIDIA's guardrail fetches its models; the pipeline takes a checker that lets everything pass."""
-    from diffusers.pipelines.cosmos import pipeline_cosmos_text2world as stock
-
     without_torchvision.install()
-    monkeypatch.setattr(stock, "CosmosSafetyChecker", _PassesAll)
+    for name in ("cosmos_text2world", "cosmos_video2world", "cosmos2_video2world", "cosmos2_5_predict"):
+        stock = import_module(f"diffusers.pipelines.cosmos.pipeline_{name}")
+        monkeypatch.setattr(stock, "CosmosSafetyChecker", _PassesAll)
 
 
 class _PassesAll:
@@ -45,18 +49,25 @@ def frames_of(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(f)) for f in sorted(folder.iterdir())]) / 255.0
 
 
-@pytest.mark.parametrize("name", pipelines.PIPELINES)
+def media_of(case: pipelines.Case, folder: Path) -> list[object]:
+    """Options for what the case is rendered from, drawn here."""
+    frames = [Image.effect_noise((case.width, case.height), 90).convert("RGB") for _ in range(case.frames)]
+    frames[0].save(folder / "first.png")
+    frames[-1].save(folder / "last.png")
+    if case.media == "video":
+        pixels = np.stack([np.asarray(f) for f in frames])
+        write_mp4(Video(pixels, 8.0, np.empty(0)), folder / "clip.mp4", {}, None)
+        return ["--video", folder / "clip.mp4", "--strength", 0.7]
+    first = ["--image", folder / "first.png"] if case.media else []
+    return first + (["--last-image", folder / "last.png"] if case.media == "ends" else [])
+
+
+@pytest.mark.parametrize("name", pipelines.CASES)
 def test_engines_graphs_render_what_eager_renders(name: str, run: Any, tmp_path: Path, store: Path) -> None:
-    folder = pipelines.saved(name, tmp_path)
-    height, width, frames = pipelines.SIZES.get(name, (64, 64, 9))
-    options = ["--model", folder, "--steps", STEPS, "--height", height, "--width", width, "--frames", frames]
-    options += ["--formats", "png", "--quiet", "--store", store]
-    options += ["--prompt", pipelines.PROMPT] if name != "svd" else []
-    Image.effect_noise((width, height), 90).convert("RGB").save(tmp_path / "picture.png")
-    options += ["--image", tmp_path / "picture.png"] if name in pipelines.IMAGES else []
-    if name in pipelines.VIDEOS:
-        assert run("overcrank", "render", *options, "--backend", "eager", "-o", tmp_path / "clip.mp4").exit_code == 0
-        options += ["--video", tmp_path / "clip.mp4", "--strength", 0.7]
+    folder, case = pipelines.saved(name, tmp_path), pipelines.CASES[name]
+    options = ["--model", folder, "--steps", STEPS, "--height", case.height, "--width", case.width]
+    options += ["--frames", case.frames, "--formats", "png", "--quiet", "--store", store, *media_of(case, tmp_path)]
+    options += ["--prompt", pipelines.PROMPT] if case.prompt else []
     for backend in ("eager", "onnxruntime"):
         result = run("overcrank", "render", *options, "--backend", backend, "-o", tmp_path / f"{backend}.png")
         assert result.exit_code == 0, result.output
@@ -64,7 +75,7 @@ def test_engines_graphs_render_what_eager_renders(name: str, run: Any, tmp_path:
     assert not about["fallbacks"]
     for component, backends in about["calls"].items():
         assert set(backends) == {"onnxruntime"}, component
-    assert any(c.startswith("denoiser") for c in about["calls"])
+    assert any(c.startswith(("denoiser", "latent_upsampler")) for c in about["calls"])
     assert any(c.startswith("vae_decoder") for c in about["calls"])
     eager, engines = (frames_of(tmp_path / f"{b}-frames") for b in ("eager", "onnxruntime"))
     assert eager.std() > 0.005, "a picture of one colour would agree with anything"

@@ -164,20 +164,23 @@ _LTX2_VOCODER = {
     "resnet_dilations": ((1, 3),),
     "output_sampling_rate": 400,
 }
-_UNET = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+_UNET = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}  # one level with text, one without
 _SVD_UNET = {
-    "block_out_channels": (32, 64, 96, 128),  # in 32 groups: a group of one pixel would normalize rounding errors
+    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    "block_out_channels": (32, 64),  # in 32 groups: a group of one pixel would normalize rounding errors
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 12,
     "layers_per_block": 1,
     "cross_attention_dim": 16,
-    "num_attention_heads": (2, 2, 2, 2),
+    "num_attention_heads": (2, 2),
 }
 _SDXL_UNET = _UNET | {
-    "block_out_channels": (8, 8, 16),
-    "transformer_layers_per_block": (1, 1, 2),
+    "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
+    "up_block_types": ("CrossAttnUpBlockMotion", "UpBlockMotion"),
+    "transformer_layers_per_block": (1, 2),
     "cross_attention_dim": 24,
-    "num_attention_heads": (2, 2, 4),
+    "num_attention_heads": (2, 4),
     "motion_num_attention_heads": 2,
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 40,
@@ -220,6 +223,14 @@ TINY = {
     "tiny-ltx-0.9.5": Tiny("ltx-2b-0.9.5", {"transformer": _LTX_DIT, "vae": _LTX_VAE}, more={"text_length": 16}),
     "tiny-ltx-0.9.0": Tiny("ltx-2b-0.9.0", {"transformer": _LTX_DIT, "vae": _LTX_090}, more={"text_length": 16}),
     "tiny-ltx-0.9.1": Tiny("ltx-2b-0.9.1", {"transformer": _LTX_DIT, "vae": _LTX_091}, more={"text_length": 16}),
+    "tiny-ltx-upsampler": Tiny(
+        "ltx-upsampler-0.9.7",
+        {"latent_upsampler": {"in_channels": 8, "mid_channels": 64, "num_blocks_per_stage": 1}, "vae": _LTX_VAE},
+        native=VideoShape(128, 128, 17),
+        minimum=VideoShape(64, 64, 1),
+        maximum=VideoShape(192, 192, 33),
+        odd=VideoShape(128, 192, 9),
+    ),
     "tiny-wan-2.1": Tiny(
         "wan-2.1-t2v-1.3b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
     ),
@@ -268,6 +279,11 @@ TINY = {
         {"transformer": _COSMOS_DIT | {"in_channels": 4}, "vae": _COSMOS_VAE},
         **_NO_PICTURES | {"minimum": VideoShape(32, 32, 9)},
     ),
+    "tiny-cosmos-1-video": Tiny(
+        "cosmos-predict1-7b-video2world",
+        {"transformer": _COSMOS_DIT | {"in_channels": 5}, "vae": _COSMOS_VAE},
+        **_NO_PICTURES | {"minimum": VideoShape(32, 32, 9)},
+    ),
     "tiny-cosmos-2": Tiny(
         "cosmos-predict2-2b-video2world",
         {"transformer": _COSMOS_DIT | {"in_channels": 5}, "vae": _WAN_21},
@@ -309,6 +325,15 @@ TINY = {
         {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21},
         **_PAIRS,
     ),
+    "tiny-skyreels-i2v": Tiny(
+        "skyreels-v2-i2v-14b-540p",
+        {
+            "transformer": _WAN_DIT | {"in_channels": 12, "out_channels": 4, "image_dim": 32, "added_kv_proj_dim": 32},
+            "vae": _WAN_21,
+            "image_encoder": _CLIP,
+        },
+        **_PAIRS,
+    ),
     "tiny-svd": Tiny(
         "svd-xt-1.1",
         {
@@ -324,14 +349,35 @@ TINY = {
     "tiny-animatediff": Tiny(
         "animatediff-sd15-v1.5.3",
         {
-            "unet": _UNET | {"cross_attention_dim": 24, "num_attention_heads": 2, "motion_num_attention_heads": 2},
+            "unet": _UNET
+            | {
+                "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+                "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+                "cross_attention_dim": 24,
+                "num_attention_heads": 2,
+                "motion_num_attention_heads": 2,
+            },
             "vae": _KL,
         },
-        **_SMALL,
+        native=VideoShape(64, 128, 22),  # three of FreeNoise's windows
+        minimum=VideoShape(64, 64, 2),
+        maximum=VideoShape(128, 128, 30),
+        odd=VideoShape(128, 64, 25),
     ),
     "tiny-animatediff-sdxl": Tiny("animatediff-sdxl", {"unet": _SDXL_UNET, "vae": _KL}, **_SMALL),
     "tiny-modelscope": Tiny(
-        "modelscope-1.7b", {"unet": _UNET | {"cross_attention_dim": 24, "attention_head_dim": 4}, "vae": _KL}, **_SMALL
+        "modelscope-1.7b",
+        {
+            "unet": _UNET
+            | {
+                "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+                "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+                "cross_attention_dim": 24,
+                "attention_head_dim": 4,
+            },
+            "vae": _KL,
+        },
+        **_SMALL,
     ),
     "tiny-wan-2.2-a14b": Tiny(
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
