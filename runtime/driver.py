@@ -207,7 +207,7 @@ def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
 
 
 def _taken(pipe: Any, arguments: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without those of the usual ones that this pipeline lacks: not every one takes a size, or guidance."""
+    """The arguments but those of the usual ones that this pipeline lacks: not every one takes a size, or guidance."""
     known = inspect.signature(type(pipe).__call__).parameters
     return {k: v for k, v in arguments.items() if k in known or k not in usual}
 
