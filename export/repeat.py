@@ -40,6 +40,7 @@ def repeat_chain(model: ir.Model, repeat: Repeat) -> None:
     blocks = _blocks(graph, repeat)
     chain = _checked_chain(blocks, repeat)
     tail = _tail_uses(blocks)
+    _make_room(graph, repeat)
     point = chain.nodes[-1]
     newest = {v: v for node in chain.nodes for v in node.outputs}
     for index in range(repeat.traced, repeat.full):
@@ -145,6 +146,15 @@ def _tail_uses(blocks: list[list[ir.Node]]) -> list[tuple[ir.Node, int, ir.Value
         for user, position in value.uses()
         if user not in inside
     ]
+
+
+def _make_room(graph: ir.Graph, repeat: Repeat) -> None:
+    """Parameters of the submodules after the chain get the names they have behind its full length."""
+    for i in reversed(range(repeat.after)):
+        now, then = (f"{repeat.path}.{depth + i}." for depth in (repeat.traced, repeat.full))
+        for value in graph.inputs:
+            if str(value.name).startswith(now):
+                value.name = then + str(value.name).removeprefix(now)
 
 
 def _input_like(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:

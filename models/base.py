@@ -44,11 +44,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Repeat:
-    """A chain of identical submodules: traced `traced` deep, repeated in the graph to `full`."""
+    """A chain of identical submodules: traced `traced` deep, repeated in the graph to `full`.
+
+    `after` submodules of another kind follow at the same path.
+    """
 
     path: str
     traced: int
     full: int
+    after: int = 0
 
 
 def _only_output(outputs: Mapping[str, Any], call: Mapping[str, Any]) -> Any:

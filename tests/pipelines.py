@@ -236,6 +236,14 @@ def animatediff_sdxl() -> Any:
     )  # fmt: skip
 
 
+def mochi() -> Any:
+    width = tiny.variant("tiny-mochi").configs["transformer"]["text_embed_dim"]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return diffusers.MochiPipeline(
+        **networks_of("tiny-mochi"), **t5(width), scheduler=scheduler, force_zeros_for_empty_prompt=True
+    )
+
+
 def modelscope() -> Any:
     parts = networks_of("tiny-modelscope")
     tokenizer, text_encoder = clip(parts["unet"].config.cross_attention_dim)
@@ -345,6 +353,7 @@ CASES: dict[str, Case] = {
     "animatediff-long": Case(animatediff, frames=37),
     "animatediff-video": Case(animatediff, "video", **_UNET),
     "animatediff-sdxl": Case(animatediff_sdxl, **_UNET),
+    "mochi": Case(mochi, frames=19),
     "modelscope": Case(modelscope, **_UNET),
 }
 

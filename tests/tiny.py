@@ -384,6 +384,25 @@ TINY = {
     ),
 }
 
+TINY["tiny-mochi"] = Tiny(
+    "mochi-1-preview",
+    {
+        "transformer": {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "pooled_projection_dim": 16,
+            "in_channels": 12,
+            "text_embed_dim": 16,
+            "num_layers": 6,
+        },
+        "vae": {"decoder_block_out_channels": (32, 32, 64, 64), "layers_per_block": (1, 1, 1, 1, 1)},
+    },
+    minimum=VideoShape(32, 32, 1),
+    native=VideoShape(64, 64, 19),
+    odd=VideoShape(32, 96, 7),
+    maximum=VideoShape(96, 96, 31),
+)
+
 
 def variant(name: str) -> Variant:
     tiny = TINY[name]
