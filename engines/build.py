@@ -33,7 +33,7 @@ from overcrank.export.weights import weight_files, weights_digest
 from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
 
-FLAGS = "strongly_typed,decomposable_attention"
+FLAGS = "strongly_typed,decomposable_attention,no_auxiliary_streams"
 RAM_PER_WORKER = 1_500_000_000
 
 Progress = Callable[[str, str], None]

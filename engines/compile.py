@@ -52,6 +52,7 @@ def engine_from_graph(
         raise CompileError(f"{graph.name}: the compiler cannot read the graph: {what[:500]}")
     _make_attention_decomposable(trt, network)
     config = builder.create_builder_config()
+    config.max_aux_streams = 0  # what runs side by side cannot share memory; a large network fills the card anyway
     if flavour == "tensorrt_rtx" and target is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, target.compute_capability), 0)
