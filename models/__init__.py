@@ -226,8 +226,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _from_hub(hub_id: str) -> Variant:
     """Only the configuration files are fetched, from the local hub cache or the network."""
     index = _read_json(Path(_fetched(hub_id, "model_index.json")))
-    parts = {_main_part(index), "vae"} & index.keys()
-    configs = {p: _read_json(Path(_fetched(hub_id, f"{p}/config.json"))) for p in sorted(parts)}
+    parts = [p for p in (_main_part(index), "vae") if p is not None and p in index]
+    configs = {p: _read_json(Path(_fetched(hub_id, f"{p}/config.json"))) for p in parts}
     return _from_index(hub_id.split("/")[1], hub_id, index, configs)
 
 
