@@ -34,7 +34,7 @@ case "${1:-}" in
     ruff format --check .
     mkdir -p .types && ln -sfn .. .types/overcrank
     exec mypy ;;
-  docs) exec overcrank models --markdown docs/models.notes.md --figures bench/results/families.json > docs/models.md ;;
+  docs) exec overcrank models --markdown docs/models.notes.md --figures bench/results > docs/models.md ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;
   render)
     shift

@@ -253,7 +253,7 @@ def batch(**options: Any) -> None:
 @click.option(
     "--markdown", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="As docs/models.md, after NOTES."
 )
-@click.option("--figures", type=click.Path(path_type=Path, dir_okay=False), help="Builds to add to the Markdown.")
+@click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="bench/results, for the Markdown.")
 @click.pass_context
 def models(context: click.Context, as_json: bool, markdown: Path | None, figures: Path | None) -> None:
     """Every family and variant: parameters, native shape, tasks, components."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,48 +102,59 @@ def _billions(count: int) -> str:
 
 
 def markdown(figures: Path | None, notes: str) -> str:
-    """docs/models.md: `notes` (its hand-written part), every variant, and the figures of bench/build_families.py."""
+    """docs/models.md: `notes` (its hand-written part), every variant, and the figures in bench/results."""
     lines = [notes.rstrip(), "", "## Variants", ""]
-    lines += [
-        "| model | parameters | native | fps | tasks (diffusers pipeline) | components |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for variant in variants():
         row = described(variant)
         mark = " (default)" if variant.name == family(variant.family).DEFAULT else ""
         tasks = ", ".join(f"{t} ({p})" for t, p in row["tasks"].items())
         cells = [f"`{row['name']}`{mark}", _billions(row["parameters"]), row["native"], row["fps"], tasks]
-        lines.append("| " + " | ".join(map(str, [*cells, ", ".join(row["components"])])) + " |")
-    lines += ["", "## Targets and precisions", "", "| target | builds |", "|---|---|"]
-    lines += [f"| {t} | {', '.join(p)} |" for t, p in precisions().items()]
-    if figures is not None and figures.is_file():
-        lines += _figures(json.loads(figures.read_text("utf-8"))["rows"])
+        rows.append([*cells, ", ".join(row["components"])])
+    lines += _table("model | parameters | native | fps | tasks (diffusers pipeline) | components", rows)
+    lines += ["", "## Targets and precisions", ""]
+    lines += _table("target | builds", [(t, ", ".join(p)) for t, p in precisions().items()])
+    if figures is not None and figures.is_dir():
+        builds, parity = (json.loads((figures / f"{n}.json").read_text("utf-8")) for n in ("families", "parity"))
+        lines += _builds(builds["rows"], parity["components"]) + _pipelines(parity["pipelines"])
     return "\n".join(lines) + "\n"
 
 
-def _figures(rows: list[dict[str, Any]]) -> list[str]:
-    """Full-size builds, one row a component; parity is that of the tests' tiny networks."""
-    lines = ["", "## Full-size builds, weights as inputs", ""]
-    lines.append(
-        "Measured by `python bench/build_families.py` on two cores without a GPU; activation at the native shape."
-    )
-    lines += [
-        "",
-        "| model | component | target | export s | compile s | engine MB | activation GB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in sorted(rows, key=lambda r: (r["family"], r["variant"], r["target"], r["component"])):
-        cells = (
-            r["variant"],
-            r["component"],
-            r["target"],
-            r["export_s"],
-            r["compile_s"],
-            r["engine_mb"],
-            r["activation_gb"],
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| model | all targets together, s | peak RAM GB |", "|---|---|---|"]
+def _table(head: str, rows: Iterable[Sequence[Any]]) -> list[str]:
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def _builds(rows: list[dict[str, Any]], parity: list[dict[str, Any]]) -> list[str]:
+    """Full-size builds, one row a component and target; parity is that of tiny networks of the same class."""
+    worst: dict[tuple[str, str], float] = {}
+    for p in parity:
+        key = (p["class"], p["component"])
+        worst[key] = max(worst.get(key, 0.0), p["parity"])
+    made = []
+    for r in sorted(rows, key=lambda r: (r["family"], r["variant"], r["component"], r["target"])):
+        (component,) = components(resolve(r["variant"]), (r["component"],))
+        found = worst.get((component.cls, component.name))
+        cells = [
+            r[k] for k in ("variant", "component", "target", "export_s", "compile_s", "engine_mb", "activation_gb")
+        ]
+        made.append([*cells, "not compared" if found is None else f"{found:.0e}"])
     totals = {r["variant"]: (r["build_s"], r["peak_ram_gb"]) for r in rows}
-    lines += [f"| {name} | {s} | {ram} |" for name, (s, ram) in sorted(totals.items())]
-    return lines
+    return [
+        "",
+        "## Full-size builds, weights as inputs",
+        "",
+        "Measured by `python bench/build_families.py`, two cores, no GPU; activation memory at the native shape.",
+        "Parity is the largest error, relative to the largest value, of the same class and component at tiny widths",
+        "(`python bench/parity.py`).",
+        "",
+        *_table("model | component | target | export s | compile s | engine MB | activation GB | parity", made),
+        "",
+        *_table("model | all targets together, s | peak RAM GB", [(n, *t) for n, t in sorted(totals.items())]),
+    ]
+
+
+def _pipelines(rows: list[dict[str, Any]]) -> list[str]:
+    """Renders of tiny pipelines through the public command, ONNX Runtime against eager PyTorch."""
+    made = [(r["pipeline"], {"": "text"}.get(r["media"], r["media"]), r["psnr"]) for r in rows]
+    return ["", "## Pipelines rendered, graphs against eager", "", *_table("diffusers pipeline | from | PSNR dB", made)]

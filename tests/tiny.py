@@ -365,6 +365,24 @@ TINY = {
         odd=VideoShape(128, 64, 25),
     ),
     "tiny-animatediff-sdxl": Tiny("animatediff-sdxl", {"unet": _SDXL_UNET, "vae": _KL}, **_SMALL),
+    "tiny-mochi": Tiny(
+        "mochi-1-preview",
+        {
+            "transformer": {
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "pooled_projection_dim": 16,
+                "in_channels": 12,
+                "text_embed_dim": 16,
+                "num_layers": 6,
+            },
+            "vae": {"decoder_block_out_channels": (32, 32, 64, 64), "layers_per_block": (1, 1, 1, 1, 1)},
+        },
+        minimum=VideoShape(32, 32, 1),
+        native=VideoShape(64, 64, 19),
+        odd=VideoShape(32, 96, 7),
+        maximum=VideoShape(96, 96, 31),
+    ),
     "tiny-modelscope": Tiny(
         "modelscope-1.7b",
         {
@@ -383,25 +401,6 @@ TINY = {
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
     ),
 }
-
-TINY["tiny-mochi"] = Tiny(
-    "mochi-1-preview",
-    {
-        "transformer": {
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "pooled_projection_dim": 16,
-            "in_channels": 12,
-            "text_embed_dim": 16,
-            "num_layers": 6,
-        },
-        "vae": {"decoder_block_out_channels": (32, 32, 64, 64), "layers_per_block": (1, 1, 1, 1, 1)},
-    },
-    minimum=VideoShape(32, 32, 1),
-    native=VideoShape(64, 64, 19),
-    odd=VideoShape(32, 96, 7),
-    maximum=VideoShape(96, 96, 31),
-)
 
 
 def variant(name: str) -> Variant:
