@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from overcrank.models._common import patched, random_call, tensors_named
-from overcrank.models.base import Component, Config, Tensor, VideoShape
+from overcrank.models import _video_vae
+from overcrank.models._common import patched
+from overcrank.models.base import Component, Config
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -17,42 +17,9 @@ CLS = "AutoencoderKLCosmos"
 
 def components(vae: Config, latent: Any) -> tuple[Component, ...]:
     """Decoder and encoder of whole videos; `latent(shape)` gives latent (frames, height, width)."""
-    side, temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
-    common: dict[str, Any] = {"cls": CLS, "subfolder": "vae", "config": vae, "forward": _traced}
-    common["adapt"] = partial(tensors_named, names=("hidden_states",))
-    out = ("out_frames", "out_height", "out_width")
-    z = Tensor("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
-    x = Tensor("hidden_states", (1, vae["in_channels"], "frames", "height", "width"))
-    decoder = Component(
-        name="vae_decoder",
-        attribute="decoder",
-        inputs=(z,),
-        outputs=(Tensor("sample", (1, vae["out_channels"], *out)),),
-        sample=partial(random_call, specs=(z,)),
-        sizes=lambda shape: dict(zip(("frames", "height", "width"), latent(shape), strict=True)),
-        trace_sizes={"frames": 3, "height": 3, "width": 4},
-        **common,
-    )
-
-    def pixels(shape: VideoShape) -> dict[str, int]:
-        return {"frames": shape.frames, "height": shape.height, "width": shape.width}
-
-    encoder = Component(
-        name="vae_encoder",
-        attribute="encoder",
-        inputs=(x,),
-        outputs=(Tensor("latent", (1, vae["latent_channels"], *out)),),
-        sample=partial(random_call, specs=(x,)),
-        sizes=pixels,
-        trace_sizes={"frames": 2 * temporal + 1, "height": 3 * side, "width": 4 * side},
-        affine_axes={
-            "frames": ("frames_k", temporal, 1),
-            "height": ("height_k", side, 0),
-            "width": ("width_k", side, 0),
-        },
-        **common,
-    )
-    return decoder, encoder
+    strides = (vae["spatial_compression_ratio"], vae["temporal_compression_ratio"])
+    sizes = _video_vae.whole(latent)
+    return _video_vae.components(vae, CLS, _traced, sizes=sizes, strides=strides, moments=1)
 
 
 def _traced(module: nn.Module, hidden_states: T) -> T:

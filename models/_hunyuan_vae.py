@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from overcrank.models._common import patched, random_call, scaled_norm, tensors_named
-from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models import _video_vae
+from overcrank.models._common import patched, scaled_norm
+from overcrank.models.base import Component, Config, Sizes, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -39,38 +39,14 @@ def components(vae: Config, latent: Any, cls: str = "AutoencoderKLHunyuanVideo")
         frames = 1 if shape.frames == 1 else (small["frames"] - 1) * temporal + 1
         return {"frames": frames, "height": small["height"] * stride, "width": small["width"] * stride}
 
-    common: dict[str, Any] = {"cls": cls, "subfolder": "vae", "config": vae, "forward": _traced}
-    common["adapt"] = partial(tensors_named, names=("hidden_states",))
-    x = Tensor("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
-    y = Tensor("hidden_states", (1, vae["in_channels"], "frames", "height", "width"))
-    out = ("out_frames", "out_height", "out_width")
-    decoder = Component(
-        name="vae_decoder",
-        attribute="decoder",
-        inputs=(x,),
-        outputs=(Tensor("sample", (1, vae["out_channels"], *out)),),
-        sample=partial(random_call, specs=(x,)),
-        sizes=latent_tile,
-        trace_sizes={"frames": 3, "height": 3, "width": 4},
-        bounds={"frames": (3, None)},  # two are no special case of the graph: compared in the tests
-        **common,
+    return _video_vae.components(
+        vae,
+        cls,
+        _traced,
+        sizes=(latent_tile, tile),
+        strides=(stride, temporal),
+        shortest=3,  # two are no special case of the graph: compared in the tests
     )
-    encoder = Component(
-        name="vae_encoder",
-        attribute="encoder",
-        inputs=(y,),
-        outputs=(Tensor("latent", (1, 2 * vae["latent_channels"], *out)),),
-        sample=partial(random_call, specs=(y,)),
-        sizes=tile,
-        trace_sizes={"frames": 2 * temporal + 1, "height": 3 * stride, "width": 4 * stride},
-        affine_axes={
-            "frames": ("frames_k", temporal, 1),
-            "height": ("height_k", stride, 0),
-            "width": ("width_k", stride, 0),
-        },
-        **common,
-    )
-    return decoder, encoder
 
 
 def prepare(pipe: Any) -> None:

@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
+from overcrank.models import _kl_vae
 from overcrank.models._common import Kept, forwards, given, patched
-from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models.base import Component, Config, Sizes, Tensor, Variant, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
 
 _same = Kept()
 DOWN = 8  # of the latents' sides, by three downsamplings
+
+
+def grid(variant: Variant) -> dict[str, tuple[int, int]]:
+    """Valid sizes of each axis as (step, offset)."""
+    step = DOWN * _kl_vae.stride(variant.configs["vae"])
+    return {"height": (step, 0), "width": (step, 0), "frames": (1, 0)}
+
+
+def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
+    """Latent (frames, height, width) of a video shape."""
+    side = _kl_vae.stride(variant.configs["vae"])
+    return shape.frames, shape.height // side, shape.width // side
 
 
 def component(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from overcrank.models import _ltx2
+from overcrank.models import _ltx2, _video_vae
 from overcrank.models._common import product, random_call, tensors_named
 from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
 
@@ -227,38 +227,9 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
 
 def _vae(variant: Variant) -> tuple[Component, ...]:
     vae = variant.configs["vae"]
-    side, temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
-    common: dict[str, Any] = {"cls": "AutoencoderKLLTX2Video", "subfolder": "vae", "config": vae}
-    common |= {"forward": _ltx2.vae, "adapt": partial(tensors_named, names=("hidden_states",))}
-    z = Tensor("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
-    x = Tensor("hidden_states", (1, vae["in_channels"], "frames", "height", "width"))
-    out = ("out_frames", "out_height", "out_width")
-    decoder = Component(
-        name="vae_decoder",
-        attribute="decoder",
-        inputs=(z,),
-        outputs=(Tensor("sample", (1, vae["out_channels"], *out)),),
-        sample=partial(random_call, specs=(z,)),
-        sizes=lambda shape: dict(zip(("frames", "height", "width"), latent(variant, shape), strict=True)),
-        trace_sizes={"frames": 3, "height": 3, "width": 4},
-        **common,
-    )
-    encoder = Component(
-        name="vae_encoder",
-        attribute="encoder",
-        inputs=(x,),
-        outputs=(Tensor("latent", (1, 2 * vae["latent_channels"], *out)),),
-        sample=partial(random_call, specs=(x,)),
-        sizes=lambda shape: {"frames": shape.frames, "height": shape.height, "width": shape.width},
-        trace_sizes={"frames": 2 * temporal + 1, "height": 3 * side, "width": 4 * side},
-        affine_axes={
-            "frames": ("frames_k", temporal, 1),
-            "height": ("height_k", side, 0),
-            "width": ("width_k", side, 0),
-        },
-        **common,
-    )
-    return decoder, encoder
+    strides = (vae["spatial_compression_ratio"], vae["temporal_compression_ratio"])
+    sizes = _video_vae.whole(partial(latent, variant))
+    return _video_vae.components(vae, "AutoencoderKLLTX2Video", _ltx2.vae, sizes=sizes, strides=strides)
 
 
 def _audio_decoder(variant: Variant) -> Component:

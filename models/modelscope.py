@@ -5,7 +5,7 @@ The configuration is that of the published checkpoint. Paper: arXiv:2308.06571.
 
 from __future__ import annotations
 
-from overcrank.models import _kl_vae, _unet, animatediff
+from overcrank.models import _kl_vae, _unet
 from overcrank.models.base import Component, Config, Tensor, Variant, VideoShape
 
 TITLE = "ModelScope"
@@ -44,8 +44,8 @@ VARIANTS: tuple[Variant, ...] = (
     ),
 )
 
-grid = animatediff.grid
-latent = animatediff.latent
+grid = _unet.grid
+latent = _unet.latent
 
 
 def components(variant: Variant) -> tuple[Component, ...]:

@@ -72,16 +72,8 @@ VARIANTS: tuple[Variant, ...] = (
 )
 
 
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
-    step = _unet.DOWN * _kl_vae.stride(variant.configs["vae"])
-    return {"height": (step, 0), "width": (step, 0), "frames": (1, 0)}
-
-
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    side = _kl_vae.stride(variant.configs["vae"])
-    return shape.frames, shape.height // side, shape.width // side
+grid = _unet.grid
+latent = _unet.latent
 
 
 def components(variant: Variant) -> tuple[Component, ...]:
