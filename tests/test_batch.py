@@ -55,7 +55,7 @@ def test_every_wrong_line_is_named_at_once_and_nothing_is_written(run: Any, tmp_
         "line 7: no valid JSON:",
         "line 8: output '../up' must be a plain file name",
         "line 9: output 'Same' is also that of line 1",
-        "line 10: prompt: field required; steps: input should be a valid integer",
+        "line 10: steps: input should be a valid integer",
         "line 11: no JSON object",
     ):
         assert text in result.output
