@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from importlib import import_module
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_engines_graphs_render_what_eager_renders(
     eager, engines = (frames_of(tmp_path / f"{b}-frames") for b in ("eager", "onnxruntime"))
     assert eager.std() > 0.005, "a picture of one colour would agree with anything"
     error = np.square(eager - engines).mean()
-    decibels = -10 * np.log10(max(error, 1e-20))
+    decibels = -10 * math.log10(max(float(error), 1e-20))
     for key, value in {"pipeline": about["pipeline"], "media": case.media, "psnr": decibels}.items():
         record_property(key, value)  # bench/parity.py
     assert decibels >= 50
