@@ -13,6 +13,8 @@ from overcrank.models.ltx import latent, strides
 VARIANTS = [v for name in families() for v in family(name).VARIANTS]
 # Parameters of the denoiser in billions, as the publishers state them (rounded).
 STATED = {
+    "ltx-upsampler": (0.125, 0.128),  # 505 MB in fp32
+    "mochi": (9.9, 10.1),
     "ltx-demo": (0.0017, 0.0019),
     "ltx-2b": (1.8, 2.1),
     "ltx-13b": (12.5, 13.5),
@@ -48,7 +50,7 @@ def test_published_configurations_build_the_stated_size(variant: Variant) -> Non
 
     counts = parameter_counts(variant)
     assert set(counts) == {c.name for c in components(variant)}, "run bench/count_parameters.py"
-    denoiser = next(c for c in components(variant) if c.name.startswith("denoiser"))
+    denoiser = next(c for c in components(variant) if c.name.startswith(("denoiser", "latent_upsampler")))
     module = abstract_module(denoiser, denoiser.config, "bf16")
     count = sum(p.numel() for p in module.parameters())
     assert counts[denoiser.name] == count
