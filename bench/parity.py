@@ -1,7 +1,7 @@
 """Parity figures of a test run, for docs/models.md: every graph against its module, every pipeline against eager.
 
     ./build.sh test --junitxml=report.xml
-    python bench/parity.py report.xml
+    python bench/parity.py report.xml …
 
 Writes bench/results/parity.json. The graphs are those of the tests' tiny networks, fp32 in ONNX Runtime, random;
 each figure is the worst of three shapes.
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "parity.json"
 
 def main() -> None:
     components, pipelines = [], []
-    for case in ElementTree.parse(sys.argv[1]).iter("testcase"):
+    for case in (c for report in sys.argv[1:] for c in ElementTree.parse(report).iter("testcase")):
         found = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
         if "parity" in found:
             (component,) = models.components(models.resolve(found["like"]), (found["component"],))
