@@ -30,6 +30,17 @@ def media_of(request: RenderRequest, variant: Variant) -> Media:
     return Media(images, video, request.strength, request.fps)
 
 
+def rate_of(path: Path) -> float:
+    """Frames a second of a video; raises RequestError for a file that is none."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return float(container.streams.video[0].average_rate or 0)
+    except (av.FFmpegError, IndexError) as error:
+        raise RequestError(f"video {path} cannot be read as a video: {error}.") from error
+
+
 def fitted_video(path: Path, shape: VideoShape, count: int, last: bool) -> list[Image.Image]:
     """The video's first, or last, `count` frames as RGB of the size asked for.
 

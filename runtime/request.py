@@ -11,6 +11,7 @@ from typing import Literal
 from overcrank.errors import RequestError
 from overcrank.models import check_shape
 from overcrank.models.base import Variant, VideoShape
+from overcrank.runtime.images import rate_of
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Format = Literal["mp4", "gif", "png", "sheet", "latents"]
@@ -82,6 +83,8 @@ class RenderRequest(BaseModel):
                 paths[field] = ((folder or Path()) / path.expanduser()).absolute()
                 if not paths[field].is_file():
                     raise RequestError(f"{field} {path} does not exist.")
+        if "fps" in values and "video" in paths:
+            values["fps"] = rate_of(paths["video"]) or values["fps"]  # what is made of a video plays as fast as it
         complete = self.model_copy(update=values | paths)
         check_shape(variant, complete.shape)
         return complete

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests import pipelines, without_torchvision
 
-STEPS = 3
+STEPS, CLIP_RATE = 3, 9.0
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def media_of(case: pipelines.Case, folder: Path) -> list[object]:
     frames[-1].save(folder / "last.png")
     if case.media == "video":
         pixels = np.stack([np.asarray(f) for f in frames])
-        write_mp4(Video(pixels, 8.0, np.empty(0)), folder / "clip.mp4", {}, None)
+        write_mp4(Video(pixels, CLIP_RATE, np.empty(0)), folder / "clip.mp4", {}, None)
         return ["--video", folder / "clip.mp4", "--strength", 0.7]
     first = ["--image", folder / "first.png"] if case.media else []
     return first + (["--last-image", folder / "last.png"] if case.media == "ends" else [])
@@ -76,6 +76,7 @@ def test_engines_graphs_render_what_eager_renders(
         assert result.exit_code == 0, result.output
     about = json.loads((tmp_path / "onnxruntime.json").read_text())
     assert not about["fallbacks"]
+    assert (about["request"]["fps"] == CLIP_RATE) == (case.media == "video")
     for component, backends in about["calls"].items():
         assert set(backends) == {"onnxruntime"}, component
     assert any(c.startswith(("denoiser", "latent_upsampler")) for c in about["calls"])
