@@ -66,10 +66,26 @@ def _turned(x: T, tables: tuple[T, T]) -> T:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(2).to(x.dtype)
 
 
-def _modulations(table: T, temb: T, batch: int) -> tuple[T, ...]:
+GATES = (2, 5, 8)
+"""Of a block's six or nine modulation values, those that scale what is added to the tokens."""
+
+
+def _modulations(table: T, temb: T, batch: int) -> tuple[Any, ...]:
     """One sum for each value, [B, T, C]: of all at once, the compiler would keep those of every block."""
     count = table.shape[0]
-    return tuple(row + value for row, value in zip(table.unbind(0), temb.chunk(count, dim=-1), strict=True))
+    per_token = temb.shape[1] != 1
+    pairs = zip(table.unbind(0), temb.chunk(count, dim=-1), strict=True)
+    return tuple(_Gate(*p) if per_token and i in GATES else p[0] + p[1] for i, p in enumerate(pairs))
+
+
+class _Gate:
+    """A gate per token: summed first, it is one more tensor that is made ahead for every block."""
+
+    def __init__(self, row: T, value: T) -> None:
+        self.row, self.value = row, value
+
+    def __rmul__(self, y: T) -> T:
+        return y * self.row + y * self.value
 
 
 def vae(module: nn.Module, hidden_states: T) -> T:

@@ -119,13 +119,16 @@ DEPTHS = ("num_layers", "num_single_layers")
 
 @pytest.mark.parametrize(("name", "which"), _chained())
 def test_activation_memory_does_not_grow_with_depth(name: str, which: str, tmp_path: Path) -> None:
-    """A tensor kept alive for each layer would show: the video is large and the network narrow."""
+    """A tensor kept alive for each layer would show: the video is large and the network narrow.
+
+    Three blocks and more: the first and the last of a chain may hold less than one between them.
+    """
     component = component_of(name, which)
     if component.subfolder != "transformer":
         pytest.skip("chains inside a VAE are a few blocks long")
     shape = replace(tiny.TINY[name].native, height=768, width=768, batch=2)
     figures = []
-    for layers in (2, 4):
+    for layers in (3, 5):
         variant = tiny.variant(name)
         depth = {field: layers for field in DEPTHS if field in component.config}
         configs = {**variant.configs, "transformer": {**component.config, **depth}}
@@ -134,4 +137,4 @@ def test_activation_memory_does_not_grow_with_depth(name: str, which: str, tmp_p
         ranges = Profile(tiny.TINY[name].minimum, shape, shape).ranges(deep)
         ((activation, _),) = compiled(tmp_path / "graph.onnx", ("sm_89",), ranges, [])
         figures.append(activation)
-    assert abs(figures[1] / figures[0] - 1) < 0.03, figures
+    assert abs(figures[1] / figures[0] - 1) < 0.001, figures
