@@ -84,7 +84,20 @@ def _bounds(prefix: str) -> Callable[[Any], Any]:
     multiple=True,
     help="sm_75 … sm_121, a card (rtx4090, dgx-spark), all, or auto; several with commas or by repeating.",
 )
-@click.option("--precision", default="auto", show_default=True, help="fp16, bf16, or auto (bf16 where there is bf16).")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["dynamic", "static", "16bit"]),
+    default="dynamic",
+    show_default=True,
+    help="Of quantized layers: scaled by each token's largest value, by a recipe's ranges, or not quantized.",
+)
+@click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
 @click.option("--weights", type=click.Choice(["inputs", "embedded"]), default="inputs", show_default=True)
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
 @click.option("--width", type=int, help="Width in pixels.")
@@ -121,6 +134,7 @@ def build_engine(**options: Any) -> None:
 
 
 def _requests(options: dict[str, Any]) -> list[Any]:
+    from overcrank.calibration.recipe import IN_16_BIT, QUANTIZED, LayerFormat
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
     from overcrank.engines.targets import precision_for, targets_for
@@ -143,7 +157,17 @@ def _requests(options: dict[str, Any]) -> list[Any]:
     )
     checkpoint = _checkpoint(options["model"], variant) if options["weights"] == "embedded" else None
     return [
-        Request(variant, t, p, profile, options["flavour"], names, checkpoint)
+        Request(
+            variant,
+            t,
+            p,
+            profile,
+            options["flavour"],
+            names,
+            checkpoint,
+            LayerFormat(p, options["activations"]) if p in QUANTIZED else IN_16_BIT,
+            options["allow_fallback"],
+        )
         for t, p in zip(targets, precisions, strict=True)
     ]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from overcrank import __version__
-from overcrank.calibration.recipe import Recipe
+from overcrank.calibration.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, default_recipe
 from overcrank.engines.flavours import require_flavour
 from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, read_manifest
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store, store_errors, sync_folder, written_whole
-from overcrank.engines.targets import Target
+from overcrank.engines.targets import Target, sixteen_bit
 from overcrank.engines.worker import Job, Report, compile_component, export_component, finished, has_graph
 from overcrank.errors import BuildCancelled, CompileError, UserError
 from overcrank.export.cache import exporter_versions, graph_digest
@@ -51,6 +51,8 @@ class Request:
     flavour: str = "tensorrt_rtx"
     components: tuple[str, ...] = ()
     checkpoint: Path | None = None  # diffusers folder whose weights are embedded
+    layers: LayerFormat = IN_16_BIT  # how the quantized layers of the default recipe multiply
+    allow_fallback: bool = False
 
 
 @dataclass
@@ -97,15 +99,17 @@ def _planned(request: Request, store: Store) -> _Bundle:
     version = require_flavour(request.flavour)
     bundle = _Bundle(request)
     digests: dict[str, tuple[str, tuple[Path, ...]]] = {}
-    drafts = []
+    compute = sixteen_bit(request.target, request.precision)
+    drafts: list[tuple[EngineKey, tuple[Path, ...], ComponentRecipe]] = []
     for component in components(request.variant, request.components):
         if component.subfolder not in digests:
             digests[component.subfolder] = _weights(request, component)
         weights, files = digests[component.subfolder]
+        recipe = default_recipe(component, request.layers)
         key = EngineKey(
             component=component.name,
-            graph=graph_digest(component, request.precision),
-            recipe=Recipe(request.precision).digest(),
+            graph=graph_digest(component, compute),
+            recipe=recipe.digest(),
             target=request.target.name,
             profile=repr(sorted(request.profile.ranges(component).items())),
             flavour=request.flavour,
@@ -113,23 +117,25 @@ def _planned(request: Request, store: Store) -> _Bundle:
             flags=FLAGS,
             weights=weights,
         )
-        drafts.append((key, files))
-    identity = "+".join([request.variant.name, *(k.digest() for k, _ in drafts)])
+        drafts.append((key, files, recipe))
+    identity = "+".join([request.variant.name, *(k.digest() for k, *_ in drafts)])
     bundle.key = hashlib.sha256(identity.encode()).hexdigest()
     bundle.staging = store.staging(bundle.key)
     bundle.jobs = [
         Job(
             variant=request.variant,
             key=key,
-            precision=request.precision,
+            precision=compute,
+            recipe=recipe,
             target=request.target,
             profile=request.profile,
             flavour=request.flavour,
             weights=files,
             staging=bundle.staging,
             store=store,
+            allow_fallback=request.allow_fallback,
         )
-        for key, files in drafts
+        for key, files, recipe in drafts
     ]
     return bundle
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from overcrank.engines.targets import BUILDABLE, TARGETS
+from overcrank.engines.targets import TARGETS
 from overcrank.models import components, families, family, parameter_counts, resolve
 from overcrank.models.base import Variant
 
@@ -40,7 +40,7 @@ def described(variant: Variant) -> dict[str, Any]:
 
 def precisions() -> dict[str, list[str]]:
     """Target → what this version builds for it."""
-    return {t.name: [p for p in t.precisions if p in BUILDABLE] for t in TARGETS}
+    return {t.name: list(t.precisions) for t in TARGETS}
 
 
 def print_models(as_json: bool) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from overcrank.calibration.recipe import LayerFormat
 from overcrank.errors import IntegrityError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -68,6 +69,16 @@ class ParameterEntry(_Model):
     view: list[int]
 
 
+class PackedEntry(_Model):
+    """Graph input ← tensor of the weight pack; `role` is its part in the quantized linear layer `layer`."""
+
+    input: str
+    layer: str
+    role: str
+    dtype: str
+    shape: list[int]
+
+
 class ShapeEntry(_Model):
     height: int
     width: int
@@ -91,6 +102,8 @@ class ComponentEntry(_Model):
     export_seconds: float
     compile_seconds: float
     lint: str
+    packed: list[PackedEntry] = []
+    formats: dict[str, LayerFormat] = {}
 
 
 class Manifest(_Model):

@@ -18,10 +18,14 @@ from pathlib import Path
 _INSTRUCTION = re.compile(
     rb'^ {1,4}(function|runtime_fusion|fully_connected|corrltn)=\{ name="?([^\s"]+)"?([^\n]*)', re.M
 )
+_TYPED = re.compile(rb'^ +(?:sub_)?tensor=\{[^\n]*? name="([^"]+)"[^\n]*? type=([a-z0-9_]+)', re.M)
+_OPERANDS = re.compile(rb"\binput=\{([^}]*)\}")
 _READS = re.compile(rb"\binput_args=\{([^}]*)\}")
 _NAME = re.compile(rb'"([^"]+)"')
 _OPERATION = re.compile(r"[A-Z][a-z]+")
 _MOVES = {"Tran", "Move", "Cast", "Resh", "Copy", "Repl"}
+_LAYERS = re.compile(rb'layers="([^"]*)"')
+_FORMATS = {b"fp8_e4m3": "fp8", b"int8": "int8", b"fp4_e2m1": "nvfp4"}
 _INTERNAL = ("proxy__", "__mye", "__myln", "__scratch")
 
 
@@ -37,6 +41,9 @@ class PlanReport:
     convolutions: int = 0
     attentions: int = 0
     weight_moves: tuple[tuple[str, str], ...] = ()  # (kernel, parameter)
+    formats: dict[str, str] = field(default_factory=dict)  # graph node of a product → "fp8", "int8", "nvfp4"
+    dequantized: frozenset[str] = frozenset()  # those of them that widen their weight on the way in
+    attention_formats: Counter[str] = field(default_factory=Counter)  # other than 16 bit
 
     def verdict(self) -> str:
         """One line for people."""
@@ -50,6 +57,12 @@ class PlanReport:
             parts.append(f"{self.convolutions} convolutions")
         if self.attentions:
             parts.append(f"{self.attentions} fused attentions")
+        for name, count in Counter(self.formats[n] for n in self.formats.keys() - self.dequantized).items():
+            parts.append(f"{count} GEMMs in {name}")
+        for name, count in Counter(self.formats[n] for n in self.dequantized).items():
+            parts.append(f"{count} GEMMs in 16 bit on {name} weights")
+        for name, count in self.attention_formats.items():
+            parts.append(f"{count} attentions in {name}")
         kinds = Counter(_kind(kernel) for kernel, _ in self.weight_moves)
         moved = ", ".join(f"{n} weights {kind} at every call" for kind, n in kinds.items())
         return ", ".join(parts) + ("; " + moved if moved else "; no weight transposed, cast or moved")
@@ -79,17 +92,31 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
     convolutions: set[str] = set()
     moves: list[tuple[str, str]] = []
     weights = set(parameters)
+    types = {m[1]: m[2] for m in _TYPED.finditer(data)}
+    formats: dict[str, str] = {}
+    dequantized: set[str] = set()
+    attention_formats: Counter[str] = Counter()
     kernels = attentions = 0
     for match in _INSTRUCTION.finditer(data):
         kind, name = match[1].decode(), match[2].decode()
         if kind == "runtime_fusion":
-            epilogues[name.removeprefix("__myl_Fc")] += 1
+            before, _, behind = name.removeprefix("__myl_").partition("Fc")
+            if behind:
+                epilogues[behind] += 1
+            if before and (widened := _narrow(match[3], _READS, types)):
+                found = dict.fromkeys(_layers(data, match.start()), widened)
+                formats |= found
+                dequantized |= found.keys()
         elif kind == "fully_connected":
             products.add(name)
+            if multiplied := _narrow(match[3], _OPERANDS, types, both=True):
+                formats |= dict.fromkeys(name.split("+"), multiplied)
         elif kind == "corrltn":
             convolutions.add(name)
         elif "mha" in name:
             attentions += 1
+            if attended := _narrow(match[3], _READS, types):
+                attention_formats[attended] += 1
         else:
             kernels += 1
             if set(_OPERATION.findall(name)) <= _MOVES:
@@ -97,6 +124,7 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
                 moves += [(name, r) for r in read] if read and set(read) <= weights else []
     if not (kernels or products):
         return PlanReport(known=False)
+    multiplied_by = {n for product in products for n in product.split("+")}
     return PlanReport(
         known=True,
         kernels=kernels,
@@ -106,7 +134,25 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
         convolutions=len(convolutions),
         attentions=attentions,
         weight_moves=tuple(moves),
+        formats={n: f for n, f in formats.items() if n in multiplied_by},
+        dequantized=frozenset(dequantized & multiplied_by),
+        attention_formats=attention_formats,
     )
+
+
+def _narrow(rest: bytes, group: re.Pattern[bytes], types: dict[bytes, bytes], both: bool = False) -> str:
+    """The quantized format an instruction reads; with `both`, that of its first two operands alike."""
+    match = group.search(rest)
+    read = [types.get(n, b"") for n in _NAME.findall(match[1])] if match else []
+    if both:
+        return _FORMATS.get(read[0], "") if len(read) > 1 and read[0] == read[1] else ""
+    return next((_FORMATS[t] for t in read if t in _FORMATS), "")
+
+
+def _layers(data: bytes, start: int) -> list[str]:
+    """Graph nodes that an instruction stands for."""
+    match = _LAYERS.search(data, start)
+    return [n.decode() for n in re.findall(rb"\[ONNX Layer: ([^\]]+)\]", match[1])] if match else []
 
 
 def _reads(rest: bytes) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from overcrank.errors import TargetError
 
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "nvfp4")
-BUILDABLE = ("fp16", "bf16")  # of those, what overcrank makes engines in today
+SIXTEEN_BIT = ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -98,22 +98,25 @@ def targets_for(words: Iterable[str], flavour: str) -> tuple[Target, ...]:
 
 
 def precision_for(target: Target, precision: str) -> str:
-    """`precision`, or for "auto" bf16 where the target has it, else fp16.
-
-    Raises TargetError for an unknown precision, one the target lacks, or one not built yet.
-    """
+    """`precision`, or for "auto" the target's 16-bit type. Raises TargetError for one it does not have."""
     if precision not in ("auto", *PRECISIONS):
-        raise TargetError(f"Unknown precision '{precision}': use auto, {', '.join(BUILDABLE)}.")
-    usable = "|".join(p for p in target.precisions if p in BUILDABLE)
+        raise TargetError(f"Unknown precision '{precision}': use auto, {', '.join(PRECISIONS)}.")
     if precision == "auto":
-        return "bf16" if "bf16" in target.precisions else "fp16"
+        return sixteen_bit(target)
     if precision not in target.precisions:
         have = [t.name for t in TARGETS if precision in t.precisions]
-        where = f"; {precision} needs one of {', '.join(have)}" if have else ""
-        raise TargetError(f"{target.name} ({target.generation}) has no {precision}: use --precision {usable}{where}.")
-    if precision not in BUILDABLE:
-        raise TargetError(f"--precision {precision} is not built by this version: use --precision {usable}.")
+        raise TargetError(
+            f"{target.name} ({target.generation}) has no {precision}: use --precision "
+            f"{'|'.join(target.precisions)}; {precision} needs one of {', '.join(have)}."
+        )
     return precision
+
+
+def sixteen_bit(target: Target, precision: str = "auto") -> str:
+    """The 16-bit type of a graph: `precision` if it is one, else bf16 where the target has it."""
+    if precision in SIXTEEN_BIT:
+        return precision
+    return "bf16" if "bf16" in target.precisions else "fp16"
 
 
 def _named(word: str, flavour: str) -> tuple[Target, ...]:

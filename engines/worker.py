@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from overcrank.calibration.quantize import Packed, linear_layers, quantized
+from overcrank.calibration.recipe import SIXTEEN, ComponentRecipe, LayerFormat
 from overcrank.engines.compile import engine_from_graph
-from overcrank.engines.manifest import ComponentEntry, EngineKey, ParameterEntry, TensorEntry, file_entry
-from overcrank.engines.plan import read_plan
+from overcrank.engines.manifest import ComponentEntry, EngineKey, PackedEntry, ParameterEntry, TensorEntry, file_entry
+from overcrank.engines.plan import PlanReport, read_plan
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store, store_errors, written_whole
 from overcrank.engines.targets import Target
 from overcrank.errors import CompileError
-from overcrank.export.cache import CachedGraph, cached_graph, load_cached
+from overcrank.export.cache import cached_graph, load_cached
+from overcrank.export.weights import Parameter
 from overcrank.models import components
 from overcrank.models.base import Component, Tensor, Variant
 
@@ -30,13 +33,15 @@ class Job:
 
     variant: Variant
     key: EngineKey
-    precision: str
+    precision: str  # of the exported graph: "fp16" or "bf16"
+    recipe: ComponentRecipe
     target: Target
     profile: Profile
     flavour: str
     weights: tuple[Path, ...]  # safetensors files to embed; empty: weights are inputs
     staging: Path
     store: Store
+    allow_fallback: bool = False
 
     @property
     def component(self) -> Component:
@@ -73,11 +78,24 @@ def export_component(job: Job, report: Report) -> None:
     report("exported")
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """The graph as it goes into the bundle, and who fills its inputs."""
+
+    onnx: Path
+    seconds: float  # of its export
+    parameters: tuple[Parameter, ...]
+    packed: tuple[Packed, ...]
+    layout: dict[str, LayerFormat]
+
+
 def compile_component(job: Job, report: Report) -> None:
-    """Compile the cached graph, read the plan, and leave it all in `job.staging`; needs no torch."""
-    component, graph = job.component, load_cached(job.graph_folder)
-    if graph is None:
-        raise CompileError(f"{job.graph_folder} vanished during the build; run the same command again.")
+    """Compile the cached graph, read the plan, and leave it all in `job.staging`; needs no torch.
+
+    Raises CompileError when the plan multiplies in 16 bit what the recipe quantizes.
+    """
+    component = job.component
+    graph = _staged_graph(job)
     start = time.monotonic()
     with _with_weights(job, graph) as source:
         compiled = engine_from_graph(
@@ -88,20 +106,58 @@ def compile_component(job: Job, report: Report) -> None:
             progress=lambda phase: report(f"compiling · {phase}"),
         )
     seconds = time.monotonic() - start
+    plan = read_plan(bytes(memoryview(compiled.plan)), [] if job.weights else _parameter_names(graph))
+    fallen = fallen_back(graph.layout, plan)
+    if fallen and not job.allow_fallback:
+        raise CompileError(
+            f"{component.name} for {job.target.name}: {len(fallen)} of {len(graph.layout)} quantized layers would run "
+            f"in 16 bit, {fallen[0]} among them; keep them in 16 bit in the recipe, or build with --allow-fallback."
+        )
     report("writing")
-    engine, onnx = (job.staging / f"{component.name}.{kind}" for kind in ("engine", "onnx"))
+    engine = job.staging / f"{component.name}.engine"
     with written_whole(engine) as part:
         part.write_bytes(memoryview(compiled.plan))
-    with written_whole(onnx) as part:
-        part.write_bytes(graph.onnx.read_bytes())
-    entry = _entry(job, graph, engine, onnx, compiled.activation_bytes, seconds)
+    entry = _entry(job, graph, engine, compiled.activation_bytes, seconds, plan.verdict())
     with written_whole(job.done) as part:
         part.write_text(entry.model_dump_json(), "utf-8")
     report("done")
 
 
+def fallen_back(layout: Mapping[str, LayerFormat], plan: PlanReport) -> list[str]:
+    """Layers that the plan does not multiply in their format; none is claimed of a plan that cannot be read."""
+    if not plan.known:
+        return []
+    kept = {n: (f, n in plan.dequantized) for n, f in plan.formats.items()}
+    return [n for n, form in layout.items() if kept.get(n) != (form.format, form.activations == SIXTEEN)]
+
+
+def _staged_graph(job: Job) -> _Graph:
+    """The exported graph, quantized as the recipe says, in the staging folder."""
+    cached = load_cached(job.graph_folder)
+    if cached is None:
+        raise CompileError(f"{job.graph_folder} vanished during the build; run the same command again.")
+    onnx = job.staging / f"{job.key.component}.onnx"
+    parameters, layout = cached.parameters, dict[str, LayerFormat]()
+    packed: tuple[Packed, ...] = ()
+    with written_whole(onnx) as part:
+        if job.recipe.rules:
+            import onnx_ir as ir
+
+            model = ir.load(cached.onnx)
+            layout = job.recipe.layout(x.name for x in linear_layers(model))
+            parameters, packed = quantized(model, cached.parameters, layout)
+            ir.save(model, part)
+        else:
+            part.write_bytes(cached.onnx.read_bytes())
+    return _Graph(onnx, cached.seconds, parameters, packed, layout)
+
+
+def _parameter_names(graph: _Graph) -> list[str]:
+    return [p.input for p in graph.parameters] + [p.input for p in graph.packed]
+
+
 @contextmanager
-def _with_weights(job: Job, graph: CachedGraph) -> Iterator[Path]:
+def _with_weights(job: Job, graph: _Graph) -> Iterator[Path]:
     """The graph to compile: as it is, or a temporary copy that carries the checkpoint's values."""
     if not job.weights:
         yield graph.onnx
@@ -122,11 +178,8 @@ def _with_weights(job: Job, graph: CachedGraph) -> Iterator[Path]:
             data.unlink(missing_ok=True)
 
 
-def _entry(
-    job: Job, graph: CachedGraph, engine: Path, onnx: Path, activation: int | None, seconds: float
-) -> ComponentEntry:
+def _entry(job: Job, graph: _Graph, engine: Path, activation: int | None, seconds: float, lint: str) -> ComponentEntry:
     component, ranges = job.component, job.profile.ranges(job.component)
-    names = [] if job.weights else [p.input for p in graph.parameters]
     dtypes = {"compute": job.precision}
 
     def tensors(specs: tuple[Tensor, ...]) -> list[TensorEntry]:
@@ -148,7 +201,7 @@ def _entry(
         config=json.loads(json.dumps(dict(component.config))),
         key=job.key,
         engine=file_entry(engine),
-        graph=file_entry(onnx),
+        graph=file_entry(graph.onnx),
         inputs=tensors(component.inputs),
         outputs=tensors(component.outputs),
         parameters=[
@@ -160,5 +213,10 @@ def _entry(
         activation_bytes=activation,
         export_seconds=round(graph.seconds, 2),
         compile_seconds=round(seconds, 2),
-        lint=read_plan(engine, names).verdict(),
+        lint=lint,
+        packed=[
+            PackedEntry(input=p.input, layer=p.layer, role=p.role, dtype=p.dtype, shape=list(p.shape))
+            for p in graph.packed
+        ],
+        formats=graph.layout,
     )

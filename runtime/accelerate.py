@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.store import Store
-from overcrank.engines.targets import BUILDABLE
+from overcrank.engines.targets import SIXTEEN_BIT
 from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs, variant_from_manifest
 from overcrank.models.base import Component, Variant
@@ -160,7 +160,7 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
         have = ", ".join(sorted({f"{m.precision} with weights as {m.weights}" for _, m in here}))
         raise CannotServe(
             f"the engines of {variant.name} for {card} are {have}, and the pipeline's weights are {precision}",
-            f"{rebuild} --precision {precision}" if precision in BUILDABLE else "load the pipeline in bf16 or fp16",
+            f"{rebuild} --precision {precision}" if precision in SIXTEEN_BIT else "load the pipeline in bf16 or fp16",
         )
     return sorted(bindable, key=lambda bundle: bundle[1].created, reverse=True)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from overcrank.calibration.numbers import unpacked_fp4
 from overcrank.errors import OvercrankError
+from overcrank.runtime.ort_fp4 import spelled_out
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,6 +61,8 @@ def _expand_mask(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(3, expand.outputs[0])
 
 
+FLOAT8E4M3FN = 17
+"""ONNX's TensorProto.DataType."""
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
@@ -75,14 +79,15 @@ class OrtSession:
     backend, engine = "onnxruntime", ""
 
     def __init__(self, model: ir.Model | Path, parameters: Mapping[str, torch.Tensor], device: str = "cpu") -> None:
-        """`parameters`: graph input → tensor of the shape the graph declares."""
+        """`parameters`: graph input → tensor of the shape the graph declares, or of two fp4 values in a byte."""
         import onnx_ir as ir
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # it makes integer products of fp8
         loaded = ir.load(model) if isinstance(model, Path) else model
-        content = ir.to_proto(widened(loaded)).SerializeToString()
+        content = ir.to_proto(spelled_out(widened(loaded))).SerializeToString()
         providers = [p for p in PROVIDERS[device] if p in ort.get_available_providers()]
         try:
             self._session: Any = ort.InferenceSession(content, options, providers=providers)
@@ -90,21 +95,36 @@ class OrtSession:
             raise OvercrankError(f"ONNX Runtime {ort.__version__} cannot load the graph: {error}") from error
         self.outputs = [o.name for o in self._session.get_outputs()]
         self._wanted = {i.name for i in self._session.get_inputs()}
-        self._bound = {k: _array(v) for k, v in parameters.items()}
+        self._bound = {k: _value(v) for k, v in _unpacked(parameters).items() if k in self._wanted}
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Named tensors in, named tensors out on the device of the inputs; 16-bit inputs are widened."""
         import torch
 
-        feeds = self._bound | {k: _array(v) for k, v in inputs.items() if k in self._wanted}
-        results = self._session.run(self.outputs, feeds)
+        feeds = self._bound | {k: _value(v) for k, v in inputs.items() if k in self._wanted}
+        results = self._session.run_with_ort_values(self.outputs, feeds)
         device = next(iter(inputs.values())).device
-        return {name: torch.from_numpy(r).to(device) for name, r in zip(self.outputs, results, strict=True)}
+        return {name: torch.from_numpy(r.numpy()).to(device) for name, r in zip(self.outputs, results, strict=True)}
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    """Shares memory with an fp32 tensor on CPU."""
+def _unpacked(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of four bits widened to fp32, times their block scales."""
+    made = dict(parameters)
+    for name, scale in parameters.items():
+        layer, _, role = name.rpartition(".")
+        if role == "block_scale":
+            made[f"{layer}.weight"] = unpacked_fp4(made[f"{layer}.weight"], scale)
+    return made
+
+
+def _value(tensor: torch.Tensor) -> Any:
+    """Shares memory with a tensor on CPU that is not in 16 bit."""
+    import onnxruntime as ort
     import torch
 
-    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-    return wide.detach().contiguous().cpu().numpy()
+    here = tensor.detach().contiguous().cpu()
+    if here.dtype == torch.float8_e4m3fn:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(here.view(torch.uint8).numpy(), FLOAT8E4M3FN)
+    if here.dtype in (torch.float16, torch.bfloat16):
+        here = here.float()
+    return ort.OrtValue.ortvalue_from_numpy(here.numpy())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from overcrank.calibration.numbers import packed_layer
+from overcrank.calibration.quantize import Packed
+from overcrank.calibration.recipe import LayerFormat, Range
 from overcrank.engines.manifest import ComponentEntry
+from overcrank.export.module import DTYPES
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
 from overcrank.runtime.session import CannotServe
@@ -16,6 +20,32 @@ if TYPE_CHECKING:
 
 def parameters_of(entry: ComponentEntry) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.input, p.parameter, p.dtype, tuple(p.view), tuple(p.shape)) for p in entry.parameters)
+
+
+def packed_parameters(
+    module: nn.Module,
+    formats: Mapping[str, LayerFormat],
+    packed: Iterable[Packed],
+    ranges: Mapping[str, Range],
+    compute: str,
+) -> dict[str, Tensor]:
+    """Graph input → tensor of the quantized layers in `formats`, made of the module's weights where they are.
+
+    `compute`: "fp16" or "bf16", of the factors. Raises CannotServe for a range that was not measured.
+    """
+    wanted = {p.input for p in packed}
+    made = {}
+    for layer, form in formats.items():
+        if form.activations == "static" and layer not in ranges:
+            raise CannotServe(
+                f"{layer} needs a range that no recipe gives",
+                "calibrate, and render with --recipe, or build with --activations dynamic",
+            )
+        weight = module.get_parameter(f"{layer}.weight").detach()
+        for role, tensor in packed_layer(layer, weight, form, ranges.get(layer), DTYPES[compute]).items():
+            made[f"{layer}.{role}"] = tensor
+    assert made.keys() == wanted
+    return made
 
 
 def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, nn.Parameter]:

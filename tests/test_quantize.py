@@ -1,0 +1,123 @@
+"""Quantized graphs: what they compute, in ONNX Runtime, and what their plans do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from overcrank.calibration.numbers import packed_layer, unpacked_fp4
+from overcrank.calibration.quantize import NUMBERS, linear_layers, quantized
+from overcrank.calibration.recipe import LayerFormat, Range, default_recipe
+from overcrank.engines.worker import fallen_back
+from overcrank.export.graph import onnx_from_component
+from overcrank.export.module import random_module
+from overcrank.models.base import Component
+from overcrank.runtime.ort import OrtSession
+from overcrank.runtime.parameters import bound_parameters, packed_parameters
+from overcrank.runtime.session import run_each
+
+from tests import tiny
+from tests.compiling import compiled
+from tests.test_families import component_of
+
+KINDS: dict[Any, tuple[Any, ...]] = {
+    "fp8": ("static", "dynamic", "16bit"),
+    "int8": ("static", "dynamic", "16bit"),
+    "nvfp4": ("static", "dynamic"),
+}
+FORMS = [LayerFormat(f, a) for f, kinds in KINDS.items() for a in kinds]
+NAME = "tiny-ltx-0.9.5"
+ERRORS = {"fp8": 0.05, "int8": 0.03, "nvfp4": 0.25}
+"""Largest relative error of a linear layer on normal values, in norm: half a step of the format."""
+
+
+def _inputs_seen(module: torch.nn.Module, call: dict[str, Any]) -> dict[str, Range]:
+    seen: dict[str, Range] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, args: seen.__setitem__(name, Range(amax=float(args[0].abs().max())))
+
+    hooks = [m.register_forward_pre_hook(hook(n)) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+    module(**call)
+    for h in hooks:
+        h.remove()
+    return seen
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str) -> None:
+    """What Q, DQ and the factors make of it, spelled out here."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 64, generator=generator) * torch.rand(48, 1, generator=generator) * 0.1
+    x = torch.randn(32, 64, generator=generator) * 5
+    smoothing = torch.rand(64, generator=generator) + 0.5
+    seen = Range(amax=float((x / smoothing).abs().max()), smoothing=smoothing.tolist())
+    made = packed_layer("layer", weight, form, seen, compute)
+    number = NUMBERS[form.format]
+    w = unpacked_fp4(made["weight"], made["block_scale"]) if form.format == "nvfp4" else made["weight"].float()
+    w = (w if form.activations == "16bit" else w.transpose(1, 2)) * number.step
+    y, token = x[None] * made["before"].float(), torch.tensor(1.0)
+    if form.activations == "static":
+        assert float(y.abs().max()) <= number.largest * number.step * 1.01
+    if form.activations == "dynamic":
+        token = y.abs().amax(-1, keepdim=True)
+        y = y / token * number.largest * number.step
+    y = y @ w * token * made["behind"].float()
+    expected = x @ weight.T
+    assert (y[0] - expected).norm() / expected.norm() < ERRORS[form.format]
+
+
+def _quantized(component: Component, form: LayerFormat) -> tuple[Any, dict[str, LayerFormat], Any, Any]:
+    exported = onnx_from_component(component, "bf16")
+    layout = default_recipe(component, form).layout(x.name for x in linear_layers(exported.model))
+    parameters, packed = quantized(exported.model, exported.parameters, layout)
+    return exported.model, layout, parameters, packed
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
+def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerFormat) -> None:
+    component = component_of(NAME, "denoiser")
+    model, layout, parameters, packed = _quantized(component, form)
+    assert layout
+    module = random_module(component, component.config, "bf16").float()
+    sizes = {**component.free_axes, **component.sizes(tiny.TINY[NAME].minimum)}
+    call = component.sample(module, sizes, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module(**call)[0]
+        seen = _inputs_seen(module, call)
+    views = bound_parameters(module, component, parameters)
+    views |= packed_parameters(module, layout, packed, seen, "bf16")
+    outputs = run_each(OrtSession(model, views), component, component.adapt(module, **call))
+    found = component.returns(outputs, call)[0]
+    error = float((found - expected).norm() / expected.norm())
+    assert 1e-4 < error < 2 * ERRORS[form.format], error  # one that is exact was not quantized
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
+def test_its_plan_multiplies_in_the_format(form: LayerFormat, tmp_path: Path) -> None:
+    component = component_of(NAME, "denoiser")
+    model, layout, parameters, packed = _quantized(component, form)
+    ir.save(model, tmp_path / "g.onnx")
+    names = [p.input for p in (*parameters, *packed)]
+    ((_, plan),) = compiled(tmp_path / "g.onnx", ("sm_120",), tiny.profile(NAME).ranges(component), names)
+    assert fallen_back(layout, plan) == []
+    assert bool(plan.dequantized) == (form.activations == "16bit")
+    assert plan.weight_moves == ()
+
+
+def test_scales_as_inputs_are_caught_falling_back(tmp_path: Path) -> None:
+    """The plain Q/DQ form: a step that is an input compiles, and multiplies in 16 bit."""
+    component = component_of(NAME, "denoiser")
+    model, layout, parameters, packed = _quantized(component, LayerFormat("fp8", "static"))
+    step = model.graph.initializers.pop("quant_step_fp8")
+    step.const_value = None
+    step.shape, step.type = ir.Shape([]), ir.TensorType(ir.DataType.BFLOAT16)
+    model.graph.inputs.append(step)
+    ir.save(model, tmp_path / "g.onnx")
+    names = [p.input for p in (*parameters, *packed)]
+    ((_, plan),) = compiled(tmp_path / "g.onnx", ("sm_89",), tiny.profile(NAME).ranges(component), names)
+    assert set(fallen_back(layout, plan)) == set(layout)
