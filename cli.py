@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from overcrank import __version__
-from overcrank.errors import OvercrankError, UserError
-
-
-class _Group(click.Group):
-    def invoke(self, context: click.Context) -> Any:
-        return _shown(lambda: super(_Group, self).invoke(context))
-
-
-class _Command(click.Command):
-    def invoke(self, context: click.Context) -> Any:
-        return _shown(lambda: super(_Command, self).invoke(context))
-
-
-def _shown(call: Callable[[], Any]) -> Any:
-    """Our errors are one sentence on stderr and their own exit code."""
-    try:
-        return call()
-    except OvercrankError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+from overcrank.cli_options import (
+    Command,
+    Group,
+    bounds_options,
+    quantization_of,
+    quantization_options,
+    quantized_layers,
+    render_options,
+    store_option,
+)
+from overcrank.errors import UserError
 
 
 def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -57,25 +47,7 @@ def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     context.exit()
 
 
-def _store_option(function: Any) -> Any:
-    return click.option(
-        "--store",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Where bundles and cached graphs are kept [default: $OVERCRANK_HOME, else the user cache].",
-    )(function)
-
-
-def _bounds(prefix: str) -> Callable[[Any], Any]:
-    def add(function: Any) -> Any:
-        for axis in ("frames", "width", "height"):
-            word = "Largest" if prefix == "max" else "Smallest"
-            function = click.option(f"--{prefix}-{axis}", type=int, help=f"{word} {axis} the engine takes.")(function)
-        return function
-
-    return add
-
-
-@click.command(cls=_Command, name="build-engine")
+@click.command(cls=Command, name="build-engine")
 @click.option("--model", required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
 @click.option(
     "--gpu",
@@ -90,13 +62,7 @@ def _bounds(prefix: str) -> Callable[[Any], Any]:
     show_default=True,
     help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
 )
-@click.option(
-    "--activations",
-    type=click.Choice(["dynamic", "static", "16bit"]),
-    default="dynamic",
-    show_default=True,
-    help="Of quantized layers: scaled by each token's largest value, by a recipe's ranges, or not quantized.",
-)
+@quantization_options
 @click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
 @click.option("--weights", type=click.Choice(["inputs", "embedded"]), default="inputs", show_default=True)
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
@@ -105,13 +71,13 @@ def _bounds(prefix: str) -> Callable[[Any], Any]:
 @click.option(
     "--batch", type=int, help="Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2]."
 )
-@_bounds("min")
-@_bounds("max")
+@bounds_options("min")
+@bounds_options("max")
 @click.option("--static", is_flag=True, help="Serve this one shape only.")
 @click.option("--components", default="", help="Comma-separated components [default: the family's usual ones].")
 @click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to put the bundle in.")
-@_store_option
+@store_option
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress.")
@@ -134,7 +100,6 @@ def build_engine(**options: Any) -> None:
 
 
 def _requests(options: dict[str, Any]) -> list[Any]:
-    from overcrank.calibration.recipe import IN_16_BIT, QUANTIZED, LayerFormat
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
     from overcrank.engines.targets import precision_for, targets_for
@@ -143,6 +108,7 @@ def _requests(options: dict[str, Any]) -> list[Any]:
     words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
     targets = targets_for(words, options["flavour"])
     precisions = [precision_for(t, options["precision"]) for t in targets]
+    recipe, layers = quantized_layers(options, options["precision"])
     variant = resolve(options["model"])
     names = tuple(n for n in options["components"].replace(",", " ").split())
     components(variant, names)
@@ -165,7 +131,8 @@ def _requests(options: dict[str, Any]) -> list[Any]:
             options["flavour"],
             names,
             checkpoint,
-            LayerFormat(p, options["activations"]) if p in QUANTIZED else IN_16_BIT,
+            layers,
+            recipe,
             options["allow_fallback"],
         )
         for t, p in zip(targets, precisions, strict=True)
@@ -180,7 +147,7 @@ def _checkpoint(model: str, variant: Any) -> Path:
     return folder if folder.is_dir() else hub_folder(variant)
 
 
-@click.group(cls=_Group)
+@click.group(cls=Group)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Show versions.")
 def main() -> None:
     """Faster video diffusion: TensorRT engines for any card, built on any machine."""
@@ -189,11 +156,11 @@ def main() -> None:
 main.add_command(build_engine)
 
 
-@main.command(cls=_Command)
+@main.command(cls=Command)
 @click.argument("bundle")
 @click.option("--weights", default="random", show_default=True, help="'random', or a diffusers folder.")
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
-@_store_option
+@store_option
 def verify(bundle: str, weights: str, tolerance: float, store: Path | None) -> None:
     """Run a bundle's graphs in ONNX Runtime against the eager modules."""
     from overcrank.engines.store import Store
@@ -207,33 +174,45 @@ def verify(bundle: str, weights: str, tolerance: float, store: Path | None) -> N
         sys.exit(1)
 
 
-def _render_options(function: Any) -> Any:
-    """Options that `render` and `batch` share."""
-    options = (
-        click.option(
-            "--model", help="Family, variant, diffusers folder, or hub id [default: the demo model in this package]."
-        ),
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
-            default="auto",
-            show_default=True,
-            help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
-        ),
-        click.option("--bundle", help="Bundle to use [default: the newest for this network and card]."),
-        click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
-        click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
-        click.option("--quiet", is_flag=True, help="No progress."),
-        click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),
-        _store_option,
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+@main.command(cls=Command)
+@click.option("--model", help="Family, variant, diffusers folder, or hub id [default: the demo model].")
+@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True)
+@click.option(
+    "--method",
+    type=click.Choice(["max", "percentile", "mse", "smoothquant"]),
+    default="max",
+    show_default=True,
+    help="How ranges follow from what is seen; smoothquant is for int8.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="One a line, or jobs as for batch (.jsonl) [default: the model's own, or 64 that ship].",
+)
+@click.option(
+    "--images", type=click.Path(path_type=Path, exists=True, file_okay=False), help="First frames, for image-to-video."
+)
+@click.option("--samples", type=int, default=16, show_default=True, help="Videos to denoise.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps [default: the model's].")
+@click.option("--device", help="cuda or cpu [default: cuda when there is a card].")
+@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), default=Path("recipe.json"))
+@click.option("--quiet", is_flag=True, help="No progress.")
+@store_option
+def calibrate(**options: Any) -> None:
+    """Denoise prompts in 16 bit, measure every layer's range, and write the recipe."""
+    from overcrank.calibration.recipe import LayerFormat
+    from overcrank.runtime import calibrate as work
+    from overcrank.runtime.show import counting
+
+    form = LayerFormat(options.pop("precision"), "static")
+    started = time.monotonic()
+    with counting("calibrating", options.pop("quiet")) as progress:
+        recipe = work.calibrate(work.Wanted(form=form, **options), progress)
+    work.shown(recipe, options["out"], time.monotonic() - started)
 
 
-@main.command(cls=_Command)
-@_render_options
+@main.command(cls=Command)
+@render_options
 @click.option("--prompt", default="", help="What the video shows.")
 @click.option("--negative-prompt", default="", help="What it should not show.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True)
@@ -254,13 +233,13 @@ def render(**options: Any) -> None:
     """Render one video: an MP4, its contact sheet, and a JSON sidecar that reproduces it."""
     from overcrank.runtime.commands import render_one
 
-    sys.exit(render_one(options))
+    sys.exit(render_one(options | {"quantization": quantization_of(options)}))
 
 
-@main.command(cls=_Command)
+@main.command(cls=Command)
 @click.argument("jobs", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--out", "-o", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of results.")
-@_render_options
+@render_options
 @click.option("--again", is_flag=True, help="Render finished jobs again in place of skipping them.")
 @click.option(
     "--lanes", type=click.IntRange(1, 4), help="Jobs at a time [default: 2 on a GPU of 24 GB or more, else 1]."
@@ -269,10 +248,10 @@ def batch(**options: Any) -> None:
     """Render every line of JOBS, a JSON Lines file; run it again to finish what was interrupted."""
     from overcrank.runtime.commands import render_batch
 
-    sys.exit(render_batch(options))
+    sys.exit(render_batch(options | {"quantization": quantization_of(options)}))
 
 
-@main.group(cls=_Group, invoke_without_command=True)
+@main.group(cls=Group, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON document.")
 @click.option(
     "--markdown", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="As docs/models.md, after NOTES."
@@ -291,7 +270,7 @@ def models(context: click.Context, as_json: bool, markdown: Path | None, figures
         catalogue.print_models(as_json)
 
 
-@models.command("show", cls=_Command)
+@models.command("show", cls=Command)
 @click.argument("model")
 def models_show(model: str) -> None:
     """One family, variant, diffusers folder or hub id, explained."""
@@ -300,13 +279,13 @@ def models_show(model: str) -> None:
     print_model(model)
 
 
-@main.group(cls=_Group)
+@main.group(cls=Group)
 def engines() -> None:
     """Look at and remove built bundles."""
 
 
-@engines.command("list", cls=_Command)
-@_store_option
+@engines.command("list", cls=Command)
+@store_option
 def engines_list(store: Path | None) -> None:
     """Every bundle in the store."""
     from overcrank.engines.show import print_list
@@ -315,9 +294,9 @@ def engines_list(store: Path | None) -> None:
     print_list(Store(store))
 
 
-@engines.command("show", cls=_Command)
+@engines.command("show", cls=Command)
 @click.argument("bundle")
-@_store_option
+@store_option
 def engines_show(bundle: str, store: Path | None) -> None:
     """A bundle's manifest, readably, with its hashes checked (exit 1 if one is wrong)."""
     from overcrank.engines.show import print_bundle
@@ -327,9 +306,9 @@ def engines_show(bundle: str, store: Path | None) -> None:
         sys.exit(1)
 
 
-@engines.command("rm", cls=_Command)
+@engines.command("rm", cls=Command)
 @click.argument("bundles", nargs=-1, required=True)
-@_store_option
+@store_option
 def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
     """Remove bundles."""
     from overcrank.engines.store import Store
@@ -340,10 +319,10 @@ def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
         click.echo(f"removed {path}")
 
 
-@engines.command("lint", cls=_Command)
+@engines.command("lint", cls=Command)
 @click.argument("bundle")
 @click.option("--compare/--no-compare", default=True, help="Also compile a shallow network both ways and compare.")
-@_store_option
+@store_option
 def engines_lint(bundle: str, compare: bool, store: Path | None) -> None:
     """What a bundle's plans do: kernels, GEMM epilogues, work on weights at run time."""
     from overcrank.engines.lint import print_lint

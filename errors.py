@@ -11,6 +11,7 @@ OvercrankError            exit 1: something failed that the user could not have 
 ├── ExportError           module → ONNX failed
 ├── CompileError          ONNX → engine failed
 ├── IntegrityError        a bundle's files do not match its manifest
+├── CalibrationError      a calibration run gave no ranges
 ├── BackendError          an engine cannot serve, and falling back was not allowed
 ├── RenderError           a render gave no video
 ├── BuildCancelled        the user pressed Ctrl-C
@@ -51,6 +52,10 @@ class StoreError(UserError):
 
 
 class RequestError(UserError):
+    pass
+
+
+class CalibrationError(OvercrankError):
     pass
 
 

@@ -10,16 +10,18 @@ import hashlib
 import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+from overcrank.errors import UserError
 from overcrank.models.base import Component
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-SCHEMA = 1
 KEPT_ENDS = 3  # blocks at either end of a transformer that stay in 16 bit, of 24 or more
 
 Format = Literal["fp8", "int8", "nvfp4", "16bit"]
 Activations = Literal["static", "dynamic", "16bit"]
+Method = Literal["max", "percentile", "mse", "smoothquant"]
 SIXTEEN: Literal["16bit"] = "16bit"
 QUANTIZED: tuple[Format, ...] = ("fp8", "int8", "nvfp4")
 
@@ -66,10 +68,11 @@ class Range(_Model):
 
 
 class ComponentRecipe(_Model):
-    architecture: str
-    """Digest of the network's class and configuration."""
+    cls: str
+    config: dict[str, object]
     rules: list[Rule]
-    ranges: dict[str, Range] = Field(default_factory=dict)
+    ranges: dict[str, dict[str, Range]] = Field(default_factory=dict)
+    """Part of the pipeline ("transformer") → layer → range; experts share an engine, each with its own."""
 
     def of(self, layer: str) -> LayerFormat:
         for rule in self.rules:
@@ -88,10 +91,79 @@ class ComponentRecipe(_Model):
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
 
-def architecture_digest(component: Component) -> str:
-    """SHA-256 of the network's class and configuration, wherever it was loaded from."""
-    config = {k: v for k, v in component.config.items() if not k.startswith("_")}
-    return hashlib.sha256(json.dumps([component.cls, config], sort_keys=True, default=list).encode()).hexdigest()
+class Calibration(_Model):
+    """How the ranges were measured, and in which checkpoint."""
+
+    method: Method
+    samples: int
+    steps: int
+    prompts: str
+    """SHA-256 of the prompts, one a line."""
+    checkpoint: str
+    """SHA-256 of the component's weight files."""
+    versions: dict[str, str]
+
+
+class Recipe(_Model):
+    """Formats, and ranges if any were measured, of a model's components; written as JSON."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    precision: Format
+    calibration: Calibration | None = None
+    components: dict[str, ComponentRecipe]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Raises UserError naming file and field when it is no recipe."""
+    try:
+        return Recipe.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{file}: {where}: {first['msg']}; make it anew with overcrank calibrate.") from error
+
+
+def recipe_of(recipe: Recipe | None, component: Component, form: LayerFormat) -> ComponentRecipe:
+    """What `recipe` says of a component, else the default for `form`.
+
+    Raises UserError when it was made for another network, naming the field that differs.
+    """
+    if recipe is None:
+        return default_recipe(component, form)
+    found = recipe.components.get(component.name)
+    if found is None:
+        return default_recipe(component, IN_16_BIT)
+    _check_architecture(recipe, found, component)
+    return found
+
+
+def _check_architecture(recipe: Recipe, found: ComponentRecipe, component: Component) -> None:
+    here = _described(component)
+    differing = sorted(k for k in {**here, **found.config} if here.get(k) != found.config.get(k))
+    if found.cls != component.cls:
+        raise UserError(
+            f"the recipe's {component.name} is a {found.cls} (of {recipe.model}), this one a {component.cls}; "
+            f"calibrate this model."
+        )
+    if differing:
+        field = differing[0]
+        raise UserError(
+            f"the recipe is of another architecture: {field} of its {component.name} (of {recipe.model}) is "
+            f"{found.config.get(field)}, this one's is {here.get(field)}; calibrate this model."
+        )
+
+
+def _described(component: Component) -> dict[str, object]:
+    """The configuration as JSON has it, without where it was loaded from."""
+    known = {k: v for k, v in component.config.items() if not k.startswith("_")}
+    plain: dict[str, object] = json.loads(json.dumps(known, default=list))
+    return plain
 
 
 def default_rules(component: Component, form: LayerFormat) -> list[Rule]:
@@ -113,4 +185,4 @@ def default_rules(component: Component, form: LayerFormat) -> list[Rule]:
 def default_recipe(component: Component, form: LayerFormat) -> ComponentRecipe:
     """All in 16 bit if `form` is, else the default rules; nothing measured."""
     rules = default_rules(component, form) if form.format != SIXTEEN else []
-    return ComponentRecipe(architecture=architecture_digest(component), rules=rules)
+    return ComponentRecipe(cls=component.cls, config=_described(component), rules=rules)

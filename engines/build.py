@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from overcrank import __version__
-from overcrank.calibration.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, default_recipe
+from overcrank.calibration.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.engines.flavours import require_flavour
 from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, read_manifest
 from overcrank.engines.profiles import Profile
@@ -33,6 +33,7 @@ from overcrank.export.weights import weight_files, weights_digest
 from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
 
+RECIPE = "recipe.json"
 FLAGS = "strongly_typed,decomposable_attention,no_auxiliary_streams"
 RAM_PER_WORKER = 1_500_000_000
 
@@ -52,6 +53,7 @@ class Request:
     components: tuple[str, ...] = ()
     checkpoint: Path | None = None  # diffusers folder whose weights are embedded
     layers: LayerFormat = IN_16_BIT  # how the quantized layers of the default recipe multiply
+    recipe: Recipe | None = None
     allow_fallback: bool = False
 
 
@@ -105,7 +107,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
         if component.subfolder not in digests:
             digests[component.subfolder] = _weights(request, component)
         weights, files = digests[component.subfolder]
-        recipe = default_recipe(component, request.layers)
+        recipe = recipe_of(request.recipe, component, request.layers)
         key = EngineKey(
             component=component.name,
             graph=graph_digest(component, compute),
@@ -327,6 +329,9 @@ def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
         peak_ram_bytes=peak,
         components=entries,
     )
+    if request.recipe is not None:
+        with written_whole(bundle.staging / RECIPE) as part:
+            part.write_text(request.recipe.model_dump_json(indent=1), "utf-8")
     with written_whole(bundle.staging / MANIFEST) as part:
         part.write_text(manifest.model_dump_json(indent=1), "utf-8")
     for job in bundle.jobs:

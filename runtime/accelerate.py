@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Range, Recipe, read_recipe, recipe_of
+from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import SIXTEEN_BIT
@@ -15,13 +17,25 @@ from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs, variant_from_manifest
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.module import EngineModule, Slot
-from overcrank.runtime.parameters import bound_parameters, own_parameters, parameters_of
+from overcrank.runtime.parameters import bound_parameters, own_parameters, packed_parameters, parameters_of
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
 
 if TYPE_CHECKING:
     from torch import nn
 
 BACKENDS = ("auto", "tensorrt", "onnxruntime", EAGER)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Engines of quantized layers: as a recipe says, or all that bear it alike."""
+
+    layers: LayerFormat
+    recipe: Recipe | None = None
+
+    @property
+    def precision(self) -> str:
+        return self.layers.format
 
 
 @dataclass
@@ -43,7 +57,13 @@ class Acceleration:
 
 
 def accelerate(
-    pipe: Any, bundle: str | Path | None = None, *, backend: str = "auto", store: Path | None = None, model: str = ""
+    pipe: Any,
+    bundle: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    store: Path | None = None,
+    model: str = "",
+    quantization: Quantization | None = None,
 ) -> Any:
     """Let engines serve the calls of a diffusers pipeline's denoiser and VAE; returns the pipeline.
 
@@ -51,7 +71,8 @@ def accelerate(
     and card]. `backend`: "auto" uses TensorRT and falls back to eager PyTorch with one
     warning for each reason, "tensorrt" raises BackendError in place of falling back,
     "onnxruntime" runs the graphs in ONNX Runtime in fp32, "eager" uses no engine. `model` is the
-    name that rebuild commands show.
+    name that rebuild commands show. `quantization`: the engines asked for, and the ranges of
+    their layers [default: engines in the pipeline's own 16-bit type].
 
     Raises UserError for an unknown backend or bundle, ModelError for a pipeline of no known family.
     """
@@ -65,9 +86,9 @@ def accelerate(
     found = Acceleration(variant, backend, ledger, [])
     where = Store(store)
     if backend == "onnxruntime":
-        found.modules = _install(pipe, variant, ledger, lambda c, m: _ort_session(c, m, where))
+        found.modules = _install(pipe, variant, ledger, lambda c, p, m: _ort_session(c, p, m, where, quantization))
     elif backend != EAGER:
-        _with_engines(pipe, found, where, bundle)
+        _with_engines(pipe, found, where, bundle, quantization)
     found.source = str(pipe.config.get("_name_or_path", ""))
     pipe.overcrank = found
     return pipe
@@ -90,22 +111,29 @@ def main_module(pipe: Any) -> Any:
     return getattr(pipe, part) if part else None
 
 
-def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None) -> None:
+def _with_engines(
+    pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, quantization: Quantization | None
+) -> None:
     variant, ledger = found.variant, found.ledger
+    own = _precision(pipe)
     try:
         card = _card(pipe)
         candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
-        fitting = fitting_bundles(candidates, variant, card, _precision(pipe))
+        fitting = fitting_bundles(candidates, variant, card, quantization.precision if quantization else own)
     except CannotServe as error:
         names = [c.name for c in components(variant)]
         ledger.fall_back(names, error.reason, error.fix, standing=True)
         return
     rebuild = rebuild_command(variant, card)
 
-    def session(component: Component, module: nn.Module) -> Session:
+    def session(component: Component, part: str, module: nn.Module) -> Session:
         path, manifest = bundle_of(component.name, fitting, rebuild)
         found.bundles[component.name] = path.name
-        return _trt_session(path, manifest, component, module, rebuild)
+        recipe = quantization.recipe if quantization else None
+        if recipe is None and (path / RECIPE).is_file():
+            recipe = read_recipe(path / RECIPE)
+        ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
+        return _trt_session(path, manifest, component, module, ranges, own, rebuild)
 
     found.modules = _install(pipe, variant, ledger, session)
 
@@ -192,7 +220,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _install(
-    pipe: Any, variant: Variant, ledger: Ledger, session: Callable[[Component, nn.Module], Session]
+    pipe: Any, variant: Variant, ledger: Ledger, session: Callable[[Component, str, nn.Module], Session]
 ) -> list[EngineModule]:
     """One EngineModule for each module that some component describes."""
     grouped: dict[tuple[str, str], list[Component]] = defaultdict(list)
@@ -206,23 +234,36 @@ def _install(
             continue
         module = getattr(owner, attribute) if attribute else owner
 
-        def maker(component: Component, module: nn.Module = module) -> Callable[[], Session]:
-            return lambda: session(component, module)
+        def maker(component: Component, part: str = part, module: nn.Module = module) -> Callable[[], Session]:
+            return lambda: session(component, part, module)
 
         installed.append(EngineModule(module, [Slot(c, maker(c)) for c in serving], ledger))
     return installed
 
 
-def _trt_session(bundle: Path, manifest: Manifest, component: Component, module: nn.Module, rebuild: str) -> Session:
+def _trt_session(
+    bundle: Path,
+    manifest: Manifest,
+    component: Component,
+    module: nn.Module,
+    ranges: Mapping[str, Range],
+    compute: str,
+    rebuild: str,
+) -> Session:
     from overcrank.runtime.trt import TrtSession
 
     entry = manifest.component(component.name)
-    parameters = own_parameters(module, component, parameters_of(entry))
+    parameters: dict[str, Any] = dict(own_parameters(module, component, parameters_of(entry)))
+    parameters |= packed_parameters(module, entry.formats, ranges, compute)
     return TrtSession(manifest.flavour, manifest.flavour_version, bundle, entry, parameters, rebuild)
 
 
-def _ort_session(component: Component, module: nn.Module, store: Store) -> Session:
-    """The component's graph from the store's cache, exported into it the first time."""
+def _ort_session(
+    component: Component, part: str, module: nn.Module, store: Store, quantization: Quantization | None
+) -> Session:
+    """The component's graph from the store's cache, exported into it the first time, quantized as asked."""
+    import onnx_ir as ir
+    from overcrank.calibration.quantize import linear_layers, quantized
     from overcrank.export.cache import cached_graph, graph_digest
     from overcrank.runtime.ort import OrtSession
 
@@ -230,6 +271,13 @@ def _ort_session(component: Component, module: nn.Module, store: Store) -> Sessi
     digest = graph_digest(component, "bf16")[:16]
     with store.lock(digest):
         graph = cached_graph(component, "bf16", store.graphs / digest)
-    parameters = bound_parameters(module, component, graph.parameters)
-    device = next(iter(parameters.values())).device.type
-    return OrtSession(graph.onnx, parameters, device)
+    model, parameters = ir.load(graph.onnx), graph.parameters
+    packs: dict[str, Any] = {}
+    if quantization is not None:
+        recipe = recipe_of(quantization.recipe, component, quantization.layers)
+        layout = recipe.layout(layer.name for layer in linear_layers(model))
+        parameters, _ = quantized(model, parameters, layout)
+        packs = packed_parameters(module, layout, recipe.ranges.get(part, {}), "bf16")
+    views = bound_parameters(module, component, parameters)
+    device = next(module.parameters()).device.type
+    return OrtSession(model, views | packs, device)

@@ -75,6 +75,7 @@ def _run(
             backend=options["backend"],
             device=options["device"],
             store=options["store"],
+            quantization=options["quantization"],
         )
         driver = Driver(pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"))
         outcomes = driver.run(jobs, resume=not again)

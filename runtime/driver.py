@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
 from overcrank.models import hook
+from overcrank.models.base import Media, Variant
 from overcrank.runtime.images import media_of
 from overcrank.runtime.load import pipeline_for
 from overcrank.runtime.metadata import about_render
@@ -162,17 +163,13 @@ class Driver:
         if request.audio is not None:
             check_audio(request.audio)
         media = media_of(request, variant)
-        guided = (request.guidance or 0) > 1
         with torch.no_grad(), _own_stream(self.lanes, pipe.device):
             with self.stage(job, "encoding"):
-                prompts = (request.prompt, request.negative_prompt)
-                text = hook(variant, "encode")(pipe, variant, *prompts, guided) if variant.text_length else {}
-            usual = text | _usual_arguments(request)
+                text = encoded(pipe, variant, request)
             steps = Steps(self, job, pipe)
             with steps.denoising():
-                arguments = _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual), usual)
                 result = pipe(
-                    **arguments,
+                    **call_arguments(pipe, variant, request, media, text),
                     **steps.callback(),
                     generator=torch.Generator("cpu").manual_seed(request.seed),
                     output_type="np",
@@ -194,6 +191,23 @@ class Driver:
     def check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise RenderCancelled("cancelled")
+
+
+def encoded(pipe: Any, variant: Variant, request: RenderRequest) -> dict[str, Any]:
+    """Arguments of the pipeline's call that stand for the prompts."""
+    if not variant.text_length:
+        return {}
+    guided = (request.guidance or 0) > 1
+    made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, request.negative_prompt, guided)
+    return made
+
+
+def call_arguments(
+    pipe: Any, variant: Variant, request: RenderRequest, media: Media, text: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call, without callback, generator and output type."""
+    usual = text | _usual_arguments(request)
+    return _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual), usual)
 
 
 def _usual_arguments(request: RenderRequest) -> dict[str, Any]:

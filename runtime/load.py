@@ -13,6 +13,7 @@ from overcrank.models.base import Variant
 
 if TYPE_CHECKING:
     import torch
+    from overcrank.runtime.accelerate import Quantization
 
 
 def load(
@@ -23,6 +24,7 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     store: Path | None = None,
+    quantization: Quantization | None = None,
 ) -> Any:
     """The model's text-to-video pipeline, accelerated (see `accelerate`).
 
@@ -49,7 +51,7 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     hook(variant, "prepare")(pipe, variant)
     pipe = pipe.to(device)
-    return accelerate(pipe, bundle, backend=backend, store=store, model=variant.name)
+    return accelerate(pipe, bundle, backend=backend, store=store, model=variant.name, quantization=quantization)
 
 
 def _usable_device(device: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +87,16 @@ def watching(jobs: Sequence[Job], quiet: bool) -> Iterator[Silent | Bars]:
     finally:
         log.removeHandler(handler)
         log.propagate = True
+
+
+@contextmanager
+def counting(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar over samples, on stderr; called with samples done and samples in all."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("samples"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=quiet) as progress:
+        row = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(row, completed=done, total=total)
 
 
 def line_of(outcome: Outcome) -> str:

@@ -33,7 +33,7 @@ class TrtSession:
         parameters: Mapping[str, torch.Tensor],
         rebuild: str,
     ) -> None:
-        """`parameters`: engine input → the module's parameter; `rebuild`: the command that fixes."""
+        """`parameters`: engine input → a module's parameter or packed tensor; `rebuild`: the command that fixes."""
         self.backend, self.engine = flavour, entry.key.digest()
         self._entry, self._rebuild = entry, rebuild
         found = flavour_version(flavour)
@@ -137,4 +137,7 @@ def _torch_dtypes(trt: Any) -> dict[Any, torch.dtype]:
         trt.int64: torch.int64,
         trt.int32: torch.int32,
         trt.bool: torch.bool,
+        trt.int8: torch.int8,
+        trt.fp8: torch.float8_e4m3fn,
+        trt.fp4: torch.uint8,  # two values in a byte
     }

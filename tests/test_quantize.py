@@ -81,7 +81,7 @@ def _quantized(component: Component, form: LayerFormat) -> tuple[Any, dict[str, 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
 def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerFormat) -> None:
     component = component_of(NAME, "denoiser")
-    model, layout, parameters, packed = _quantized(component, form)
+    model, layout, parameters, _ = _quantized(component, form)
     assert layout
     module = random_module(component, component.config, "bf16").float()
     sizes = {**component.free_axes, **component.sizes(tiny.TINY[NAME].minimum)}
@@ -90,7 +90,7 @@ def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerForma
         expected = module(**call)[0]
         seen = _inputs_seen(module, call)
     views = bound_parameters(module, component, parameters)
-    views |= packed_parameters(module, layout, packed, seen, "bf16")
+    views |= packed_parameters(module, layout, seen, "bf16")
     outputs = run_each(OrtSession(model, views), component, component.adapt(module, **call))
     found = component.returns(outputs, call)[0]
     error = float((found - expected).norm() / expected.norm())

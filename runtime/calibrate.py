@@ -1,0 +1,239 @@
+"""`overcrank calibrate`: denoise prompts eagerly, collect the ranges, write the recipe."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overcrank.calibration.collect import collected
+from overcrank.calibration.quantize import linear_layers
+from overcrank.calibration.recipe import (
+    Calibration,
+    ComponentRecipe,
+    LayerFormat,
+    Method,
+    Recipe,
+    default_recipe,
+)
+from overcrank.engines.store import Store, written_whole
+from overcrank.errors import RequestError, UserError
+from overcrank.export.cache import cached_graph, graph_digest
+from overcrank.export.weights import weight_files, weights_digest
+from overcrank.models import components, local_folder, packaged_model, resolve
+from overcrank.models.base import Component, Variant
+from overcrank.runtime.images import media_of
+from overcrank.runtime.request import RenderRequest, read_jobs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Progress = Callable[[int, int], None]
+"""Called with samples done and samples in all."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asks of `overcrank calibrate`."""
+
+    model: str
+    form: LayerFormat
+    method: Method
+    prompts: Path | None
+    images: Path | None
+    samples: int
+    steps: int | None
+    device: str | None
+    store: Path | None
+    out: Path
+
+
+def calibrate(wanted: Wanted, progress: Progress) -> Recipe:
+    """Write the recipe to `wanted.out` and return it; what was done is kept beside it until it is whole.
+
+    Raises UserError for prompts, images or a model that cannot be used, CalibrationError for
+    activations that are not finite.
+    """
+    from overcrank.runtime.load import load
+
+    if wanted.samples < 1:
+        raise UserError("--samples 0 measures nothing; give at least 1.")
+    model = wanted.model or packaged_model()
+    variant = resolve(model)
+    requests = _requests(wanted, variant)
+    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store)
+    layouts = _layouts(variant, wanted.form, Store(wanted.store))
+    if not layouts:
+        raise UserError(f"{variant.name} has no layer that can be quantized: its networks are convolutions.")
+    checkpoint = _checkpoint(model, [c for c, _ in layouts.values()])
+    prompts = hashlib.sha256("\n".join(r.prompt for r in requests).encode()).hexdigest()
+    about = Calibration(
+        method=wanted.method,
+        samples=len(requests),
+        steps=requests[0].steps or variant.steps,
+        prompts=prompts,
+        checkpoint=checkpoint,
+        versions={name: metadata.version(name) for name in ("nvidia-modelopt", "torch", "diffusers")},
+    )
+    run = _denoising(pipe, variant, requests, progress)
+    measured = {
+        name: _measured(pipe, component, recipe, wanted, about, run) for name, (component, recipe) in layouts.items()
+    }
+    recipe = Recipe(model=variant.name, precision=wanted.form.format, calibration=about, components=measured)
+    with written_whole(wanted.out) as part:
+        part.write_text(recipe.model_dump_json(indent=1), "utf-8")
+    for name in measured:
+        _state(wanted.out, name, about).unlink(missing_ok=True)
+    return recipe
+
+
+def _requests(wanted: Wanted, variant: Variant) -> list[RenderRequest]:
+    """One a sample: jobs of a .jsonl file, or a line of prompts each, with pictures in turn; seeds count up."""
+    native = RenderRequest(prompt="x", steps=wanted.steps)
+    if wanted.prompts is not None and wanted.prompts.suffix == ".jsonl":
+        jobs = [
+            job.model_copy(update={"steps": wanted.steps or job.steps}) for job in read_jobs(wanted.prompts, variant)
+        ]
+    else:
+        pictures = _pictures(wanted.images)
+        if not pictures and "text-to-video" not in variant.tasks:
+            raise UserError(f"{variant.name} makes videos of pictures; give some with --images FOLDER.")
+        lines = _prompts(wanted.prompts, variant)
+        jobs = []
+        for i in range(max(len(lines), len(pictures))):
+            update: dict[str, Any] = {"prompt": lines[i % len(lines)], "seed": i}
+            if pictures:
+                update["image"] = pictures[i % len(pictures)]
+            jobs.append(native.model_copy(update=update).completed(variant))
+    return [jobs[i % len(jobs)].model_copy(update={"seed": i}) for i in range(wanted.samples)]
+
+
+def _prompts(file: Path | None, variant: Variant) -> list[str]:
+    """Lines of the file, else of the model's own prompts.txt, else of the set that ships."""
+    own = local_folder(variant.name)
+    default = own / "prompts.txt" if own is not None and (own / "prompts.txt").is_file() else PROMPTS
+    try:
+        text = (file or default).read_text("utf-8-sig")
+    except OSError as error:
+        raise RequestError(f"--prompts {file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--prompts {file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise RequestError(f"--prompts {file} is empty; write one prompt a line.")
+    return lines
+
+
+def _pictures(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    found = sorted(p.absolute() for p in folder.glob("*") if p.suffix.lower() in PICTURES)
+    if not found:
+        raise RequestError(f"--images {folder} holds no picture ({', '.join(PICTURES)}).")
+    return found
+
+
+def _layouts(variant: Variant, form: LayerFormat, store: Store) -> dict[str, tuple[Component, ComponentRecipe]]:
+    """Components of which the default recipe quantizes something."""
+    found = {}
+    for component in components(variant):
+        recipe = default_recipe(component, form)
+        if layout_of(component, recipe, store):
+            found[component.name] = component, recipe
+    return found
+
+
+def layout_of(component: Component, recipe: ComponentRecipe, store: Store) -> dict[str, LayerFormat]:
+    """Layer → format, by the layers of the component's graph."""
+    import onnx_ir as ir
+
+    store.prepare()
+    digest = graph_digest(component, "bf16")[:16]
+    with store.lock(digest):
+        graph = cached_graph(component, "bf16", store.graphs / digest)
+    return recipe.layout(layer.name for layer in linear_layers(ir.load(graph.onnx)))
+
+
+def _denoising(pipe: Any, variant: Variant, requests: list[RenderRequest], progress: Progress) -> Callable[[int], None]:
+    """A function that renders one sample's latents."""
+    import torch
+    from overcrank.runtime.driver import call_arguments, encoded
+    from overcrank.runtime.load import pipeline_for
+
+    def run(index: int) -> None:
+        request = requests[index]
+        progress(index, len(requests))
+        own = pipeline_for(pipe, variant, request.task)
+        with torch.no_grad():
+            text = encoded(own, variant, request)
+            arguments = call_arguments(own, variant, request, media_of(request, variant), text)
+            seeded = torch.Generator("cpu").manual_seed(request.seed)
+            torch.manual_seed(request.seed)
+            own(**arguments, generator=seeded, output_type="latent")
+        progress(index + 1, len(requests))
+
+    return run
+
+
+def _measured(
+    pipe: Any,
+    component: Component,
+    recipe: ComponentRecipe,
+    wanted: Wanted,
+    about: Calibration,
+    run: Callable[[int], None],
+) -> ComponentRecipe:
+    modules: dict[str, nn.Module] = {}
+    for part in (component.subfolder, *component.twins):
+        owner = getattr(pipe, part, None)
+        if owner is not None:
+            modules[part] = owner.get_submodule(component.attribute) if component.attribute else owner
+    layout = layout_of(component, recipe, Store(wanted.store))
+    state = _state(wanted.out, component.name, about)
+    state.parent.mkdir(parents=True, exist_ok=True)
+    ranges = collected(modules, layout, wanted.method, about.samples, run, state)
+    return recipe.model_copy(update={"ranges": ranges})
+
+
+def _state(out: Path, component: str, about: Calibration) -> Path:
+    """Where an interrupted calibration goes on: another one, differently made, does not find it."""
+    digest = hashlib.sha256(about.model_dump_json().encode()).hexdigest()[:8]
+    return out.with_name(f".{out.name}.{component}.{digest}.part")
+
+
+def _checkpoint(model: str, parts: list[Component]) -> str:
+    """SHA-256 of the weight files of these components."""
+    folder = local_folder(model)
+    if folder is None:
+        return ""
+    files = [
+        file
+        for c in parts
+        for sub in (c.subfolder, *c.twins)
+        if (folder / sub).is_dir()
+        for file in weight_files(folder / sub)
+    ]
+    return weights_digest(dict.fromkeys(files))
+
+
+def shown(recipe: Recipe, out: Path, seconds: float) -> None:
+    """What a person reads at the end."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for name, component in recipe.components.items():
+        for part, ranges in component.ranges.items():
+            widest = max(ranges, key=lambda layer: ranges[layer].amax)
+            console.print(f"{name} ({part}): {len(ranges)} layers in {recipe.precision}")
+            console.print(f"widest   {ranges[widest].amax:g} in {widest}")
+    console.print(f"{recipe.calibration.samples if recipe.calibration else 0} samples in {seconds:.0f} s")
+    console.print(f"recipe   {out}")
+    console.print(
+        f"next     build-engine --model {recipe.model} --precision {recipe.precision} --recipe {out} --gpu auto"
+    )
