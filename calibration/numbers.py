@@ -68,17 +68,35 @@ def _fp4(scaled: Tensor) -> tuple[Tensor, Tensor]:
 
     blocks = scaled.unflatten(1, (-1, BLOCK))
     scale = (blocks.abs().amax(2) / FP4[-1]).to(torch.float8_e4m3fn)
-    values = blocks / scale.float().clamp_min(2.0**-9)[..., None]
-    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(FP4)], device=scaled.device)
-    codes = (torch.bucketize(values.abs(), middles) | (values < 0).long() << 3).flatten(1).to(torch.uint8)
+    codes = _fp4_codes(blocks / scale.float().clamp_min(2.0**-9)[..., None]).flatten(1)
     return (codes[:, 0::2] | codes[:, 1::2] << 4)[None], scale[None]
+
+
+def _fp4_codes(values: Tensor) -> Tensor:
+    """The nearest E2M1 of each value, as uint8."""
+    import torch
+
+    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(FP4)], device=values.device)
+    return (torch.bucketize(values.abs(), middles) | (values < 0).long() << 3).to(torch.uint8)
+
+
+def fp4_values(values: Tensor) -> Tensor:
+    """Each value rounded to the nearest E2M1, as fp32."""
+    return _fp4_decoded(_fp4_codes(values))
+
+
+def _fp4_decoded(codes: Tensor) -> Tensor:
+    import torch
+
+    wide = codes.long()
+    out: Tensor = torch.tensor(FP4, device=codes.device)[wide & 7] * (1 - 2 * (wide >> 3))
+    return out
 
 
 def unpacked_fp4(packed: Tensor, block_scale: Tensor) -> Tensor:
     """What `_fp4` made, as fp32 [1, N, K], for what has no type of four bits."""
     import torch
 
-    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(2).long()
-    values = torch.tensor(FP4, device=packed.device)[codes & 7] * (1 - 2 * (codes >> 3))
+    values = _fp4_decoded(torch.stack([packed & 15, packed >> 4], dim=-1).flatten(2))
     wide: Tensor = (values.unflatten(2, (-1, BLOCK)) * block_scale.float()[..., None]).flatten(2)
     return wide

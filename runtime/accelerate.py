@@ -17,7 +17,7 @@ from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs, variant_from_manifest
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.module import EngineModule, Slot
-from overcrank.runtime.parameters import bound_parameters, own_parameters, packed_parameters, parameters_of
+from overcrank.runtime.parameters import bound_parameters, compute_of, own_parameters, packed_parameters, parameters_of
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
 
 if TYPE_CHECKING:
@@ -115,11 +115,12 @@ def _with_engines(
     pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, quantization: Quantization | None
 ) -> None:
     variant, ledger = found.variant, found.ledger
-    own = _precision(pipe)
     try:
         card = _card(pipe)
         candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
-        fitting = fitting_bundles(candidates, variant, card, quantization.precision if quantization else own)
+        fitting = fitting_bundles(
+            candidates, variant, card, quantization.precision if quantization else _precision(pipe)
+        )
     except CannotServe as error:
         names = [c.name for c in components(variant)]
         ledger.fall_back(names, error.reason, error.fix, standing=True)
@@ -133,7 +134,7 @@ def _with_engines(
         if recipe is None and (path / RECIPE).is_file():
             recipe = read_recipe(path / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
-        return _trt_session(path, manifest, component, module, ranges, own, rebuild)
+        return _trt_session(path, manifest, component, module, ranges, rebuild)
 
     found.modules = _install(pipe, variant, ledger, session)
 
@@ -247,14 +248,13 @@ def _trt_session(
     component: Component,
     module: nn.Module,
     ranges: Mapping[str, Range],
-    compute: str,
     rebuild: str,
 ) -> Session:
     from overcrank.runtime.trt import TrtSession
 
     entry = manifest.component(component.name)
     parameters: dict[str, Any] = dict(own_parameters(module, component, parameters_of(entry)))
-    parameters |= packed_parameters(module, entry.formats, ranges, compute)
+    parameters |= packed_parameters(module, entry.formats, ranges, compute_of(entry))
     return TrtSession(manifest.flavour, manifest.flavour_version, bundle, entry, parameters, rebuild)
 
 
@@ -277,7 +277,7 @@ def _ort_session(
         recipe = recipe_of(quantization.recipe, component, quantization.layers)
         layout = recipe.layout(layer.name for layer in linear_layers(model))
         parameters, _ = quantized(model, parameters, layout)
-        packs = packed_parameters(module, layout, recipe.ranges.get(part, {}), "bf16")
+        packs = packed_parameters(module, layout, recipe.ranges.get(part, {}), "bfloat16")
     views = bound_parameters(module, component, parameters)
     device = next(module.parameters()).device.type
     return OrtSession(model, views | packs, device)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from overcrank.calibration.numbers import packed_layer
 from overcrank.calibration.recipe import LayerFormat, Range
 from overcrank.engines.manifest import ComponentEntry
-from overcrank.export.module import DTYPES
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
 from overcrank.runtime.session import CannotServe
@@ -29,7 +28,7 @@ def packed_parameters(
 ) -> dict[str, Tensor]:
     """Graph input → tensor of the quantized layers in `formats`, made of the module's weights where they are.
 
-    `compute`: "fp16" or "bf16", of the factors. Raises CannotServe for a range that was not measured.
+    `compute`: torch's name of the factors' type. Raises CannotServe for a range that was not measured.
     """
     made = {}
     for layer, form in formats.items():
@@ -39,9 +38,14 @@ def packed_parameters(
                 "calibrate, and render with --recipe, or build with --activations dynamic",
             )
         weight = module.get_parameter(f"{layer}.weight").detach()
-        for role, tensor in packed_layer(layer, weight, form, ranges.get(layer), DTYPES[compute]).items():
+        for role, tensor in packed_layer(layer, weight, form, ranges.get(layer), compute).items():
             made[f"{layer}.{role}"] = tensor
     return made
+
+
+def compute_of(entry: ComponentEntry) -> str:
+    """Torch's name of the 16-bit type in a quantized component's graph."""
+    return next((p.dtype for p in entry.packed if p.role == "before"), "bfloat16")
 
 
 def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, nn.Parameter]:

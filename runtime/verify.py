@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overcrank.calibration.quantize import linear_layers, quantized
+from overcrank.calibration.recipe import LayerFormat, Range, read_recipe
+from overcrank.calibration.reference import quantized_layers, ranges_of_call
+from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import ComponentEntry, Manifest, check_files, read_manifest
+from overcrank.engines.targets import BY_NAME, sixteen_bit
 from overcrank.errors import IntegrityError
 from overcrank.export.weights import Parameter
 from overcrank.models import components, family, variant_from_manifest
 from overcrank.models.base import Component, Variant, VideoShape
 from overcrank.runtime.ort import OrtSession
-from overcrank.runtime.parameters import bound_parameters, parameters_of
+from overcrank.runtime.parameters import bound_parameters, compute_of, packed_parameters, parameters_of
 from overcrank.runtime.session import run_each
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from torch import nn
 
+_NUMBER = re.compile(r"\b\d+\b")
 VOLUME = 320 * 320 * 17  # pixels × frames above which a shape is scaled down on CPU
+ROUNDING = 0.02  # of the largest value: a sum that differs in fp32 may round to the next quantized value
 FP32_BYTES_PER_PARAMETER = 4 * 1.7  # the module, and what ONNX Runtime needs beside it
 
 
@@ -33,6 +43,7 @@ class Check:
     note: str
     max_error: float
     relative_error: float  # of the largest reference value
+    quantized: int  # layers, which PyTorch multiplies in the same format
     seconds: float
 
 
@@ -61,9 +72,11 @@ def _checks(
     component: Component,
     weights: Path | None,
 ) -> Iterator[Check]:
-    session, module, note = _session(bundle, manifest, entry, component, weights)
-    for label, shape in verification_shapes(variant, manifest):
-        yield compare(component, session, module, shape, f"{label}{note}")
+    session, module, reference, note = _session(bundle, manifest, entry, component, weights)
+    with reference:
+        for label, shape in verification_shapes(variant, manifest):
+            check = compare(component, session, module, shape, f"{label}{note}")
+            yield replace(check, quantized=len(entry.formats))
 
 
 def compare(component: Component, session: OrtSession, module: nn.Module, shape: VideoShape, note: str) -> Check:
@@ -96,7 +109,7 @@ def compare(component: Component, session: OrtSession, module: nn.Module, shape:
         worst, relative = max(worst, error), max(relative, error / max(largest, 1e-12))
     if len(found) < len(component.outputs):
         worst = relative = float("inf")
-    return Check(component.name, shape, note, worst, relative, time.monotonic() - start)
+    return Check(component.name, shape, note, worst, relative, 0, time.monotonic() - start)
 
 
 def _written(call: Mapping[str, Any]) -> list[Any]:
@@ -147,29 +160,63 @@ def _scaled(shape: VideoShape, low: VideoShape, steps: dict[str, tuple[int, int]
 
 def _session(
     bundle: Path, manifest: Manifest, entry: ComponentEntry, component: Component, weights: Path | None
-) -> tuple[OrtSession, nn.Module, str]:
-    """The graph and the module to compare: the bundle's own, or both at the traced depth."""
+) -> tuple[OrtSession, nn.Module, AbstractContextManager[None], str]:
+    """The graph and the module to compare: the bundle's own, or both at the traced depth.
+
+    Within the context, the module's layers multiply as the quantized ones of the graph.
+    """
     import onnx_ir as ir
     import psutil
     from overcrank.export.graph import onnx_from_component
     from overcrank.export.module import random_module
 
-    parameters = parameters_of(entry)
+    parameters, formats, compute = parameters_of(entry), entry.formats, compute_of(entry)
+    short = sixteen_bit(BY_NAME[manifest.target], manifest.precision)
     count = sum(_product(p.module_shape) for p in parameters)
+    count += sum(_product(p.shape) for p in entry.packed if p.role == "weight")
     config, note = component.config, ""
     if component.repeats and count * FP32_BYTES_PER_PARAMETER > psutil.virtual_memory().available:
         depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats)
         component, config = component.at_depth(component.traced_config), component.traced_config
-        exported = onnx_from_component(component, manifest.precision)
-        model, parameters = exported.model, exported.parameters
+        exported = onnx_from_component(component, short)
+        model, formats = exported.model, _alike(formats, exported.model)
+        parameters, _ = quantized(model, exported.parameters, formats)
         note = f"; {count / 1e9:.1f} B parameters do not fit in RAM here: same export with {depth}"
     else:
         model = ir.load(bundle / entry.graph.name)
-    module = random_module(component, config, manifest.precision).float()  # its stored buffers are the graph's
+    module = random_module(component, config, short).float()  # its stored buffers are the graph's
     if weights is not None:
         _load(module, weights / component.subfolder, parameters)
     views = bound_parameters(module, component, parameters)
-    return OrtSession(model, views), module, note
+    ranges = _ranges(bundle, component, module, formats)
+    views |= packed_parameters(module, formats, ranges, compute)
+    return OrtSession(model, views), module, quantized_layers(module, formats, ranges, compute), note
+
+
+def _alike(formats: Mapping[str, LayerFormat], shallow: ir.Model) -> dict[str, LayerFormat]:
+    """Formats for a network of fewer blocks: of layers whose names differ in the block's number only."""
+    kinds = {_NUMBER.sub("#", name): form for name, form in formats.items()}
+    names = [layer.name for layer in linear_layers(shallow)]
+    return {name: kinds[kind] for name in names if (kind := _NUMBER.sub("#", name)) in kinds}
+
+
+def _ranges(
+    bundle: Path, component: Component, module: nn.Module, formats: Mapping[str, LayerFormat]
+) -> Mapping[str, Range]:
+    """The bundle's recipe's, if it has one for these layers, else those of one call."""
+    import torch
+
+    fixed = [name for name, form in formats.items() if form.activations == "static"]
+    if (bundle / RECIPE).is_file():
+        recipe = read_recipe(bundle / RECIPE).components.get(component.name)
+        known = recipe.ranges.get(component.subfolder, {}) if recipe else {}
+        if known.keys() >= set(fixed):
+            return known
+    if not fixed:
+        return {}
+    sizes = {**component.free_axes, **component.trace_sizes}
+    with torch.no_grad():
+        return ranges_of_call(module, fixed, component.sample(module, sizes, torch.Generator().manual_seed(2)))
 
 
 def _load(module: nn.Module, folder: Path, parameters: tuple[Parameter, ...]) -> None:
@@ -183,7 +230,7 @@ def _load(module: nn.Module, folder: Path, parameters: tuple[Parameter, ...]) ->
             named[p.input].copy_(values(p.name))
 
 
-def _product(shape: tuple[int, ...]) -> int:
+def _product(shape: Iterable[int]) -> int:
     out = 1
     for n in shape:
         out *= n
@@ -199,14 +246,18 @@ def print_checks(checks: Iterator[Check], tolerance: float) -> bool:
     console.print(
         f"graph in ONNX Runtime {ort.__version__} (CPU, 16-bit types widened to fp32) against the eager module in fp32"
     )
-    good = True
+    good, quantized = True, False
     for check in checks:
-        passed = check.relative_error <= tolerance
+        passed = check.relative_error <= (max(tolerance, ROUNDING) if check.quantized else tolerance)
         good &= passed
+        quantized |= check.quantized > 0
         console.print(
             f"{'ok  ' if passed else 'FAIL'} {check.component:<12} {check.shape!s:<12} "
             f"max error {check.max_error:.2e}, relative {check.relative_error:.2e}  "
-            f"({check.note}; {check.seconds:.1f} s)"
+            f"({check.note}{f'; {check.quantized} quantized layers' if check.quantized else ''}; {check.seconds:.1f} s)"
         )
-    console.print(f"{'all within' if good else 'not within'} the tolerance of {tolerance:g} relative")
+    console.print(
+        f"{'all within' if good else 'not within'} the tolerance of {tolerance:g} relative"
+        f"{f' ({ROUNDING:g} where layers are quantized)' if quantized else ''}"
+    )
     return good

@@ -90,7 +90,7 @@ def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerForma
         expected = module(**call)[0]
         seen = _inputs_seen(module, call)
     views = bound_parameters(module, component, parameters)
-    views |= packed_parameters(module, layout, seen, "bf16")
+    views |= packed_parameters(module, layout, seen, "bfloat16")
     outputs = run_each(OrtSession(model, views), component, component.adapt(module, **call))
     found = component.returns(outputs, call)[0]
     error = float((found - expected).norm() / expected.norm())

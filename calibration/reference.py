@@ -1,0 +1,89 @@
+"""The quantized linear layer in plain PyTorch: what a graph should compute, and what each layer costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from overcrank.calibration.numbers import fp4_values, packed_layer, unpacked_fp4
+from overcrank.calibration.quantize import BLOCK, NUMBERS
+from overcrank.calibration.recipe import LayerFormat, Range
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def multiplied(x: Tensor, packed: Mapping[str, Tensor], form: LayerFormat) -> Tensor:
+    """x [..., K] times the packed weight of N rows → [..., N], in fp32, without the bias."""
+    number = NUMBERS[form.format]
+    if form.format == "nvfp4":
+        weight = unpacked_fp4(packed["weight"], packed["block_scale"])
+    else:
+        weight = packed["weight"].float()
+    weight = (weight if form.activations == "16bit" else weight.transpose(1, 2))[0] * number.step
+    y = x.float() * packed["before"][0, 0].float()
+    token: Tensor | float = 1.0
+    if form.activations == "dynamic":
+        token = y.abs().amax(-1, keepdim=True).clamp_min(1e-12)
+        y = y / token * (number.largest * number.step)
+    if form.activations != "16bit":
+        y = _rounded(y, form, number.step)
+    out: Tensor = y @ weight * token * packed["behind"][0, 0].float()
+    return out
+
+
+def _rounded(x: Tensor, form: LayerFormat, step: float) -> Tensor:
+    import torch
+
+    if form.format == "fp8":
+        return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
+    if form.format == "int8":
+        return (x / step).round().clamp(-128, 127) * step
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 6 / step).clamp_max(448).to(torch.float8_e4m3fn).float() * step
+    out: Tensor = (fp4_values(blocks / scale.clamp_min(1e-30)) * scale).flatten(-2)
+    return out
+
+
+@contextmanager
+def quantized_layers(
+    module: nn.Module, formats: Mapping[str, LayerFormat], ranges: Mapping[str, Range], compute: str
+) -> Iterator[None]:
+    """Linear layers of `formats` multiply as quantized ones meanwhile; `compute`: torch's name of the factors' type."""
+    changed: list[Any] = []
+    try:
+        for name, form in formats.items():
+            layer: Any = module.get_submodule(name)
+            packed = packed_layer(name, layer.weight.detach(), form, ranges.get(name), compute)
+            layer.forward = _forward(layer, packed, form)
+            changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def ranges_of_call(module: nn.Module, layers: Iterable[str], call: Mapping[str, Any]) -> dict[str, Range]:
+    """Layer → the range of its input in one call of the module, for networks nothing was measured of."""
+    seen: dict[str, Range] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, args: seen.__setitem__(name, Range(amax=max(float(args[0].abs().max()), 1e-6)))
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
+    try:
+        module(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _forward(layer: Any, packed: Mapping[str, Tensor], form: LayerFormat) -> Any:
+    def forward(x: Tensor, *_: Any) -> Tensor:
+        y = multiplied(x, packed, form)
+        out: Tensor = (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
+        return out
+
+    return forward
