@@ -160,8 +160,16 @@ main.add_command(build_engine)
 @click.argument("bundle")
 @click.option("--weights", default="random", show_default=True, help="'random', or a diffusers folder.")
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Also render prompts, and write here what a quantized bundle costs in quality.",
+)
+@click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="For the report, one a line.")
+@click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Prompts of the report.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of the report [default: the model's].")
 @store_option
-def verify(bundle: str, weights: str, tolerance: float, store: Path | None) -> None:
+def verify(bundle: str, weights: str, tolerance: float, report: Path | None, store: Path | None, **asked: Any) -> None:
     """Run a bundle's graphs in ONNX Runtime against the eager modules."""
     from overcrank.engines.store import Store
     from overcrank.runtime.verify import print_checks, verify_bundle
@@ -170,7 +178,12 @@ def verify(bundle: str, weights: str, tolerance: float, store: Path | None) -> N
     folder = None if weights == "random" else Path(weights).expanduser()
     if folder is not None and not folder.is_dir():
         raise UserError(f"--weights {weights} is neither 'random' nor a folder.")
-    if not print_checks(verify_bundle(path, folder), tolerance):
+    good = print_checks(verify_bundle(path, folder), tolerance)
+    if report is not None:
+        from overcrank.runtime.quality import print_report
+
+        print_report(path, folder, report, **asked)
+    if not good:
         sys.exit(1)
 
 

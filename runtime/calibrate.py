@@ -26,12 +26,11 @@ from overcrank.export.weights import weight_files, weights_digest
 from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.images import media_of
-from overcrank.runtime.request import RenderRequest, read_jobs
+from overcrank.runtime.request import RenderRequest, prompts_of, read_jobs
 
 if TYPE_CHECKING:
     from torch import nn
 
-PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Progress = Callable[[int, int], None]
@@ -104,7 +103,7 @@ def _requests(wanted: Wanted, variant: Variant) -> list[RenderRequest]:
         pictures = _pictures(wanted.images)
         if not pictures and "text-to-video" not in variant.tasks:
             raise UserError(f"{variant.name} makes videos of pictures; give some with --images FOLDER.")
-        lines = _prompts(wanted.prompts, variant)
+        lines = prompts_of(wanted.prompts, variant)
         jobs = []
         for i in range(max(len(lines), len(pictures))):
             update: dict[str, Any] = {"prompt": lines[i % len(lines)], "seed": i}
@@ -112,22 +111,6 @@ def _requests(wanted: Wanted, variant: Variant) -> list[RenderRequest]:
                 update["image"] = pictures[i % len(pictures)]
             jobs.append(native.model_copy(update=update).completed(variant))
     return [jobs[i % len(jobs)].model_copy(update={"seed": i}) for i in range(wanted.samples)]
-
-
-def _prompts(file: Path | None, variant: Variant) -> list[str]:
-    """Lines of the file, else of the model's own prompts.txt, else of the set that ships."""
-    own = local_folder(variant.name)
-    default = own / "prompts.txt" if own is not None and (own / "prompts.txt").is_file() else PROMPTS
-    try:
-        text = (file or default).read_text("utf-8-sig")
-    except OSError as error:
-        raise RequestError(f"--prompts {file} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"--prompts {file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise RequestError(f"--prompts {file} is empty; write one prompt a line.")
-    return lines
 
 
 def _pictures(folder: Path | None) -> list[Path]:

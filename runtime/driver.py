@@ -153,6 +153,11 @@ class Driver:
             about = about_render(self.acceleration, self.model, pipe, job.request, outcome)
             outcome.files = write_results(video, job.stem, job.request.formats, about, job.request.audio)
 
+    def video(self, request: RenderRequest) -> Video:
+        """A completed request's video, not written anywhere."""
+        with self.acceleration.ledger.recording():
+            return self._video(Outcome(Job(request, Path("video"))))[0]
+
     def _video(self, outcome: Outcome) -> tuple[Video, Any]:
         import numpy as np
         import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from overcrank.errors import RequestError
-from overcrank.models import check_shape
+from overcrank.models import check_shape, local_folder
 from overcrank.models.base import Variant, VideoShape
 from overcrank.runtime.images import rate_of
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +18,7 @@ Format = Literal["mp4", "gif", "png", "sheet", "latents"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "png", "sheet", "latents")
 
 
+PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
 FILES = ("image", "last_image", "video", "audio")
 
 
@@ -153,6 +154,22 @@ def read_jobs(file: Path, variant: Variant) -> list[RenderRequest]:
             f'{file} holds no jobs; write one a line, such as {{"prompt": "a red circle moving right"}}.'
         )
     return jobs
+
+
+def prompts_of(file: Path | None, variant: Variant) -> list[str]:
+    """Lines of the file, else of the model's own prompts.txt, else of the set that ships."""
+    own = local_folder(variant.name)
+    default = own / "prompts.txt" if own is not None and (own / "prompts.txt").is_file() else PROMPTS
+    try:
+        text = (file or default).read_text("utf-8-sig")
+    except OSError as error:
+        raise RequestError(f"--prompts {file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--prompts {file} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise RequestError(f"--prompts {file} is empty; write one prompt a line.")
+    return lines
 
 
 def _job(line: str, number: int) -> RenderRequest:
