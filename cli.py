@@ -195,7 +195,7 @@ def verify(bundle: str, weights: str, tolerance: float, report: Path | None, sto
     type=click.Choice(["max", "percentile", "mse", "smoothquant"]),
     default="max",
     show_default=True,
-    help="How ranges follow from what is seen; smoothquant is for int8.",
+    help="How ranges follow from what is seen; mse and smoothquant are for int8.",
 )
 @click.option(
     "--prompts",

@@ -1,0 +1,187 @@
+"""From a calibration of the demo model to a rendered video and its report, through the public commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from overcrank import cli
+from overcrank.calibration.recipe import LayerFormat, Recipe, default_recipe, read_recipe
+from overcrank.engines.manifest import read_manifest
+from overcrank.models import components, resolve
+
+from tests.test_bad_input import refused
+
+STEPS = 4
+
+
+def _run(*arguments: object) -> Any:
+    result = CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(store, recipe) of the demo in fp8."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    store, recipe = folder / "store", folder / "recipe.json"
+    _run(*calibration(store, recipe, "fp8"))
+    return store, recipe
+
+
+def calibration(store: Path, recipe: Path, precision: str, *more: object) -> list[object]:
+    options = ["--precision", precision, "--samples", 2, "--steps", STEPS, "--store", store, "-o", recipe, "--quiet"]
+    return ["calibrate", "--model", "ltx-demo", *options, *more]
+
+
+def test_a_recipe_says_what_was_measured_and_where(made: Any) -> None:
+    _, file = made
+    recipe = read_recipe(file)
+    assert recipe.precision == "fp8"
+    assert recipe.calibration is not None
+    assert (recipe.calibration.samples, recipe.calibration.steps) == (2, STEPS)
+    assert len(recipe.calibration.checkpoint) == 64
+    denoiser = recipe.components["denoiser"]
+    ranges = denoiser.ranges["transformer"]
+    assert len(ranges) == 60  # ten linear layers in each of six blocks
+    assert denoiser.of("proj_out").format == "16bit"
+    assert next(r.reason for r in denoiser.rules if r.layers == "*")
+    assert not list(file.parent.glob(".*.part"))
+
+
+def test_two_calibrations_are_the_same_and_an_interrupted_one_goes_on(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, first = made
+    from overcrank.runtime import calibrate as work
+
+    whole, denoised = work._denoising, []
+
+    def broken(*arguments: Any) -> Any:
+        run = whole(*arguments)
+
+        def once(index: int) -> None:
+            denoised.append(index)
+            if len(denoised) == 2:
+                raise KeyboardInterrupt
+            run(index)
+
+        return once
+
+    monkeypatch.setattr(work, "_denoising", broken)
+    again = tmp_path / "recipe.json"
+    result = CliRunner().invoke(cli.main, [str(a) for a in calibration(store, again, "fp8")])
+    assert result.exit_code != 0
+    assert not again.exists()
+    _run(*calibration(store, again, "fp8"))
+    assert denoised == [0, 1, 1]  # the finished sample is not denoised a second time
+    assert again.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize(("method", "precision"), [("percentile", "fp8"), ("mse", "int8")])
+def test_histograms_give_ranges_within_the_largest_value(
+    made: Any, tmp_path: Path, method: str, precision: str
+) -> None:
+    store, first = made
+    _run(*calibration(store, tmp_path / "r.json", precision, "--method", method))
+    largest = read_recipe(first).components["denoiser"].ranges["transformer"]
+    found = read_recipe(tmp_path / "r.json").components["denoiser"].ranges["transformer"]
+    assert all(0 < found[layer].amax <= 1.01 * largest[layer].amax for layer in largest)
+    assert any(found[layer].amax < 0.9 * largest[layer].amax for layer in largest)
+
+
+def test_smoothquant_moves_outliers_into_the_weights(made: Any, tmp_path: Path) -> None:
+    store, _ = made
+    _run(*calibration(store, tmp_path / "r.json", "int8", "--method", "smoothquant"))
+    ranges = read_recipe(tmp_path / "r.json").components["denoiser"].ranges["transformer"]
+    assert all(r.smoothing and len(r.smoothing) in (128, 512) for r in ranges.values())
+    refused(
+        CliRunner().invoke(
+            cli.main, [str(a) for a in calibration(store, tmp_path / "s.json", "fp8", "--method", "smoothquant")]
+        ),
+        "--method smoothquant is for int8",
+    )
+
+
+def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any) -> None:
+    store, recipe = made
+    build = ["--model", "ltx-demo", "--gpu", "sm_89", "--precision", "fp8", "--recipe", recipe, "--store", store]
+    built = run("build-engine", *build, "--components", "denoiser", "--json")
+    assert built.exit_code == 0, built.output
+    bundle = Path(json.loads(built.output)["bundles"][0]["path"])
+    entry = read_manifest(bundle).component("denoiser")
+    assert len(entry.formats) == 60
+    assert "60 GEMMs in fp8" in entry.lint
+    assert (bundle / "recipe.json").read_bytes() == recipe.read_bytes()
+    report = tmp_path / "report"
+    checked = run("overcrank", "verify", bundle, "--report", report, "--samples", 1, "--steps", STEPS, "--store", store)
+    assert checked.exit_code == 0, checked.output
+    figures = {(d["name"], d["against"]): d for d in json.loads((report / "report.json").read_text())["differences"]}
+    assert 0.99 < min(figures["fp8", "eager fp32"]["cosines"]) < 1
+    assert figures["another seed", "eager fp32"]["psnr"] < figures["fp8", "eager fp32"]["psnr"] - 5
+    assert {p.name for p in report.iterdir()} == {"report.md", "report.json", "steps.png", "layers.png", "frames.png"}
+    out = tmp_path / "clip.png"
+    arguments = ["--precision", "fp8", "--recipe", recipe, "--backend", "onnxruntime", "--steps", STEPS]
+    shown = run("overcrank", "render", "--prompt", "a red circle", *arguments, "--store", store, "-o", out)
+    assert shown.exit_code == 0, shown.output
+
+
+def test_what_is_not_finite_is_named(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = made
+    from overcrank.runtime import calibrate as work
+
+    whole = work._denoising
+
+    def poisoned(pipe: Any, *rest: Any) -> Any:
+        pipe.transformer.transformer_blocks[3].ff.net[0].proj.weight.data[0, 0] = np.nan
+        return whole(pipe, *rest)
+
+    monkeypatch.setattr(work, "_denoising", poisoned)
+    result = CliRunner().invoke(cli.main, [str(a) for a in calibration(store, tmp_path / "r.json", "fp8")])
+    assert result.exit_code == 1
+    assert "the input of transformer.transformer_blocks.3.ff.net.2 is not finite at call 1 of the network" in result.output
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "is empty; write one prompt a line"), (b"a caf\xe9", "is not UTF-8 (byte 5)")],
+)
+def test_prompts_that_cannot_be_read(content: bytes, says: str, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "p.txt").write_bytes(content)
+    refused(run("overcrank", "calibrate", "--precision", "fp8", "--prompts", tmp_path / "p.txt"), says)
+
+
+def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
+    refused(run("overcrank", "calibrate", "--precision", "fp8", "--samples", 0), "--samples 0 measures nothing")
+    recipe = tmp_path / "r.json"
+    component = components(resolve("ltx-demo"), ("denoiser",))[0]
+    made = Recipe(
+        model="ltx-demo",
+        precision="fp8",
+        components={"denoiser": default_recipe(component, LayerFormat("fp8", "dynamic"))},
+    )
+    recipe.write_text(made.model_dump_json())
+    build = ["build-engine", "--gpu", "sm_89", "--store", tmp_path / "s", "--recipe", recipe, "--precision"]
+    refused(run(*build, "fp8", "--model", "ltx"), "of another architecture")
+    refused(run(*build, "int8", "--model", "ltx-demo"), "is for fp8 and --precision says int8")
+    recipe.write_text("{}")
+    refused(run(*build, "fp8", "--model", "ltx-demo"), "r.json: model: Field required")
+    nvfp4 = ["--gpu", "sm_120", "--precision", "nvfp4", "--activations", "16bit"]
+    refused(run("build-engine", "--model", "ltx-demo", *nvfp4), "nvfp4 multiplies activations in nvfp4 too")
+    refused(run("overcrank", "render", "--prompt", "x", "--precision", "fp6"), "--precision fp6: use auto, fp8")
+
+
+def test_ranges_missing_from_a_recipe_are_asked_for(tmp_path: Path) -> None:
+    from overcrank.runtime.parameters import packed_parameters
+    from overcrank.runtime.session import CannotServe
+
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
+    with pytest.raises(CannotServe, match="a needs a range that no recipe gives; calibrate"):
+        packed_parameters(module, {"a": LayerFormat("fp8", "static")}, {}, "bfloat16")
