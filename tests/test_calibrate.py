@@ -145,7 +145,9 @@ def test_what_is_not_finite_is_named(made: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(work, "_denoising", poisoned)
     result = CliRunner().invoke(cli.main, [str(a) for a in calibration(store, tmp_path / "r.json", "fp8")])
     assert result.exit_code == 1
-    assert "the input of transformer.transformer_blocks.3.ff.net.2 is not finite at call 1 of the network" in result.output
+    assert (
+        "the input of transformer.transformer_blocks.3.ff.net.2 is not finite at call 1 of the network" in result.output
+    )
     assert not (tmp_path / "r.json").exists()
 
 

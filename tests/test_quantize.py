@@ -11,6 +11,7 @@ import torch
 from overcrank.calibration.numbers import packed_layer, unpacked_fp4
 from overcrank.calibration.quantize import NUMBERS, linear_layers, quantized
 from overcrank.calibration.recipe import LayerFormat, Range, default_recipe
+from overcrank.calibration.reference import quantized_layers, ranges_of_call
 from overcrank.engines.worker import fallen_back
 from overcrank.export.graph import onnx_from_component
 from overcrank.export.module import random_module
@@ -18,10 +19,11 @@ from overcrank.models.base import Component
 from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.parameters import bound_parameters, packed_parameters
 from overcrank.runtime.session import run_each
+from overcrank.runtime.verify import ROUNDING, compare
 
 from tests import tiny
 from tests.compiling import compiled
-from tests.test_families import component_of
+from tests.test_families import CASES, component_of
 
 KINDS: dict[Any, tuple[Any, ...]] = {
     "fp8": ("static", "dynamic", "16bit"),
@@ -32,19 +34,6 @@ FORMS = [LayerFormat(f, a) for f, kinds in KINDS.items() for a in kinds]
 NAME = "tiny-ltx-0.9.5"
 ERRORS = {"fp8": 0.05, "int8": 0.03, "nvfp4": 0.25}
 """Largest relative error of a linear layer on normal values, in norm: half a step of the format."""
-
-
-def _inputs_seen(module: torch.nn.Module, call: dict[str, Any]) -> dict[str, Range]:
-    seen: dict[str, Range] = {}
-
-    def hook(name: str) -> Any:
-        return lambda _, args: seen.__setitem__(name, Range(amax=float(args[0].abs().max())))
-
-    hooks = [m.register_forward_pre_hook(hook(n)) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
-    module(**call)
-    for h in hooks:
-        h.remove()
-    return seen
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
@@ -88,7 +77,7 @@ def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerForma
     call = component.sample(module, sizes, torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module(**call)[0]
-        seen = _inputs_seen(module, call)
+        seen = ranges_of_call(module, layout, call)
     views = bound_parameters(module, component, parameters)
     views |= packed_parameters(module, layout, seen, "bfloat16")
     outputs = run_each(OrtSession(model, views), component, component.adapt(module, **call))
@@ -121,3 +110,44 @@ def test_scales_as_inputs_are_caught_falling_back(tmp_path: Path) -> None:
     names = [p.input for p in (*parameters, *packed)]
     ((_, plan),) = compiled(tmp_path / "g.onnx", ("sm_89",), tiny.profile(NAME).ranges(component), names)
     assert set(fallen_back(layout, plan)) == set(layout)
+
+
+NETWORKS = list(
+    {
+        (c.cls, c.name): case for case in CASES if (c := component_of(*case)).subfolder in ("transformer", "unet")
+    }.values()
+)
+"""One component for each class of denoiser."""
+ON_TARGETS = {
+    "sm_89": LayerFormat("fp8", "dynamic"),
+    "sm_86": LayerFormat("int8", "static"),
+    "sm_120": LayerFormat("nvfp4", "dynamic"),
+}
+
+
+@pytest.mark.parametrize(("name", "which"), NETWORKS)
+def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) -> None:
+    """Plans deliver the formats, and the graph computes what the same arithmetic in PyTorch does."""
+    component = component_of(name, which)
+    exported = onnx_from_component(component, "bf16")
+    ir.save(exported.model, tmp_path / "plain.onnx")
+    module = random_module(component, component.config, "bf16").float()
+    for target, form in ON_TARGETS.items():
+        model = ir.load(tmp_path / "plain.onnx")
+        layout = default_recipe(component, form).layout(x.name for x in linear_layers(model))
+        assert layout
+        parameters, packed = quantized(model, exported.parameters, layout)
+        ir.save(model, tmp_path / "g.onnx")
+        names = [p.input for p in (*parameters, *packed)]
+        ((_, plan),) = compiled(tmp_path / "g.onnx", (target,), tiny.profile(name).ranges(component), names)
+        assert fallen_back(layout, plan) == []
+        sizes = {**component.free_axes, **component.sizes(tiny.TINY[name].minimum)}
+        with torch.no_grad():
+            call = component.sample(module, sizes, torch.Generator().manual_seed(3))
+            seen = ranges_of_call(module, layout, call) if form.activations == "static" else {}
+        views = bound_parameters(module, component, parameters)
+        views |= packed_parameters(module, layout, seen, "bfloat16")
+        session = OrtSession(model, views)
+        with quantized_layers(module, layout, seen, "bfloat16"):
+            check = compare(component, session, module, tiny.TINY[name].minimum, "minimum")
+        assert check.relative_error < ROUNDING, (target, check)

@@ -1,0 +1,155 @@
+"""What quantization costs the demo model: held-out prompts judged, and how far from eager fp32 each way is.
+
+    python bench/quantized_demo.py [WAY …]
+
+Every way renders the 72 held-out prompts of models/demo/evaluate.py with the same seeds; the quantized ones in ONNX
+Runtime on the Q/DQ graphs that engines are made of. "one random call" has its ranges from a single call on random
+tensors instead of a calibration. Results are added to bench/results/quantized-demo.json and written as a table
+beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Recipe, default_recipe
+from overcrank.calibration.reference import ranges_of_call
+from overcrank.engines.store import Store
+from overcrank.models import components, resolve
+from overcrank.models.demo.evaluate import Trial, prompts, scores, trials
+from overcrank.runtime.accelerate import Quantization
+from overcrank.runtime.calibrate import Wanted, calibrate, layout_of
+from overcrank.runtime.load import load
+from skimage.metrics import peak_signal_noise_ratio
+
+RESULTS = Path(__file__).parent / "results" / "quantized-demo.json"
+MODEL = "ltx-demo"
+SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Way:
+    form: LayerFormat = IN_16_BIT
+    method: str = ""  # of calibration; "random" is one call on random tensors
+    dtype: torch.dtype = torch.float32
+
+
+WAYS = {
+    "eager fp32": Way(),
+    "eager bf16": Way(dtype=torch.bfloat16),
+    "fp8": Way(LayerFormat("fp8", "static"), "max"),
+    "fp8, one random call": Way(LayerFormat("fp8", "static"), "random"),
+    "fp8, dynamic": Way(LayerFormat("fp8", "dynamic")),
+    "fp8, weights only": Way(LayerFormat("fp8", "16bit")),
+    "int8": Way(LayerFormat("int8", "static"), "max"),
+    "int8, SmoothQuant": Way(LayerFormat("int8", "static"), "smoothquant"),
+    "int8, percentile": Way(LayerFormat("int8", "static"), "percentile"),
+    "int8, one random call": Way(LayerFormat("int8", "static"), "random"),
+    "int8, dynamic": Way(LayerFormat("int8", "dynamic")),
+    "int8, weights only": Way(LayerFormat("int8", "16bit")),
+    "nvfp4": Way(LayerFormat("nvfp4", "static"), "max"),
+    "nvfp4, dynamic": Way(LayerFormat("nvfp4", "dynamic")),
+}
+
+
+def recipe_for(way: Way, store: Path) -> Recipe | None:
+    if not way.method:
+        return None
+    if way.method != "random":
+        out = store / "recipe.json"
+        asked = {"prompts": None, "images": None, "samples": SAMPLES, "steps": None, "device": "cpu"}
+        wanted = Wanted(model=MODEL, form=way.form, method=way.method, store=store, out=out, **asked)  # type: ignore[arg-type]
+        return calibrate(wanted, lambda done, total: None)
+    (component,) = components(resolve(MODEL), ("denoiser",))
+    recipe = default_recipe(component, way.form)
+    module = load(MODEL, backend="eager", device="cpu").transformer
+    sizes = {**component.free_axes, **component.trace_sizes}
+    with torch.no_grad():
+        call = component.sample(module, sizes, torch.Generator().manual_seed(0))
+        ranges = ranges_of_call(module, layout_of(component, recipe, Store(store)), call)
+    known = recipe.model_copy(update={"ranges": {"transformer": ranges}})
+    return Recipe(model=MODEL, precision=way.form.format, components={"denoiser": known})
+
+
+def rendered(way: Way, store: Path) -> tuple[list[Trial], np.ndarray]:
+    """Trials, and latents [steps, prompts, values]."""
+    if way.form == IN_16_BIT:
+        pipe = load(MODEL, backend="eager", device="cpu", dtype=way.dtype, store=store)
+    else:
+        quantization = Quantization(way.form, recipe_for(way, store))
+        pipe = load(MODEL, backend="onnxruntime", device="cpu", store=store, quantization=quantization)
+    kept: list[list[torch.Tensor]] = []
+
+    def keep(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            kept.append([])
+        kept[-1].append(tensors["latents"].flatten(1).float())
+        return tensors
+
+    done = trials(partial(pipe, callback_on_step_end=keep), prompts())
+    return done, torch.cat([torch.stack(steps) for steps in kept], dim=1).numpy()
+
+
+def row(name: str, store: Path, reference: tuple[list[Trial], np.ndarray]) -> dict[str, Any]:
+    start = time.monotonic()
+    done, latents = reference if name == "eager fp32" else rendered(WAYS[name], store)
+    exact, expected = reference
+    norms = np.linalg.norm(latents, axis=2) * np.linalg.norm(expected, axis=2)
+    cosines = (latents * expected).sum(2) / norms
+    psnr = [
+        100.0 if (a.frames == b.frames).all() else peak_signal_noise_ratio(b.frames, a.frames, data_range=1)
+        for a, b in zip(done, exact, strict=True)
+    ]
+    return {
+        "way": name,
+        "scores": {k: round(v, 4) for k, v in scores(done).items()},
+        "same_verdict": sum(a.found == b.found for a, b in zip(done, exact, strict=True)),
+        "prompts": len(done),
+        "lowest_cosine": round(float(cosines.min()), 5),
+        "mean_last_cosine": round(float(cosines[-1].mean()), 5),
+        "psnr_db": round(float(np.mean(psnr)), 2),
+        "seconds": round(time.monotonic() - start),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {n: metadata.version(n) for n in ("torch", "diffusers", "onnxruntime-gpu", "nvidia-modelopt")},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["# ltx-demo quantized", "", *(__doc__ or "").strip().splitlines()[2:], ""]
+    lines += ["| | colour | shape | motion | same verdict | lowest cosine of a step | mean at the end | PSNR |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        right = " | ".join(f"{r['scores'][a]:.1%}" for a in ("colour", "shape", "motion"))
+        psnr = "" if r["way"] == "eager fp32" else f"{r['psnr_db']:.1f} dB"
+        same = f"{r['same_verdict']} of {r['prompts']}"
+        lines.append(f"| {r['way']} | {right} | {same} | {r['lowest_cosine']} | {r['mean_last_cosine']} | {psnr} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else []
+    rows = {r["way"]: r for r in known}
+    with tempfile.TemporaryDirectory(prefix="overcrank-bench-") as folder:
+        store = Path(folder)
+        reference = rendered(WAYS["eager fp32"], store)
+        for name in sys.argv[1:] or WAYS:
+            rows[name] = row(name, store, reference)
+            print(json.dumps(rows[name]), flush=True)
+            ordered = [rows[n] for n in WAYS if n in rows]
+            RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
+            RESULTS.with_suffix(".md").write_text(table(ordered), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
