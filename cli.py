@@ -100,6 +100,7 @@ def build_engine(**options: Any) -> None:
 
 
 def _requests(options: dict[str, Any]) -> list[Any]:
+    from overcrank.calibration.recipe import QUANTIZED
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
     from overcrank.engines.targets import precision_for, targets_for
@@ -121,7 +122,10 @@ def _requests(options: dict[str, Any]) -> list[Any]:
         maximum=bounds["max"],
         static=options["static"],
     )
-    checkpoint = _checkpoint(options["model"], variant) if options["weights"] == "embedded" else None
+    embedded = options["weights"] == "embedded"
+    if embedded and layers.format in QUANTIZED:
+        raise UserError(f"--weights embedded is for 16 bit, not {layers.format}: leave it out, or build in bf16.")
+    checkpoint = _checkpoint(options["model"], variant) if embedded else None
     return [
         Request(
             variant,

@@ -176,8 +176,9 @@ def default_rules(component: Component, form: LayerFormat) -> list[Rule]:
     ends = blocks[:kept] + blocks[len(blocks) - kept :]
     rules = [Rule(layers=f"{b}.*", format=SIXTEEN, reason=f"one of {kept} blocks at either end") for b in ends]
     rules.append(Rule(layers="*.norm*", format=SIXTEEN, reason="modulation"))
-    paths = list(dict.fromkeys(r.path for r in component.repeats)) or ["*transformer_blocks"]
-    rules += [Rule(layers=f"{p}.*", format=form.format, activations=form.activations) for p in paths]
+    chains = [f"{path}.*" for path in dict.fromkeys(r.path for r in component.repeats)]
+    within = chains or ["*blocks.*.attn*", "*blocks.*.ff*"]
+    rules += [Rule(layers=p, format=form.format, activations=form.activations) for p in within]
     rules.append(Rule(layers="*", format=SIXTEEN, reason="outside the transformer blocks"))
     return rules
 

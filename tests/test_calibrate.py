@@ -177,6 +177,8 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
     refused(run(*build, "fp8", "--model", "ltx-demo"), "r.json: model: Field required")
     nvfp4 = ["--gpu", "sm_120", "--precision", "nvfp4", "--activations", "16bit"]
     refused(run("build-engine", "--model", "ltx-demo", *nvfp4), "nvfp4 multiplies activations in nvfp4 too")
+    fixed = ["--gpu", "sm_89", "--precision", "fp8", "--weights", "embedded"]
+    refused(run("build-engine", "--model", "ltx-demo", *fixed), "--weights embedded is for 16 bit, not fp8")
     refused(run("overcrank", "render", "--prompt", "x", "--precision", "fp6"), "--precision fp6: use auto, fp8")
 
 

@@ -150,4 +150,4 @@ def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) ->
         session = OrtSession(model, views)
         with quantized_layers(module, layout, seen, "bfloat16"):
             check = compare(component, session, module, tiny.TINY[name].minimum, "minimum")
-        assert check.relative_error < ROUNDING, (target, check)
+        assert check.relative_error < ROUNDING[form.format], (target, check)
