@@ -106,6 +106,7 @@ def render_options(function: Any) -> Any:
         click.option("--bundle", help="Bundle to use [default: the newest for this network and card]."),
         click.option("--precision", default="auto", show_default=True, help="auto, or fp8, int8, nvfp4."),
         quantization_options,
+        click.option("--lora", "loras", multiple=True, help="FILE or FILE:SCALE, merged into the weights; repeatable."),
         click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
         click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
         click.option("--quiet", is_flag=True, help="No progress."),

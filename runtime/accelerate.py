@@ -48,6 +48,16 @@ class Acceleration:
     modules: list[EngineModule]
     bundles: dict[str, str] = field(default_factory=dict)  # component → name of the bundle whose engine runs it
     source: str = ""  # folder or hub id of the checkpoint
+    quantization: Quantization | None = None
+    loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the frames beside model and request, of what is not the usual."""
+        found: dict[str, Any] = {"loras": self.loras} if self.loras else {}
+        if self.quantization is not None:
+            recipe = self.quantization.recipe
+            found |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
+        return found
 
     def remove(self) -> None:
         """Give every module its own forward back."""
@@ -83,7 +93,7 @@ def accelerate(
         earlier.remove()
     variant = _variant_of(pipe, model)
     ledger = Ledger(strict=backend == "tensorrt")
-    found = Acceleration(variant, backend, ledger, [])
+    found = Acceleration(variant, backend, ledger, [], quantization=quantization)
     where = Store(store)
     if backend == "onnxruntime":
         found.modules = _install(pipe, variant, ledger, lambda c, p, m: _ort_session(c, p, m, where, quantization))

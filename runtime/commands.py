@@ -76,6 +76,7 @@ def _run(
             device=options["device"],
             store=options["store"],
             quantization=options["quantization"],
+            loras=options["loras"],
         )
         driver = Driver(pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"))
         outcomes = driver.run(jobs, resume=not again)

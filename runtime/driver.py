@@ -110,7 +110,7 @@ class Driver:
         try:
             if self._cancelled.is_set():
                 return
-            if resume and is_complete(job.stem, job.request.digest(self.model)):
+            if resume and is_complete(job.stem, job.request.digest(self.model, self.acceleration.settings())):
                 outcome.status = SKIPPED
                 return
             self.watcher.started(job)

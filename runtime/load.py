@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overcrank.calibration.lora import merge, read_lora
 from overcrank.errors import ModelError, RequestError, UserError
 from overcrank.models import hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Variant
@@ -25,12 +28,14 @@ def load(
     dtype: torch.dtype | None = None,
     store: Path | None = None,
     quantization: Quantization | None = None,
+    loras: Sequence[str] = (),
 ) -> Any:
     """The model's text-to-video pipeline, accelerated (see `accelerate`).
 
     `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
     is a card, else cpu]; `dtype` [default: on a card bfloat16, or float16 where the card has
-    none; on cpu float32]. Raises ModelError when the checkpoint cannot be found or read.
+    none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE. Raises
+    ModelError when the checkpoint cannot be found or read, CheckpointError for a LoRA of another model.
     """
     import diffusers
     import transformers
@@ -50,8 +55,19 @@ def load(
         raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     hook(variant, "prepare")(pipe, variant)
+    read = _merged(pipe, loras)
     pipe = pipe.to(device)
-    return accelerate(pipe, bundle, backend=backend, store=store, model=variant.name, quantization=quantization)
+    accelerated = accelerate(pipe, bundle, backend=backend, store=store, model=variant.name, quantization=quantization)
+    accelerated.overcrank.loras = read
+    return accelerated
+
+
+def _merged(pipe: Any, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Merge LoRA files, FILE or FILE:SCALE, into the pipeline's weights; returns what a sidecar says of them."""
+    parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
+    loras = [read_lora(argument, type(pipe), parts) for argument in arguments]
+    merge(loras, parts)
+    return [{"file": x.file.name, "sha256": sha256(x.file.read_bytes()).hexdigest(), "scale": x.scale} for x in loras]
 
 
 def _usable_device(device: str | None) -> str:

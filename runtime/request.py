@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -98,9 +99,12 @@ class RenderRequest(BaseModel):
         assert self.frames is not None
         return VideoShape(self.height, self.width, self.frames)
 
-    def digest(self, model: str) -> str:
-        """SHA-256 of what decides the frames and files of a completed request, the content of its files included."""
-        described = self.model_dump(mode="json", exclude={"output"}) | {"model": model}
+    def digest(self, model: str, settings: Mapping[str, object] | None = None) -> str:
+        """SHA-256 of what decides the frames and files of a completed request, the content of its files included.
+
+        `settings`: what is not usual about the pipeline, such as LoRAs.
+        """
+        described = self.model_dump(mode="json", exclude={"output"}) | {"model": model} | dict(settings or {})
         for field in FILES:
             path: Path | None = getattr(self, field)
             if path is not None:
