@@ -229,6 +229,27 @@ def calibrate(**options: Any) -> None:
 
 
 @main.command(cls=Command)
+@click.option("--model", required=True, help="Family, variant, diffusers folder, or hub id.")
+@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True)
+@quantization_options
+@click.option(
+    "--compute", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="Of the engine."
+)
+@click.option("--lora", "loras", multiple=True, help="FILE or FILE:SCALE, merged before packing; repeatable.")
+@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option("--quiet", is_flag=True, help="No progress.")
+@store_option
+def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> None:
+    """Quantize a checkpoint's layers, one at a time, into a file that engines and renders read."""
+    from overcrank.engines.store import Store
+    from overcrank.runtime.pack import timed_pack
+
+    recipe, layers = quantized_layers(options, options["precision"])
+    made = {"model": model, "layers": layers, "recipe": recipe, "compute": compute, "loras": loras, "out": out}
+    timed_pack(quiet, **made, store=Store(options["store"]))
+
+
+@main.command(cls=Command)
 @render_options
 @click.option("--prompt", default="", help="What the video shows.")
 @click.option("--negative-prompt", default="", help="What it should not show.")

@@ -87,7 +87,13 @@ def quantization_of(options: dict[str, Any]) -> Any:
     if options["precision"] not in ("auto", *QUANTIZED):
         raise UserError(f"--precision {options['precision']}: use auto, {', '.join(QUANTIZED)}.")
     recipe, layers = quantized_layers(options, options["precision"])
-    return None if options["precision"] == "auto" else Quantization(layers, recipe)
+    if options["precision"] == "auto":
+        if recipe is not None or options["pack"] is not None:
+            raise UserError(
+                "--recipe and --pack are for quantized layers; say which with --precision fp8, int8 or nvfp4."
+            )
+        return None
+    return Quantization(layers, recipe, options["pack"])
 
 
 def render_options(function: Any) -> Any:
@@ -106,6 +112,9 @@ def render_options(function: Any) -> Any:
         click.option("--bundle", help="Bundle to use [default: the newest for this network and card]."),
         click.option("--precision", default="auto", show_default=True, help="auto, or fp8, int8, nvfp4."),
         quantization_options,
+        click.option(
+            "--pack", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Made by overcrank pack."
+        ),
         click.option("--lora", "loras", multiple=True, help="FILE or FILE:SCALE, merged into the weights; repeatable."),
         click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
         click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),

@@ -103,27 +103,53 @@ def embed(model: ir.Model, parameters: Iterable[Parameter], values: Callable[[st
         model.graph.register_initializer(value)
 
 
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+
+
+def mapped_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Any]]]:
+    """Name → shape and a reader of every floating tensor in a safetensors file.
+
+    Each reading maps its own bytes and no more, so that memory in use is that of the tensors
+    alive; safetensors' own mapping keeps every page that was touched.
+    """
+    import numpy as np
+
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(length))
+
+    def reader(entry: dict[str, Any]) -> Callable[[], Any]:
+        def read() -> Any:
+            import torch
+
+            start, end = entry["data_offsets"]
+            raw = np.memmap(file, np.uint8, "c", offset=8 + length + start, shape=(end - start,))
+            return torch.from_numpy(raw).view(getattr(torch, _DTYPES[entry["dtype"]])).reshape(entry["shape"])
+
+        return read
+
+    known = {n: e for n, e in header.items() if n != "__metadata__" and e["dtype"] in _DTYPES}
+    return {n: (tuple(e["shape"]), reader(e)) for n, e in known.items()}
+
+
 def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) -> Callable[[str], Any]:
     """A reader of the checkpoint's tensors, after checking that it has every parameter.
 
     Raises CheckpointError naming the first tensor that is missing or of another shape.
     """
-    from safetensors import safe_open
-
-    homes: dict[str, Any] = {}
+    homes: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {}
     listed = list(files)
     for file in listed:
-        handle: Any = safe_open(file, framework="pt")
-        homes |= dict.fromkeys(handle.keys(), handle)
+        homes |= mapped_tensors(file)
     for parameter in parameters:
         if parameter.name not in homes:
             raise CheckpointError(
                 f"{listed[0].parent} has no tensor '{parameter.name}'; it is of another architecture."
             )
-        shape = tuple(homes[parameter.name].get_slice(parameter.name).get_shape())
+        shape = homes[parameter.name][0]
         if shape != parameter.module_shape:
             raise CheckpointError(
                 f"{listed[0].parent}: tensor '{parameter.name}' is {list(shape)}, the architecture needs "
                 f"{list(parameter.module_shape)}; check config.json."
             )
-    return lambda name: homes[name].get_tensor(name)
+    return lambda name: homes[name][1]()

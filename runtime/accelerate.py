@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overcrank.calibration.pack import read_pack
 from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Range, Recipe, read_recipe, recipe_of
 from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import Manifest, check_files, read_manifest
@@ -21,7 +22,7 @@ from overcrank.runtime.parameters import bound_parameters, compute_of, own_param
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 BACKENDS = ("auto", "tensorrt", "onnxruntime", EAGER)
 
@@ -32,6 +33,7 @@ class Quantization:
 
     layers: LayerFormat
     recipe: Recipe | None = None
+    pack: Path | None = None  # of the checkpoint; without one, packed when a session is made
 
     @property
     def precision(self) -> str:
@@ -144,7 +146,11 @@ def _with_engines(
         if recipe is None and (path / RECIPE).is_file():
             recipe = read_recipe(path / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
-        return _trt_session(path, manifest, component, module, ranges, rebuild)
+        entry = manifest.component(component.name)
+        packs = _packs(
+            quantization, component, part, module, entry.formats, ranges, entry.key.recipe, compute_of(entry)
+        )
+        return _trt_session(path, manifest, component, module, packs, rebuild)
 
     found.modules = _install(pipe, variant, ledger, session)
 
@@ -252,19 +258,39 @@ def _install(
     return installed
 
 
+def _packs(
+    quantization: Quantization | None,
+    component: Component,
+    part: str,
+    module: nn.Module,
+    formats: Mapping[str, LayerFormat],
+    ranges: Mapping[str, Range],
+    layout: str,
+    compute: str,
+) -> Mapping[str, Tensor]:
+    """Tensors of the quantized layers: from the pack that was given, else made of the module's weights."""
+    if not formats:
+        return {}
+    if quantization is None or quantization.pack is None:
+        return packed_parameters(module, formats, ranges, compute)
+    device = next(module.parameters()).device
+    read = read_pack(quantization.pack, part, component.name, layout, compute)
+    return {name: tensor.to(device) for name, tensor in read.items()}
+
+
 def _trt_session(
     bundle: Path,
     manifest: Manifest,
     component: Component,
     module: nn.Module,
-    ranges: Mapping[str, Range],
+    packs: Mapping[str, Tensor],
     rebuild: str,
 ) -> Session:
     from overcrank.runtime.trt import TrtSession
 
     entry = manifest.component(component.name)
     parameters: dict[str, Any] = dict(own_parameters(module, component, parameters_of(entry)))
-    parameters |= packed_parameters(module, entry.formats, ranges, compute_of(entry))
+    parameters |= packs
     return TrtSession(manifest.flavour, manifest.flavour_version, bundle, entry, parameters, rebuild)
 
 
@@ -282,12 +308,13 @@ def _ort_session(
     with store.lock(digest):
         graph = cached_graph(component, "bf16", store.graphs / digest)
     model, parameters = ir.load(graph.onnx), graph.parameters
-    packs: dict[str, Any] = {}
+    packs: Mapping[str, Tensor] = {}
     if quantization is not None:
         recipe = recipe_of(quantization.recipe, component, quantization.layers)
         layout = recipe.layout(layer.name for layer in linear_layers(model))
         parameters, _ = quantized(model, parameters, layout)
-        packs = packed_parameters(module, layout, recipe.ranges.get(part, {}), "bfloat16")
+        ranges = recipe.ranges.get(part, {})
+        packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16")
     views = bound_parameters(module, component, parameters)
     device = next(module.parameters()).device.type
-    return OrtSession(model, views | packs, device)
+    return OrtSession(model, {**views, **packs}, device)

@@ -189,3 +189,41 @@ def test_ranges_missing_from_a_recipe_are_asked_for(tmp_path: Path) -> None:
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
     with pytest.raises(CannotServe, match="a needs a range that no recipe gives; calibrate"):
         packed_parameters(module, {"a": LayerFormat("fp8", "static")}, {}, "bfloat16")
+
+
+def test_a_pack_renders_what_the_weights_do(made: Any, tmp_path: Path, run: Any) -> None:
+    store, recipe = made
+    pack = tmp_path / "pack.safetensors"
+    common = ["--precision", "fp8", "--recipe", recipe, "--store", store]
+    _run("pack", "--model", "ltx-demo", *common, "-o", pack, "--quiet")
+    shown = ["--prompt", "a red circle", "--backend", "onnxruntime", "--steps", 2, "--formats", "latents", "--quiet"]
+    for name, more in {"with": ("--pack", pack), "without": ()}.items():
+        _run("render", *shown, *common, *more, "-o", tmp_path / name)
+    latents = [(tmp_path / f"{name}.latents.safetensors").read_bytes() for name in ("with", "without")]
+    assert latents[0] == latents[1]
+    from safetensors import safe_open
+
+    with safe_open(pack, framework="pt") as opened:
+        assert len(opened.keys()) == 180  # weight, factor before, factor behind of each of sixty layers
+        assert opened.metadata()["recipe"] == read_recipe(recipe).digest()
+
+
+def test_packs_that_do_not_fit_are_refused(made: Any, tmp_path: Path, run: Any) -> None:
+    from overcrank.calibration.pack import read_pack
+    from overcrank.errors import CheckpointError
+
+    store, recipe = made
+    pack = tmp_path / "pack.safetensors"
+    _run("pack", "--model", "ltx-demo", "--precision", "int8", "--store", store, "-o", pack, "--quiet")
+    layout = read_recipe(recipe).components["denoiser"].digest()
+    with pytest.raises(CheckpointError, match="does not match the engine: layout"):
+        read_pack(pack, "transformer", "denoiser", layout, "bfloat16")
+    pack.write_bytes(pack.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read as a weight pack"):
+        read_pack(pack, "transformer", "denoiser", layout, "bfloat16")
+    common = ["--store", store, "-o", tmp_path / "p", "--quiet"]
+    static = ["--precision", "fp8", "--activations", "static"]
+    refused(run("overcrank", "pack", "--model", "ltx-demo", *static, *common), "needs a range that no recipe gives")
+    assert not (tmp_path / "p").exists()
+    lonely = ["render", "--prompt", "x", "--pack", pack, "--store", store]
+    refused(run("overcrank", *lonely), "add --precision fp8, int8 or nvfp4")

@@ -1,0 +1,130 @@
+"""The weight pack: quantized layers of a checkpoint as their graph inputs, written one layer at a time.
+
+A safetensors file: "PART/INPUT" → tensor, and in its header what it was made of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from overcrank.calibration.numbers import packed_layer
+from overcrank.calibration.quantize import Packed
+from overcrank.calibration.recipe import LayerFormat, Range
+from overcrank.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = "1"
+_TYPES = {
+    "float8e4m3fn": ("F8_E4M3", 1),
+    "int8": ("I8", 1),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "float4e2m1": ("U8", 1),  # two values in a byte
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a pipeline; `read` gives a layer's weight, `layout` is the recipe's digest."""
+
+    name: str
+    component: str
+    layout: str
+    compute: str
+    formats: Mapping[str, LayerFormat]
+    packed: tuple[Packed, ...]
+    ranges: Mapping[str, Range]
+    read: Callable[[str], Tensor]
+
+
+def write_pack(
+    stream: BinaryIO, parts: Sequence[Part], about: Mapping[str, str], progress: Callable[[str], None]
+) -> None:
+    """Write the file; one layer is in memory at a time. `progress` is told each layer's name.
+
+    Raises UserError for a static layer without a range.
+    """
+    entries: dict[str, object] = {"__metadata__": {"overcrank_pack": VERSION, **about, **_layouts(parts)}}
+    offset = 0
+    for part in parts:
+        for entry in part.packed:
+            kind, size = _TYPES[entry.dtype]
+            shape = _stored(entry)
+            end = offset + size * _product(shape)
+            entries[f"{part.name}/{entry.input}"] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    stream.write(len(header).to_bytes(8, "little") + header)
+    for part in parts:
+        _write_part(stream, part, progress)
+
+
+def _write_part(stream: BinaryIO, part: Part, progress: Callable[[str], None]) -> None:
+    import torch
+
+    by_layer: dict[str, list[Packed]] = {}
+    for entry in part.packed:
+        by_layer.setdefault(entry.layer, []).append(entry)
+    for layer, entries in by_layer.items():
+        progress(layer)
+        form = part.formats[layer]
+        if form.activations == "static" and layer not in part.ranges:
+            raise UserError(f"{layer} of {part.name} needs a range that no recipe gives; calibrate this model.")
+        made = packed_layer(layer, part.read(layer), form, part.ranges.get(layer), part.compute)
+        for entry in entries:
+            tensor = made[entry.role]
+            assert list(tensor.shape) == _stored(entry), entry
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def read_pack(file: Path, part: str, component: str, layout: str, compute: str) -> dict[str, Tensor]:
+    """Graph input → tensor of a part, memory-mapped.
+
+    Raises CheckpointError for a file that is no pack, or that was made for another recipe or
+    16-bit type than the engine's, naming what differs.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata() or {}
+            _check(file, about, component, layout, compute)
+            names = [name for name in opened.keys() if name.startswith(f"{part}/")]  # noqa: SIM118
+            return {name.partition("/")[2]: opened.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read as a weight pack: {error}; pack it again.") from error
+
+
+def _check(file: Path, about: Mapping[str, str], component: str, layout: str, compute: str) -> None:
+    if about.get("overcrank_pack") != VERSION:
+        raise CheckpointError(f"{file} is no weight pack of version {VERSION}; make it with overcrank pack.")
+    for field, wanted in ((f"layout.{component}", layout), (f"compute.{component}", compute)):
+        if about.get(field) != wanted:
+            raise CheckpointError(
+                f"{file} does not match the engine: {field} is {about.get(field, 'missing')}, the engine's is "
+                f"{wanted}; pack it again with the engine's recipe."
+            )
+
+
+def _layouts(parts: Sequence[Part]) -> dict[str, str]:
+    found = {f"layout.{p.component}": p.layout for p in parts}
+    return found | {f"compute.{p.component}": p.compute for p in parts}
+
+
+def _stored(entry: Packed) -> list[int]:
+    shape = list(entry.shape)
+    return [*shape[:-1], shape[-1] // 2] if entry.dtype == "float4e2m1" else shape
+
+
+def _product(shape: Sequence[int]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out

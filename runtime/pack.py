@@ -1,0 +1,139 @@
+"""`overcrank pack`: a checkpoint and a recipe → the weight pack that quantized engines read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overcrank.calibration.lora import Lora, read_lora
+from overcrank.calibration.pack import Part, write_pack
+from overcrank.calibration.quantize import linear_layers, quantized
+from overcrank.calibration.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
+from overcrank.engines.store import Store, written_whole
+from overcrank.errors import UserError
+from overcrank.export.cache import cached_graph, graph_digest
+from overcrank.export.module import DTYPES, abstract_module
+from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
+from overcrank.models import components, hub_folder, local_folder, resolve
+from overcrank.models.base import Component, Variant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+
+def pack(
+    model: str,
+    layers: LayerFormat,
+    recipe: Recipe | None,
+    compute: str,
+    loras: Sequence[str],
+    out: Path,
+    store: Store,
+    progress: Callable[[str], None] = lambda layer: None,
+) -> None:
+    """Write `out`. `compute`: the engines' 16-bit type, "bf16" or "fp16".
+
+    Raises UserError for a model without quantizable layers, CheckpointError for files that
+    are damaged or of another architecture.
+    """
+    variant = resolve(model)
+    folder = local_folder(model) or hub_folder(variant)
+    parts: list[Part] = []
+    files: list[Path] = []
+    merged = _loras(variant, loras)
+    for component in components(variant):
+        own = recipe_of(recipe, component, layers)
+        for name in (component.subfolder, *component.twins):
+            if own.rules and (folder / name).is_dir():
+                found = weight_files(folder / name)
+                part = _part(component, name, own, compute, found, merged, store)
+                parts += [part] if part.formats else []
+                files += found if part.formats else ()
+    if not parts:
+        raise UserError(f"{variant.name} has no layer that this recipe quantizes.")
+    about = {
+        "model": variant.name,
+        "precision": layers.format,
+        "recipe": recipe.digest() if recipe else "",
+        "checkpoint": weights_digest(dict.fromkeys(files)),
+        "loras": json.dumps([[sha256(x.file.read_bytes()).hexdigest(), x.scale] for x in merged]),
+    }
+    with written_whole(out) as partial, partial.open("wb") as stream:
+        write_pack(stream, parts, about, progress)
+
+
+def _part(
+    component: Component,
+    name: str,
+    recipe: ComponentRecipe,
+    compute: str,
+    files: Sequence[Path],
+    loras: Sequence[Lora],
+    store: Store,
+) -> Part:
+    model, parameters = _graph(component, compute, store)
+    layout = recipe.layout(layer.name for layer in linear_layers(model))
+    weights = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
+    values = checkpoint_values(files, weights.values())
+    _, packed = quantized(model, parameters, layout)
+
+    def read(layer: str) -> Tensor:
+        weight: Tensor = values(weights[layer].name)
+        for lora in loras:
+            added = lora.delta(name, layer)
+            weight = weight if added is None else weight.float() + added.reshape(weight.shape)
+        return weight
+
+    return Part(
+        name=name,
+        component=component.name,
+        layout=recipe.digest(),
+        compute=DTYPES[compute],
+        formats=layout,
+        packed=packed,
+        ranges=recipe.ranges.get(name, {}),
+        read=read,
+    )
+
+
+def _graph(component: Component, compute: str, store: Store) -> tuple[ir.Model, tuple[Parameter, ...]]:
+    import onnx_ir as ir
+
+    store.prepare()
+    digest = graph_digest(component, compute)[:16]
+    with store.lock(digest):
+        graph = cached_graph(component, compute, store.graphs / digest)
+    return ir.load(graph.onnx), graph.parameters
+
+
+def _loras(variant: Variant, arguments: Sequence[str]) -> list[Lora]:
+    if not arguments:
+        return []
+    import diffusers
+
+    known: dict[str, Any] = {}
+    for component in components(variant):
+        if not component.attribute:
+            module = abstract_module(component, component.config, "bf16")
+            known |= dict.fromkeys((component.subfolder, *component.twins), module)
+    pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
+    return [read_lora(argument, pipeline, known) for argument in arguments]
+
+
+def shown(out: Path, seconds: float) -> None:
+    print(f"pack     {out}  {out.stat().st_size / 1e9:.2f} GB in {seconds:.1f} s")
+
+
+def timed_pack(quiet: bool, **options: Any) -> None:
+    """`pack` with a line a layer on a terminal, and its size and time at the end."""
+    from rich.console import Console
+
+    started = time.monotonic()
+    with Console(stderr=True, quiet=quiet).status("packing") as status:
+        pack(**options, progress=lambda layer: status.update(f"packing {layer}"))
+    shown(options["out"], time.monotonic() - started)
