@@ -89,9 +89,7 @@ def quantization_of(options: dict[str, Any]) -> Any:
     recipe, layers = quantized_layers(options, options["precision"])
     if options["precision"] == "auto":
         if recipe is not None or options["pack"] is not None:
-            raise UserError(
-                "--recipe and --pack are for quantized layers; say which with --precision fp8, int8 or nvfp4."
-            )
+            raise UserError("--recipe and --pack are for quantized layers; add --precision fp8, int8 or nvfp4.")
         return None
     return Quantization(layers, recipe, options["pack"])
 
