@@ -13,6 +13,8 @@ from pathlib import Path
 from filelock import FileLock
 from overcrank.engines.manifest import MANIFEST, Manifest, read_manifest
 from overcrank.errors import IntegrityError, StoreError
+from overcrank.export.cache import CachedGraph, cached_graph, graph_digest
+from overcrank.models.base import Component
 
 
 def default_root() -> Path:
@@ -45,6 +47,13 @@ class Store:
     def lock(self, name: str) -> Iterator[None]:
         with FileLock(self.root / "locks" / f"{name}.lock"):
             yield
+
+    def graph(self, component: Component, precision: str) -> CachedGraph:
+        """The component's graph from the cache, exported into it the first time."""
+        self.prepare()
+        folder = self.graphs / graph_digest(component, precision)[:16]
+        with self.lock(f"graph-{folder.name}"), store_errors(self.graphs):
+            return cached_graph(component, precision, folder)
 
     def staging(self, key: str) -> Path:
         """Work in progress of one bundle; survives a kill, so the next run resumes from it."""

@@ -300,13 +300,9 @@ def _ort_session(
     """The component's graph from the store's cache, exported into it the first time, quantized as asked."""
     import onnx_ir as ir
     from overcrank.calibration.quantize import linear_layers, quantized
-    from overcrank.export.cache import cached_graph, graph_digest
     from overcrank.runtime.ort import OrtSession
 
-    store.prepare()
-    digest = graph_digest(component, "bf16")[:16]
-    with store.lock(digest):
-        graph = cached_graph(component, "bf16", store.graphs / digest)
+    graph = store.graph(component, "bf16")
     model, parameters = ir.load(graph.onnx), graph.parameters
     packs: Mapping[str, Tensor] = {}
     if quantization is not None:

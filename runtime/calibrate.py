@@ -21,7 +21,6 @@ from overcrank.calibration.recipe import (
 )
 from overcrank.engines.store import Store, written_whole
 from overcrank.errors import RequestError, UserError
-from overcrank.export.cache import cached_graph, graph_digest
 from overcrank.export.weights import weight_files, weights_digest
 from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
@@ -136,10 +135,7 @@ def layout_of(component: Component, recipe: ComponentRecipe, store: Store) -> di
     """Layer → format, by the layers of the component's graph."""
     import onnx_ir as ir
 
-    store.prepare()
-    digest = graph_digest(component, "bf16")[:16]
-    with store.lock(digest):
-        graph = cached_graph(component, "bf16", store.graphs / digest)
+    graph = store.graph(component, "bf16")
     return recipe.layout(layer.name for layer in linear_layers(ir.load(graph.onnx)))
 
 

@@ -15,7 +15,6 @@ from overcrank.calibration.quantize import linear_layers, quantized
 from overcrank.calibration.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.engines.store import Store, written_whole
 from overcrank.errors import UserError
-from overcrank.export.cache import cached_graph, graph_digest
 from overcrank.export.module import DTYPES, abstract_module
 from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
 from overcrank.models import components, hub_folder, local_folder, resolve
@@ -104,10 +103,7 @@ def _part(
 def _graph(component: Component, compute: str, store: Store) -> tuple[ir.Model, tuple[Parameter, ...]]:
     import onnx_ir as ir
 
-    store.prepare()
-    digest = graph_digest(component, compute)[:16]
-    with store.lock(digest):
-        graph = cached_graph(component, compute, store.graphs / digest)
+    graph = store.graph(component, compute)
     return ir.load(graph.onnx), graph.parameters
 
 

@@ -93,6 +93,7 @@ def test_its_plan_multiplies_in_the_format(form: LayerFormat, tmp_path: Path) ->
     ir.save(model, tmp_path / "g.onnx")
     names = [p.input for p in (*parameters, *packed)]
     ((_, plan),) = compiled(tmp_path / "g.onnx", ("sm_120",), tiny.profile(NAME).ranges(component), names)
+    assert plan.known
     assert fallen_back(layout, plan) == []
     assert bool(plan.dequantized) == (form.activations == "16bit")
     assert plan.weight_moves == ()
@@ -140,6 +141,7 @@ def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) ->
         ir.save(model, tmp_path / "g.onnx")
         names = [p.input for p in (*parameters, *packed)]
         ((_, plan),) = compiled(tmp_path / "g.onnx", (target,), tiny.profile(name).ranges(component), names)
+        assert plan.known
         assert fallen_back(layout, plan) == []
         sizes = {**component.free_axes, **component.sizes(tiny.TINY[name].minimum)}
         with torch.no_grad():
