@@ -100,7 +100,6 @@ def build_engine(**options: Any) -> None:
 
 
 def _requests(options: dict[str, Any]) -> list[Any]:
-    from overcrank.calibration.recipe import QUANTIZED
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
     from overcrank.engines.targets import precision_for, targets_for
@@ -122,10 +121,7 @@ def _requests(options: dict[str, Any]) -> list[Any]:
         maximum=bounds["max"],
         static=options["static"],
     )
-    embedded = options["weights"] == "embedded"
-    if embedded and layers.format in QUANTIZED:
-        raise UserError(f"--weights embedded is for 16 bit, not {layers.format}: leave it out, or build in bf16.")
-    checkpoint = _checkpoint(options["model"], variant) if embedded else None
+    checkpoint = _checkpoint(options["model"], variant) if options["weights"] == "embedded" else None
     return [
         Request(
             variant,
@@ -211,6 +207,8 @@ def verify(bundle: str, weights: str, tolerance: float, report: Path | None, sto
 )
 @click.option("--samples", type=int, default=16, show_default=True, help="Videos to denoise.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps [default: the model's].")
+@click.option("--auto", is_flag=True, help="Keep the most sensitive blocks in 16 bit until --quality holds.")
+@click.option("--quality", help="For --auto: PSNR of frames (35dB) or cosine of latents (0.995) [default: 35dB].")
 @click.option("--device", help="cuda or cpu [default: cuda when there is a card].")
 @click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), default=Path("recipe.json"))
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -219,12 +217,15 @@ def calibrate(**options: Any) -> None:
     """Denoise prompts in 16 bit, measure every layer's range, and write the recipe."""
     from overcrank.calibration.recipe import LayerFormat
     from overcrank.runtime import calibrate as work
-    from overcrank.runtime.show import counting
+    from overcrank.runtime.sensitivity import target_of
 
     form = LayerFormat(options.pop("precision"), "static")
+    auto, quality = options.pop("auto"), options.pop("quality")
+    if quality is not None and not auto:
+        raise UserError("--quality is what --auto searches for; add --auto.")
+    target = target_of(quality or "35dB") if auto else None
     started = time.monotonic()
-    with counting("calibrating", options.pop("quiet")) as progress:
-        recipe = work.calibrate(work.Wanted(form=form, **options), progress)
+    recipe = work.calibrate(work.Wanted(form=form, target=target, **options))
     work.shown(recipe, options["out"], time.monotonic() - started)
 
 

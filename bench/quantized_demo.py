@@ -69,8 +69,8 @@ def recipe_for(way: Way, store: Path) -> Recipe | None:
     if way.method != "random":
         out = store / "recipe.json"
         asked = {"prompts": None, "images": None, "samples": SAMPLES, "steps": None, "device": "cpu"}
-        wanted = Wanted(model=MODEL, form=way.form, method=way.method, store=store, out=out, **asked)  # type: ignore[arg-type]
-        return calibrate(wanted, lambda done, total: None)
+        wanted = Wanted(model=MODEL, form=way.form, method=way.method, store=store, out=out, quiet=True, **asked)  # type: ignore[arg-type]
+        return calibrate(wanted)
     (component,) = components(resolve(MODEL), ("denoiser",))
     recipe = default_recipe(component, way.form)
     module = load(MODEL, backend="eager", device="cpu").transformer

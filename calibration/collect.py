@@ -7,12 +7,13 @@ calibrators keep a maximum (per tensor, or per channel for SmoothQuant) or a his
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from overcrank.calibration.recipe import LayerFormat, Method, Range
+from overcrank.calibration.attention import intercepted
+from overcrank.calibration.recipe import ATTENTION, OPERANDS, LayerFormat, Method, Range
 from overcrank.errors import CalibrationError, UserError
 
 if TYPE_CHECKING:
@@ -43,18 +44,21 @@ def collected(
     """
     import torch
 
-    mtq, enable_stats_collection = _model_optimizer()
+    mtq, enable_stats_collection, MaxCalibrator = _model_optimizer()
     root = torch.nn.ModuleDict(dict(modules))
     layers = {f"{part}.{layer}": form for part in modules for layer, form in layout.items()}
     formats = {form.format for form in layers.values()}
     if method in ("smoothquant", "mse") and formats != {"int8"}:  # Model Optimizer 0.47 fails at mse in fp8
         raise UserError(f"--method {method} is for int8, and this recipe has {', '.join(sorted(formats))}.")
-    with _quietly(), _finite_inputs(root, layers):
-        mtq.quantize(root, {"quant_cfg": _settings(layers, method), "algorithm": None})
-        quantizers: dict[str, Any] = {layer: root.get_submodule(layer).input_quantizer for layer in layers}
+    linear = {layer: form for layer, form in layers.items() if form.kind != ATTENTION}
+    attended = layers.keys() - linear.keys()
+    operands = {f"{a}.{operand}": MaxCalibrator(8, None, False) for a in attended for operand in OPERANDS}
+    with _quietly(), _finite_inputs(root, linear) as check, _attended(root, attended, operands, check):
+        mtq.quantize(root, {"quant_cfg": _settings(linear, method), "algorithm": None})
+        quantizers: dict[str, Any] = {layer: root.get_submodule(layer).input_quantizer for layer in linear}
 
         def every(_: Any = None) -> None:
-            calibrators = {layer: q._calibrator for layer, q in quantizers.items()}
+            calibrators = {layer: q._calibrator for layer, q in quantizers.items()} | operands
             for index in range(_restored(calibrators, state), samples):
                 run(index)
                 _keep(calibrators, index + 1, state)
@@ -66,17 +70,20 @@ def collected(
             every()
             for layer, quantizer in quantizers.items():
                 _load(layer, quantizer, method)
-    return {part: {layer: _range(layer, quantizers[f"{part}.{layer}"]) for layer in layout} for part in modules}
+    found = {layer: _range(layer, q.amax, q.pre_quant_scale) for layer, q in quantizers.items()}
+    found |= {name: _range(name, calibrator.compute_amax(), None) for name, calibrator in sorted(operands.items())}
+    return {part: _within(part, found) for part in modules}
 
 
-def _model_optimizer() -> tuple[Any, Any]:
+def _model_optimizer() -> tuple[Any, Any, Any]:
     try:
         with _quietly():
             import modelopt.torch.quantization as mtq
+            from modelopt.torch.quantization.calib import MaxCalibrator
             from modelopt.torch.quantization.model_calib import enable_stats_collection
     except ImportError as error:
         raise UserError("calibrating needs Model Optimizer; pip install 'overcrank[calibrate]' adds it.") from error
-    return mtq, enable_stats_collection
+    return mtq, enable_stats_collection, MaxCalibrator
 
 
 def _settings(layout: Mapping[str, LayerFormat], method: Method) -> list[dict[str, Any]]:
@@ -102,20 +109,22 @@ def _load(layer: str, quantizer: Any, method: Method) -> None:
         quantizer.load_calib_amax()
 
 
-def _range(layer: str, quantizer: Any) -> Range:
-    amax: Tensor | None = quantizer.amax
+def _within(part: str, found: Mapping[str, Range]) -> dict[str, Range]:
+    return {name.removeprefix(f"{part}."): seen for name, seen in found.items() if name.startswith(f"{part}.")}
+
+
+def _range(layer: str, amax: Tensor | None, scale: Tensor | None) -> Range:
     if amax is None or not float(amax) > 0:
         raise CalibrationError(
             f"{layer} saw nothing but zeros, or no sample reached it; keep it in 16 bit in the recipe."
         )
-    scale: Tensor | None = quantizer.pre_quant_scale
     smoothing = None if scale is None else [float(f"{1 / float(s):.6g}") for s in scale.flatten()]
     return Range(amax=float(f"{float(amax):.6g}"), smoothing=smoothing)
 
 
 @contextmanager
-def _finite_inputs(root: nn.Module, layers: Mapping[str, LayerFormat]) -> Iterator[None]:
-    """Every call's inputs of these layers are checked while this lasts."""
+def _finite_inputs(root: nn.Module, layers: Mapping[str, LayerFormat]) -> Iterator[Callable[[str, Tensor], None]]:
+    """Every call's inputs of these layers are checked while this lasts, with the function it yields."""
     import torch
 
     calls = 0
@@ -124,23 +133,36 @@ def _finite_inputs(root: nn.Module, layers: Mapping[str, LayerFormat]) -> Iterat
         nonlocal calls
         calls += 1
 
-    def checking(layer: str) -> Any:
-        def check(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not bool(torch.isfinite(inputs[0]).all()):
-                raise CalibrationError(
-                    f"the input of {layer} is not finite at call {calls} of the network; the checkpoint or its "
-                    f"precision is at fault, so nothing is calibrated."
-                )
+    def check(what: str, x: Tensor) -> None:
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError(
+                f"the {what} is not finite at call {calls} of the network; the checkpoint or its precision is at "
+                f"fault, so nothing is calibrated."
+            )
 
-        return check
+    def checking(layer: str) -> Any:
+        return lambda _, inputs: check(f"input of {layer}", inputs[0])
 
     handles = [part.register_forward_pre_hook(count) for part in root.children()]
     handles += [root.get_submodule(layer).register_forward_pre_hook(checking(layer)) for layer in layers]
     try:
-        yield
+        yield check
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _attended(
+    root: nn.Module, names: Collection[str], operands: Mapping[str, Any], check: Callable[[str, Tensor], None]
+) -> AbstractContextManager[None]:
+    """Query, key and value of these attentions are collected meanwhile."""
+
+    def collect(name: str, *tensors: Any) -> None:
+        for operand, x in zip(OPERANDS, tensors, strict=False):
+            check(f"{operand} of {name}", x)
+            operands[f"{name}.{operand}"].collect(x)
+
+    return intercepted(root, names, collect)
 
 
 def _keep(calibrators: Mapping[str, Any], done: int, state: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from overcrank.calibration.quantize import BLOCK, NUMBERS
-from overcrank.calibration.recipe import LayerFormat, Range
+from overcrank.calibration.attention import packed_factors
+from overcrank.calibration.nodes import BLOCK, NUMBERS
+from overcrank.calibration.recipe import ATTENTION, LayerFormat, Range
 from overcrank.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -14,6 +16,15 @@ if TYPE_CHECKING:
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of E2M1 by their three low bits; the fourth is the sign."""
+
+
+def packed_tensors(
+    name: str, form: LayerFormat, weight: Callable[[str], Tensor], ranges: Mapping[str, Range], compute: str
+) -> dict[str, Tensor]:
+    """Role → tensor of a linear layer, whose weight is asked for by name, or of an attention, which has none."""
+    if form.kind == ATTENTION:
+        return packed_factors(name, ranges, compute)
+    return packed_layer(name, weight(name), form, ranges.get(name), compute)
 
 
 def packed_layer(name: str, weight: Tensor, form: LayerFormat, seen: Range | None, compute: str) -> dict[str, Tensor]:
@@ -25,7 +36,7 @@ def packed_layer(name: str, weight: Tensor, form: LayerFormat, seen: Range | Non
     import torch
 
     number, dtype = NUMBERS[form.format], getattr(torch, compute)
-    reach = number.largest * number.step
+    reach = number.reach
     wide = weight.float()
     if not bool(torch.isfinite(wide).all()):
         raise CheckpointError(f"{name}.weight has values that are not finite; the checkpoint is damaged.")

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from overcrank.calibration.numbers import packed_layer
-from overcrank.calibration.quantize import Packed
-from overcrank.calibration.recipe import LayerFormat, Range
+from overcrank.calibration.nodes import Packed
+from overcrank.calibration.numbers import packed_tensors
+from overcrank.calibration.recipe import LayerFormat, Range, unmeasured
 from overcrank.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from torch import Tensor
 
 VERSION = "1"
@@ -75,13 +77,49 @@ def _write_part(stream: BinaryIO, part: Part, progress: Callable[[str], None]) -
     for layer, entries in by_layer.items():
         progress(layer)
         form = part.formats[layer]
-        if form.activations == "static" and layer not in part.ranges:
-            raise UserError(f"{layer} of {part.name} needs a range that no recipe gives; calibrate this model.")
-        made = packed_layer(layer, part.read(layer), form, part.ranges.get(layer), part.compute)
+        _require_ranges(part, layer, form)
+        made = packed_tensors(layer, form, part.read, part.ranges, part.compute)
         for entry in entries:
             tensor = made[entry.role]
             assert list(tensor.shape) == _stored(entry), entry
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def embed_pack(model: ir.Model, part: Part) -> None:
+    """The part's packed inputs become initializers, made of the checkpoint as the model is saved.
+
+    Raises UserError for a static layer without a range.
+    """
+    import onnx_ir as ir
+
+    for layer, form in part.formats.items():
+        _require_ranges(part, layer, form)
+
+    @lru_cache(maxsize=1)
+    def tensors(layer: str) -> dict[str, Tensor]:
+        return packed_tensors(layer, part.formats[layer], part.read, part.ranges, part.compute)
+
+    inputs = {v.name: v for v in model.graph.inputs}
+    for entry in part.packed:
+        value = inputs[entry.input]
+        model.graph.inputs.remove(value)
+        dtype = ir.DataType[entry.dtype.upper()]
+
+        def read(entry: Packed = entry, dtype: ir.DataType = dtype) -> ir.TensorProtocol:
+            import torch
+
+            raw = tensors(entry.layer)[entry.role].contiguous().flatten().view(torch.uint8).numpy()
+            if entry.dtype == "float4e2m1":
+                return ir.PackedTensor(raw, dtype, shape=entry.shape, name=entry.input)
+            return ir.Tensor(raw.view(dtype.numpy()).reshape(entry.shape), dtype, name=entry.input)
+
+        value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(entry.shape), name=entry.input)
+        model.graph.register_initializer(value)
+
+
+def _require_ranges(part: Part, layer: str, form: LayerFormat) -> None:
+    if missing := unmeasured(layer, form, part.ranges):
+        raise UserError(f"{missing} of {part.name} needs a range that no recipe gives; calibrate this model.")
 
 
 def read_pack(file: Path, part: str, component: str, layout: str, compute: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,11 +23,14 @@ Format = Literal["fp8", "int8", "nvfp4", "16bit"]
 Activations = Literal["static", "dynamic", "16bit"]
 Method = Literal["max", "percentile", "mse", "smoothquant"]
 SIXTEEN: Literal["16bit"] = "16bit"
+ATTENTION: Literal["attention"] = "attention"
+REWRITING = 2
+"""Counts up when the same rules make another graph."""
 QUANTIZED: tuple[Format, ...] = ("fp8", "int8", "nvfp4")
 
 
 class LayerFormat(NamedTuple):
-    """How one linear layer multiplies.
+    """How one linear layer or attention multiplies.
 
     `activations`: scaled by a range measured beforehand, by each token's own largest value,
     or left in 16 bit (the weights alone are quantized).
@@ -35,6 +38,7 @@ class LayerFormat(NamedTuple):
 
     format: Format = SIXTEEN
     activations: Activations = SIXTEEN
+    kind: Literal["linear", "attention"] = "linear"
 
 
 IN_16_BIT = LayerFormat()
@@ -45,7 +49,8 @@ class _Model(BaseModel):
 
 
 class Rule(_Model):
-    """`layers` is a pattern (* and ?) on a layer's name within its component; the first that matches decides."""
+    """`layers` is a pattern (* and ?) on the name of a linear layer ("blocks.0.attn1.to_q") or of an attention
+    ("blocks.0.attn1") within its component; the first that matches decides. An attention is in fp8 or 16 bit."""
 
     layers: str
     format: Format
@@ -67,12 +72,24 @@ class Range(_Model):
     smoothing: list[float] | None = None
 
 
+OPERANDS = ("query", "key", "value")
+
+
+def unmeasured(layer: str, form: LayerFormat, ranges: Mapping[str, Range]) -> str:
+    """The first range that a static layer needs and `ranges` lacks; empty if it has all."""
+    if form.activations != "static":
+        return ""
+    needed = [f"{layer}.{operand}" for operand in OPERANDS] if form.kind == ATTENTION else [layer]
+    return next((name for name in needed if name not in ranges), "")
+
+
 class ComponentRecipe(_Model):
     cls: str
     config: dict[str, object]
     rules: list[Rule]
     ranges: dict[str, dict[str, Range]] = Field(default_factory=dict)
-    """Part of the pipeline ("transformer") → layer → range; experts share an engine, each with its own."""
+    """Part of the pipeline ("transformer") → layer → range; experts share an engine, each with its own.
+    An attention has three: of ".query", ".key" and ".value"."""
 
     def of(self, layer: str) -> LayerFormat:
         for rule in self.rules:
@@ -80,15 +97,23 @@ class ComponentRecipe(_Model):
                 return LayerFormat(rule.format, rule.activations)
         return IN_16_BIT
 
-    def layout(self, layers: Iterable[str]) -> dict[str, LayerFormat]:
+    def layout(self, layers: Iterable[str], attentions: Iterable[str] = ()) -> dict[str, LayerFormat]:
         """Layer → format, of those that leave 16 bit."""
-        found = {layer: self.of(layer) for layer in layers}
-        return {layer: form for layer, form in found.items() if form.format != SIXTEEN}
+        found = {layer: form for layer in layers if (form := self.of(layer)).format != SIXTEEN}
+        for name in attentions:  # which have no kernel in other formats, and no weights
+            if (form := self.of(name)).format == "fp8" and form.activations != SIXTEEN:
+                found[name] = form._replace(kind=ATTENTION)
+        return found
 
     def digest(self) -> str:
         """SHA-256 of what the engine depends on: the rules, without their reasons."""
         rules = [(r.layers, r.format, r.activations) for r in self.rules]
-        return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([REWRITING, rules] if rules else []).encode()).hexdigest()
+
+    def digest_with_ranges(self) -> str:
+        """SHA-256 of what an engine with embedded weights depends on."""
+        ranges = {part: {n: r.model_dump() for n, r in seen.items()} for part, seen in self.ranges.items()}
+        return hashlib.sha256(json.dumps([self.digest(), ranges if self.rules else {}]).encode()).hexdigest()
 
 
 class Calibration(_Model):
@@ -102,6 +127,8 @@ class Calibration(_Model):
     checkpoint: str
     """SHA-256 of the component's weight files."""
     versions: dict[str, str]
+    quality: str = ""
+    """What a search for sensitive blocks reached, of what was asked."""
 
 
 class Recipe(_Model):

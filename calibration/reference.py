@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from overcrank.calibration.attention import attended, intercepted, packed_factors
+from overcrank.calibration.nodes import BLOCK, NUMBERS
 from overcrank.calibration.numbers import fp4_values, packed_layer, unpacked_fp4
-from overcrank.calibration.quantize import BLOCK, NUMBERS
-from overcrank.calibration.recipe import LayerFormat, Range
+from overcrank.calibration.recipe import ATTENTION, OPERANDS, LayerFormat, Range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +27,7 @@ def multiplied(x: Tensor, packed: Mapping[str, Tensor], form: LayerFormat) -> Te
     token: Tensor | float = 1.0
     if form.activations == "dynamic":
         token = y.abs().amax(-1, keepdim=True).clamp_min(1e-12)
-        y = y / token * (number.largest * number.step)
+        y = y / token * (number.reach)
     if form.activations != "16bit":
         y = _rounded(y, form, number.step)
     out: Tensor = y @ weight * token * packed["behind"][0, 0].float()
@@ -50,34 +51,51 @@ def _rounded(x: Tensor, form: LayerFormat, step: float) -> Tensor:
 def quantized_layers(
     module: nn.Module, formats: Mapping[str, LayerFormat], ranges: Mapping[str, Range], compute: str
 ) -> Iterator[None]:
-    """Linear layers of `formats` multiply as quantized ones meanwhile; `compute`: torch's name of the factors' type."""
+    """Layers of `formats` multiply as quantized ones meanwhile; `compute`: torch's name of the factors' type."""
     changed: list[Any] = []
+    factors = {n: packed_factors(n, ranges, compute) for n, form in formats.items() if form.kind == ATTENTION}
+
+    def attend(name: str, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> Tensor:
+        return attended(query, key, value, call, factors[name])
+
     try:
         for name, form in formats.items():
+            if form.kind == ATTENTION:
+                continue
             layer: Any = module.get_submodule(name)
             packed = packed_layer(name, layer.weight.detach(), form, ranges.get(name), compute)
             layer.forward = _forward(layer, packed, form)
             changed.append(layer)
-        yield
+        with intercepted(module, factors, attend):
+            yield
     finally:
         for layer in changed:
             del layer.forward
 
 
-def ranges_of_call(module: nn.Module, layers: Iterable[str], call: Mapping[str, Any]) -> dict[str, Range]:
+def ranges_of_call(module: nn.Module, formats: Mapping[str, LayerFormat], call: Mapping[str, Any]) -> dict[str, Range]:
     """Layer → the range of its input in one call of the module, for networks nothing was measured of."""
-    seen: dict[str, Range] = {}
+    seen: dict[str, float] = {}
 
-    def note(name: str) -> Any:
-        return lambda _, args: seen.__setitem__(name, Range(amax=max(float(args[0].abs().max()), 1e-6)))
+    def note(name: str, x: Tensor) -> None:
+        seen[name] = max(float(x.abs().max()), 1e-6, seen.get(name, 0.0))
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
+    def noting(name: str) -> Any:
+        return lambda _, args: note(name, args[0])
+
+    def attended_to(name: str, *operands: Any) -> None:
+        for operand, x in zip(OPERANDS, operands, strict=False):
+            note(f"{name}.{operand}", x)
+
+    linear = [name for name, form in formats.items() if form.kind != ATTENTION]
+    handles = [module.get_submodule(name).register_forward_pre_hook(noting(name)) for name in linear]
     try:
-        module(**call)
+        with intercepted(module, formats.keys() - set(linear), attended_to):
+            module(**call)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return {name: Range(amax=largest) for name, largest in seen.items()}
 
 
 def _forward(layer: Any, packed: Mapping[str, Tensor], form: LayerFormat) -> Any:

@@ -111,7 +111,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
         key = EngineKey(
             component=component.name,
             graph=graph_digest(component, compute),
-            recipe=recipe.digest(),
+            recipe=recipe.digest() if weights == "inputs" else recipe.digest_with_ranges(),
             target=request.target.name,
             profile=repr(sorted(request.profile.ranges(component).items())),
             flavour=request.flavour,

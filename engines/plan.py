@@ -44,6 +44,7 @@ class PlanReport:
     formats: dict[str, str] = field(default_factory=dict)  # graph node of a product → "fp8", "int8", "nvfp4"
     dequantized: frozenset[str] = frozenset()  # those of them that widen their weight on the way in
     attention_formats: Counter[str] = field(default_factory=Counter)  # other than 16 bit
+    attended: dict[str, str] = field(default_factory=dict)  # graph node inside such an attention → its format
 
     def verdict(self) -> str:
         """One line for people."""
@@ -96,6 +97,7 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
     formats: dict[str, str] = {}
     dequantized: set[str] = set()
     attention_formats: Counter[str] = Counter()
+    attended: dict[str, str] = {}
     kernels = attentions = 0
     for match in _INSTRUCTION.finditer(data):
         kind, name = match[1].decode(), match[2].decode()
@@ -115,8 +117,9 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
             convolutions.add(name)
         elif "mha" in name:
             attentions += 1
-            if attended := _narrow(match[3], _READS, types):
-                attention_formats[attended] += 1
+            if operands := _narrow(match[3], _READS, types):
+                attention_formats[operands] += 1
+                attended |= dict.fromkeys(_layers(data, match.start()), operands)
         else:
             kernels += 1
             if set(_OPERATION.findall(name)) <= _MOVES:
@@ -137,6 +140,7 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
         formats={n: f for n, f in formats.items() if n in multiplied_by},
         dequantized=frozenset(dequantized & multiplied_by),
         attention_formats=attention_formats,
+        attended=attended,
     )
 
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from overcrank.calibration.quantize import Packed, linear_layers, quantized
-from overcrank.calibration.recipe import SIXTEEN, ComponentRecipe, LayerFormat
+from overcrank.calibration.nodes import Packed
+from overcrank.calibration.pack import Part, embed_pack
+from overcrank.calibration.quantize import layout_in, quantized
+from overcrank.calibration.recipe import ATTENTION, SIXTEEN, ComponentRecipe, LayerFormat
 from overcrank.engines.compile import engine_from_graph
 from overcrank.engines.manifest import ComponentEntry, EngineKey, PackedEntry, ParameterEntry, TensorEntry, file_entry
 from overcrank.engines.plan import PlanReport, read_plan
@@ -19,6 +22,7 @@ from overcrank.engines.store import Store, store_errors, written_whole
 from overcrank.engines.targets import Target
 from overcrank.errors import CompileError
 from overcrank.export.cache import cached_graph, load_cached
+from overcrank.export.module import DTYPES
 from overcrank.export.weights import Parameter
 from overcrank.models import components
 from overcrank.models.base import Component, Tensor, Variant
@@ -87,6 +91,7 @@ class _Graph:
     parameters: tuple[Parameter, ...]
     packed: tuple[Packed, ...]
     layout: dict[str, LayerFormat]
+    replaced: dict[str, Parameter]  # quantized layer → its weight in the checkpoint
 
 
 def compile_component(job: Job, report: Report) -> None:
@@ -128,7 +133,12 @@ def fallen_back(layout: Mapping[str, LayerFormat], plan: PlanReport) -> list[str
     if not plan.known:
         return []
     kept = {n: (f, n in plan.dequantized) for n, f in plan.formats.items()}
-    return [n for n, form in layout.items() if kept.get(n) != (form.format, form.activations == SIXTEEN)]
+    return [
+        n
+        for n, form in layout.items()
+        if (form.kind == ATTENTION and plan.attended.get(n) != form.format)
+        or (form.kind != ATTENTION and kept.get(n) != (form.format, form.activations == SIXTEEN))
+    ]
 
 
 def _staged_graph(job: Job) -> _Graph:
@@ -144,12 +154,29 @@ def _staged_graph(job: Job) -> _Graph:
             import onnx_ir as ir
 
             model = ir.load(cached.onnx)
-            layout = job.recipe.layout(x.name for x in linear_layers(model))
+            layout = layout_in(model, job.recipe, job.profile.ranges(job.component))
             parameters, packed = quantized(model, cached.parameters, layout)
             ir.save(model, part)
         else:
             part.write_bytes(cached.onnx.read_bytes())
-    return _Graph(onnx, cached.seconds, parameters, packed, layout)
+    weights = {p.input.removesuffix(".weight"): p for p in cached.parameters}
+    replaced = {layer: weights[layer] for layer in layout if layer in weights}
+    return _Graph(onnx, cached.seconds, parameters, packed, layout, replaced)
+
+
+def _part(job: Job, graph: _Graph, read: Callable[[str], Any]) -> Part:
+    """The quantized layers, for a pack of their tensors."""
+    component = job.component
+    return Part(
+        name=component.subfolder,
+        component=component.name,
+        layout=job.key.recipe,
+        compute=DTYPES[job.precision],
+        formats=graph.layout,
+        packed=graph.packed,
+        ranges=job.recipe.ranges.get(component.subfolder, {}),
+        read=read,
+    )
 
 
 def _parameter_names(graph: _Graph) -> list[str]:
@@ -166,7 +193,9 @@ def _with_weights(job: Job, graph: _Graph) -> Iterator[Path]:
     from overcrank.export.weights import checkpoint_values, embed
 
     model = ir.load(graph.onnx)
-    embed(model, graph.parameters, checkpoint_values(job.weights, graph.parameters))
+    values = checkpoint_values(job.weights, (*graph.parameters, *graph.replaced.values()))
+    embed(model, graph.parameters, values)
+    embed_pack(model, _part(job, graph, lambda layer: values(graph.replaced[layer].name)))
     onnx = job.staging / f".{job.key.component}.embedded.onnx"
     data = onnx.with_suffix(".weights")
     with store_errors(onnx):

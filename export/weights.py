@@ -44,8 +44,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         files = tuple(sorted(folder.glob(f"{STEM}*.safetensors")))[:1]
     if not files:
         raise CheckpointError(
-            f"{folder} has no {STEM}.safetensors, which --weights embedded needs; "
-            f"build without it to bind weights at render time."
+            f"{folder} has no {STEM}.safetensors, whose weights are needed here; download the whole checkpoint."
         )
     for file in files:
         _check_complete(file)

@@ -275,7 +275,7 @@ def _packs(
         return packed_parameters(module, formats, ranges, compute)
     device = next(module.parameters()).device
     read = read_pack(quantization.pack, part, component.name, layout, compute)
-    return {name: tensor.to(device) for name, tensor in read.items()}
+    return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
 
 
 def _trt_session(
@@ -299,7 +299,7 @@ def _ort_session(
 ) -> Session:
     """The component's graph from the store's cache, exported into it the first time, quantized as asked."""
     import onnx_ir as ir
-    from overcrank.calibration.quantize import linear_layers, quantized
+    from overcrank.calibration.quantize import layout_in, quantized
     from overcrank.runtime.ort import OrtSession
 
     graph = store.graph(component, "bf16")
@@ -307,7 +307,7 @@ def _ort_session(
     packs: Mapping[str, Tensor] = {}
     if quantization is not None:
         recipe = recipe_of(quantization.recipe, component, quantization.layers)
-        layout = recipe.layout(layer.name for layer in linear_layers(model))
+        layout = layout_in(model, recipe)
         parameters, _ = quantized(model, parameters, layout)
         ranges = recipe.ranges.get(part, {})
         packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16")

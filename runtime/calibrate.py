@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.collect import collected
-from overcrank.calibration.quantize import linear_layers
+from overcrank.calibration.quantize import layout_in
 from overcrank.calibration.recipe import (
     Calibration,
     ComponentRecipe,
@@ -26,6 +26,8 @@ from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.images import media_of
 from overcrank.runtime.request import RenderRequest, prompts_of, read_jobs
+from overcrank.runtime.sensitivity import Target, searched
+from overcrank.runtime.sensitivity import shown as show_search
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,15 +52,18 @@ class Wanted:
     device: str | None
     store: Path | None
     out: Path
+    quiet: bool = False
+    target: Target | None = None  # keep sensitive blocks in 16 bit until it holds
 
 
-def calibrate(wanted: Wanted, progress: Progress) -> Recipe:
+def calibrate(wanted: Wanted) -> Recipe:
     """Write the recipe to `wanted.out` and return it; what was done is kept beside it until it is whole.
 
     Raises UserError for prompts, images or a model that cannot be used, CalibrationError for
     activations that are not finite.
     """
     from overcrank.runtime.load import load
+    from overcrank.runtime.show import counting
 
     if wanted.samples < 1:
         raise UserError("--samples 0 measures nothing; give at least 1.")
@@ -79,16 +84,42 @@ def calibrate(wanted: Wanted, progress: Progress) -> Recipe:
         checkpoint=checkpoint,
         versions={name: metadata.version(name) for name in ("nvidia-modelopt", "torch", "diffusers")},
     )
-    run = _denoising(pipe, variant, requests, progress)
-    measured = {
-        name: _measured(pipe, component, recipe, wanted, about, run) for name, (component, recipe) in layouts.items()
-    }
+    with counting("calibrating", "samples", wanted.quiet) as progress:
+        run = _denoising(pipe, variant, requests, progress)
+        measured = {n: _measured(pipe, c, own, wanted, about, run) for n, (c, own) in layouts.items()}
     recipe = Recipe(model=variant.name, precision=wanted.form.format, calibration=about, components=measured)
+    if wanted.target is not None:
+        recipe = _searched(wanted, model, recipe, layouts, requests)
     with written_whole(wanted.out) as part:
         part.write_text(recipe.model_dump_json(indent=1), "utf-8")
     for name in measured:
         _state(wanted.out, name, about).unlink(missing_ok=True)
     return recipe
+
+
+def _searched(
+    wanted: Wanted,
+    model: str,
+    recipe: Recipe,
+    layouts: Mapping[str, tuple[Component, ComponentRecipe]],
+    requests: list[RenderRequest],
+) -> Recipe:
+    """With sensitive blocks in 16 bit; in a pipeline of its own, for calibration leaves its layers in the first."""
+    from overcrank.runtime.load import load
+    from overcrank.runtime.show import counting
+
+    assert wanted.target is not None
+    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store)
+    parts = {
+        name: ((component.subfolder, *component.twins), layout_of(component, own, Store(wanted.store)))
+        for name, (component, own) in layouts.items()
+        if not component.attribute
+    }
+    latents = [r.model_copy(update={"formats": ("latents",)}) for r in requests]
+    with counting("searching", "tries", wanted.quiet) as progress:
+        found = searched(pipe, recipe, parts, latents, wanted.target, progress)
+    show_search(found, wanted.target)
+    return found.recipe
 
 
 def _requests(wanted: Wanted, variant: Variant) -> list[RenderRequest]:
@@ -136,7 +167,7 @@ def layout_of(component: Component, recipe: ComponentRecipe, store: Store) -> di
     import onnx_ir as ir
 
     graph = store.graph(component, "bf16")
-    return recipe.layout(layer.name for layer in linear_layers(ir.load(graph.onnx)))
+    return layout_in(ir.load(graph.onnx), recipe)
 
 
 def _denoising(pipe: Any, variant: Variant, requests: list[RenderRequest], progress: Progress) -> Callable[[int], None]:
@@ -209,7 +240,7 @@ def shown(recipe: Recipe, out: Path, seconds: float) -> None:
     for name, component in recipe.components.items():
         for part, ranges in component.ranges.items():
             widest = max(ranges, key=lambda layer: ranges[layer].amax)
-            console.print(f"{name} ({part}): {len(ranges)} layers in {recipe.precision}")
+            console.print(f"{name} ({part}): {len(ranges)} ranges for {recipe.precision}")
             console.print(f"widest   {ranges[widest].amax:g} in {widest}")
     console.print(f"{recipe.calibration.samples if recipe.calibration else 0} samples in {seconds:.0f} s")
     console.print(f"recipe   {out}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from overcrank.calibration.quantize import BLOCK
+from overcrank.calibration.nodes import BLOCK
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.lora import Lora, read_lora
 from overcrank.calibration.pack import Part, write_pack
-from overcrank.calibration.quantize import linear_layers, quantized
+from overcrank.calibration.quantize import layout_in, quantized
 from overcrank.calibration.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.engines.store import Store, written_whole
 from overcrank.errors import UserError
@@ -48,11 +49,12 @@ def pack(
     for component in components(variant):
         own = recipe_of(recipe, component, layers)
         for name in (component.subfolder, *component.twins):
-            if own.rules and (folder / name).is_dir():
-                found = weight_files(folder / name)
-                part = _part(component, name, own, compute, found, merged, store)
-                parts += [part] if part.formats else []
-                files += found if part.formats else ()
+            if not own.rules or not (folder / name).is_dir():
+                continue
+            part = _part(component, name, own, compute, folder / name, merged, store)
+            if part.formats:
+                files += weight_files(folder / name)
+                parts.append(_without_shared(part, parts))
     if not parts:
         raise UserError(f"{variant.name} has no layer that this recipe quantizes.")
     about = {
@@ -71,14 +73,14 @@ def _part(
     name: str,
     recipe: ComponentRecipe,
     compute: str,
-    files: Sequence[Path],
+    folder: Path,
     loras: Sequence[Lora],
     store: Store,
 ) -> Part:
     model, parameters = _graph(component, compute, store)
-    layout = recipe.layout(layer.name for layer in linear_layers(model))
+    layout = layout_in(model, recipe)
     weights = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
-    values = checkpoint_values(files, weights.values())
+    values = checkpoint_values(weight_files(folder) if layout else (), weights.values())
     _, packed = quantized(model, parameters, layout)
 
     def read(layer: str) -> Tensor:
@@ -98,6 +100,17 @@ def _part(
         ranges=recipe.ranges.get(name, {}),
         read=read,
     )
+
+
+def _without_shared(part: Part, earlier: Sequence[Part]) -> Part:
+    """Components that describe one module share its layers, which are written once."""
+    known = {p.input: p for other in earlier if other.name == part.name for p in other.packed}
+    for entry in part.packed:
+        if known.get(entry.input, entry) != entry:
+            raise UserError(
+                f"the recipe has {entry.layer} of {part.name} in two formats, one in {part.component}; make them agree."
+            )
+    return replace(part, packed=tuple(p for p in part.packed if p.input not in known))
 
 
 def _graph(component: Component, compute: str, store: Store) -> tuple[ir.Model, tuple[Parameter, ...]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from overcrank.calibration.numbers import packed_layer
-from overcrank.calibration.recipe import LayerFormat, Range
+from overcrank.calibration.numbers import packed_tensors
+from overcrank.calibration.recipe import LayerFormat, Range, unmeasured
 from overcrank.engines.manifest import ComponentEntry
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
@@ -30,22 +30,26 @@ def packed_parameters(
 
     `compute`: torch's name of the factors' type. Raises CannotServe for a range that was not measured.
     """
+
+    def weight(layer: str) -> Tensor:
+        return module.get_parameter(f"{layer}.weight").detach()
+
     made = {}
+    device = next(module.parameters()).device
     for layer, form in formats.items():
-        if form.activations == "static" and layer not in ranges:
+        if missing := unmeasured(layer, form, ranges):
             raise CannotServe(
-                f"{layer} needs a range that no recipe gives",
+                f"{missing} needs a range that no recipe gives",
                 "calibrate, and render with --recipe, or build with --activations dynamic",
             )
-        weight = module.get_parameter(f"{layer}.weight").detach()
-        for role, tensor in packed_layer(layer, weight, form, ranges.get(layer), compute).items():
-            made[f"{layer}.{role}"] = tensor
+        for role, tensor in packed_tensors(layer, form, weight, ranges, compute).items():
+            made[f"{layer}.{role}"] = tensor.to(device)
     return made
 
 
 def compute_of(entry: ComponentEntry) -> str:
     """Torch's name of the 16-bit type in a quantized component's graph."""
-    return next((p.dtype for p in entry.packed if p.role == "before"), "bfloat16")
+    return next((p.dtype for p in entry.packed if p.role.endswith("before")), "bfloat16")
 
 
 def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, nn.Parameter]:

@@ -7,15 +7,16 @@ quantization alone; eager bf16 against eager fp32 is the noise floor, another se
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from overcrank.calibration.attention import attended, intercepted, packed_factors
 from overcrank.calibration.numbers import packed_layer
-from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Range, Recipe, read_recipe
+from overcrank.calibration.recipe import ATTENTION, IN_16_BIT, LayerFormat, Range, Recipe, read_recipe
 from overcrank.calibration.reference import multiplied
 from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import Manifest, read_manifest
@@ -70,16 +71,16 @@ def quality_report(bundle: Path, weights: Path, requests: list[RenderRequest], f
     ranges = _ranges(recipe, manifest)
     middle = (requests[0].steps or 1) // 2
     with layer_errors(main_module(pipe), formats, ranges, compute, middle) as layers:
-        exact = _videos(pipe, requests)
-    other = _videos(pipe, [r.model_copy(update={"seed": r.seed + 10_000}) for r in requests])
-    half = _videos(load(str(weights), backend="eager", device="cpu", dtype=torch.bfloat16), requests)
-    quantized = _videos(
+        exact = videos(pipe, requests)
+    other = videos(pipe, [r.model_copy(update={"seed": r.seed + 10_000}) for r in requests])
+    half = videos(load(str(weights), backend="eager", device="cpu", dtype=torch.bfloat16), requests)
+    quantized = videos(
         load(str(weights), backend="onnxruntime", device="cpu", dtype=torch.float32, quantization=quantization),
         requests,
     )
     runs = {name: quantized, "eager bf16": half, "eager fp32": exact, "another seed": other}
     pairs = ((name, "eager fp32"), (name, "eager bf16"), ("eager bf16", "eager fp32"), ("another seed", "eager fp32"))
-    differences = [_difference(a, runs[a], b, runs[b]) for a, b in pairs]
+    differences = [difference(a, runs[a], b, runs[b]) for a, b in pairs]
     report = Report(manifest.model, name, [r.prompt for r in requests], differences, dict(layers))
     _write(report, runs, folder)
     return report
@@ -124,7 +125,8 @@ def _ranges(recipe: Recipe | None, manifest: Manifest) -> Mapping[str, Range]:
     return {}
 
 
-def _videos(pipe: Any, requests: list[RenderRequest]) -> list[Video]:
+def videos(pipe: Any, requests: Sequence[RenderRequest]) -> list[Video]:
+    """Rendered in memory, one after the other."""
     from overcrank.runtime.driver import Driver
     from overcrank.runtime.show import Silent
 
@@ -137,6 +139,8 @@ def layer_errors(
     module: nn.Module, formats: Mapping[str, LayerFormat], ranges: Mapping[str, Range], compute: str, at: int
 ) -> Iterator[dict[str, float]]:
     """Collects, at call `at` of the module, how far each quantized layer's output is from its own, relative in norm."""
+    import torch
+
     found: dict[str, float] = {}
     calls = -1
 
@@ -150,25 +154,35 @@ def layer_errors(
                 return
             packed = packed_layer(name, layer.weight.detach(), formats[name], ranges.get(name), compute)
             own = output if layer.bias is None else output - layer.bias
-            error = (multiplied(inputs[0], packed, formats[name]) - own).norm() / own.norm().clamp_min(1e-12)
-            found[name] = round(float(error), 6)
+            note(name, multiplied(inputs[0], packed, formats[name]), own)
 
         return hook
 
+    def note(name: str, quantized: Tensor, own: Tensor) -> None:
+        found[name] = round(float((quantized - own).norm() / own.norm().clamp_min(1e-12)), 6)
+
+    def attend(name: str, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> None:
+        if calls == at:
+            own = torch.nn.functional.scaled_dot_product_attention(query, key, value, **call)
+            note(name, attended(query, key, value, call, packed_factors(name, ranges, compute)), own)
+
     handles = [module.register_forward_pre_hook(count)]
-    handles += [module.get_submodule(name).register_forward_hook(compare(name)) for name in formats]
+    linear = [name for name, form in formats.items() if form.kind != ATTENTION]
+    handles += [module.get_submodule(name).register_forward_hook(compare(name)) for name in linear]
     try:
-        yield found
+        with intercepted(module, formats.keys() - set(linear), attend):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _difference(name: str, videos: list[Video], against: str, references: list[Video]) -> Difference:
+def difference(name: str, rendered: Sequence[Video], against: str, references: Sequence[Video]) -> Difference:
+    """Of the same requests, rendered two ways."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     cosines, psnr, ssim = [], [], []
-    for video, reference in zip(videos, references, strict=True):
+    for video, reference in zip(rendered, references, strict=True):
         a, b = (v.latents.reshape(len(v.latents), -1).astype(np.float64) for v in (video, reference))
         cosines.append((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30))
         same = bool((video.frames == reference.frames).all())

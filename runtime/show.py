@@ -90,9 +90,9 @@ def watching(jobs: Sequence[Job], quiet: bool) -> Iterator[Silent | Bars]:
 
 
 @contextmanager
-def counting(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over samples, on stderr; called with samples done and samples in all."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("samples"))
+def counting(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar over samples or another unit, on stderr; called with those done and those in all."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=quiet) as progress:
         row = progress.add_task(title, total=None)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overcrank.calibration.attention import attentions
 from overcrank.calibration.quantize import linear_layers, quantized
-from overcrank.calibration.recipe import LayerFormat, Range, read_recipe
+from overcrank.calibration.recipe import LayerFormat, Range, read_recipe, unmeasured
 from overcrank.calibration.reference import quantized_layers, ranges_of_call
 from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import ComponentEntry, Manifest, check_files, read_manifest
@@ -200,7 +201,7 @@ def _session(
 def _alike(formats: Mapping[str, LayerFormat], shallow: ir.Model) -> dict[str, LayerFormat]:
     """Formats for a network of fewer blocks: of layers whose names differ in the block's number only."""
     kinds = {_NUMBER.sub("#", name): form for name, form in formats.items()}
-    names = [layer.name for layer in linear_layers(shallow)]
+    names = [layer.name for layer in linear_layers(shallow)] + [own.name for own in attentions(shallow)]
     return {name: kinds[kind] for name in names if (kind := _NUMBER.sub("#", name)) in kinds}
 
 
@@ -210,11 +211,11 @@ def _ranges(
     """The bundle's recipe's, if it has one for these layers, else those of one call."""
     import torch
 
-    fixed = [name for name, form in formats.items() if form.activations == "static"]
+    fixed = {name: form for name, form in formats.items() if form.activations == "static"}
     if (bundle / RECIPE).is_file():
         recipe = read_recipe(bundle / RECIPE).components.get(component.name)
         known = recipe.ranges.get(component.subfolder, {}) if recipe else {}
-        if known.keys() >= set(fixed):
+        if not any(unmeasured(name, form, known) for name, form in fixed.items()):
             return known
     if not fixed:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def test_a_recipe_says_what_was_measured_and_where(made: Any) -> None:
     assert len(recipe.calibration.checkpoint) == 64
     denoiser = recipe.components["denoiser"]
     ranges = denoiser.ranges["transformer"]
-    assert len(ranges) == 60  # ten linear layers in each of six blocks
+    operands = {name for name in ranges if name.endswith((".attn1.query", ".attn1.key", ".attn1.value"))}
+    assert (len(ranges), len(operands)) == (78, 18)  # ten linear layers and a self-attention in each of six blocks
     assert denoiser.of("proj_out").format == "16bit"
     assert next(r.reason for r in denoiser.rules if r.layers == "*")
     assert not list(file.parent.glob(".*.part"))
@@ -116,8 +118,8 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
     assert built.exit_code == 0, built.output
     bundle = Path(json.loads(built.output)["bundles"][0]["path"])
     entry = read_manifest(bundle).component("denoiser")
-    assert len(entry.formats) == 60
-    assert "60 GEMMs in fp8" in entry.lint
+    assert len(entry.formats) == 66
+    assert "60 GEMMs in fp8, 6 attentions in fp8" in entry.lint
     assert (bundle / "recipe.json").read_bytes() == recipe.read_bytes()
     report = tmp_path / "report"
     checked = run("overcrank", "verify", bundle, "--report", report, "--samples", 1, "--steps", STEPS, "--store", store)
@@ -177,8 +179,9 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
     refused(run(*build, "fp8", "--model", "ltx-demo"), "r.json: model: Field required")
     nvfp4 = ["--gpu", "sm_120", "--precision", "nvfp4", "--activations", "16bit"]
     refused(run("build-engine", "--model", "ltx-demo", *nvfp4), "nvfp4 multiplies activations in nvfp4 too")
-    fixed = ["--gpu", "sm_89", "--precision", "fp8", "--weights", "embedded"]
-    refused(run("build-engine", "--model", "ltx-demo", *fixed), "--weights embedded is for 16 bit, not fp8")
+    fixed = ["--store", tmp_path / "s", "--gpu", "sm_89", "--precision", "fp8", "--weights", "embedded"]
+    fixed += ["--activations", "static", "--components", "denoiser"]
+    refused(run("build-engine", "--model", "ltx-demo", *fixed), "needs a range that no recipe gives; calibrate this")
     refused(run("overcrank", "render", "--prompt", "x", "--precision", "fp6"), "--precision fp6: use auto, fp8")
 
 
@@ -204,7 +207,7 @@ def test_a_pack_renders_what_the_weights_do(made: Any, tmp_path: Path, run: Any)
     from safetensors import safe_open
 
     with safe_open(pack, framework="pt") as opened:
-        assert len(opened.keys()) == 180  # weight, factor before, factor behind of each of sixty layers
+        assert len(opened.keys()) == 210  # weight and two factors of sixty layers, five of six attentions
         assert opened.metadata()["recipe"] == read_recipe(recipe).digest()
 
 
@@ -227,3 +230,20 @@ def test_packs_that_do_not_fit_are_refused(made: Any, tmp_path: Path, run: Any) 
     assert not (tmp_path / "p").exists()
     lonely = ["render", "--prompt", "x", "--pack", pack, "--store", store]
     refused(run("overcrank", *lonely), "add --precision fp8, int8 or nvfp4")
+
+
+@pytest.mark.parametrize(("precision", "gpu"), [("fp8", "sm_89"), ("nvfp4", "sm_120")])
+def test_quantized_weights_can_be_embedded(made: Any, precision: str, gpu: str, tmp_path: Path, run: Any) -> None:
+    store, recipe = made
+    common = ["--model", "ltx-demo", "--gpu", gpu, "--precision", precision, "--store", store, "--json"]
+    common += ["--components", "denoiser"] + (["--recipe", recipe] if precision == "fp8" else [])
+    sizes = {}
+    for kind in ("inputs", "embedded"):
+        result = run("build-engine", *common, "--weights", kind)
+        assert result.exit_code == 0, result.output
+        entry = read_manifest(Path(json.loads(result.output)["bundles"][0]["path"])).component("denoiser")
+        sizes[kind] = entry.engine.bytes
+        assert "60 GEMMs in " + precision in entry.lint
+    width = {"float8e4m3fn": 1, "float4e2m1": 0.5}
+    weights = sum(math.prod(p.shape) * width.get(p.dtype, 2) for p in (*entry.parameters, *entry.packed))
+    assert 0.9 < (sizes["embedded"] - sizes["inputs"]) / weights < 1.2

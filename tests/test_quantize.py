@@ -8,9 +8,11 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from overcrank.calibration.attention import attended, packed_factors
+from overcrank.calibration.nodes import NUMBERS
 from overcrank.calibration.numbers import packed_layer, unpacked_fp4
-from overcrank.calibration.quantize import NUMBERS, linear_layers, quantized
-from overcrank.calibration.recipe import LayerFormat, Range, default_recipe
+from overcrank.calibration.quantize import layout_in, quantized
+from overcrank.calibration.recipe import ATTENTION, OPERANDS, LayerFormat, Range, default_recipe
 from overcrank.calibration.reference import quantized_layers, ranges_of_call
 from overcrank.engines.worker import fallen_back
 from overcrank.export.graph import onnx_from_component
@@ -62,7 +64,7 @@ def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str
 
 def _quantized(component: Component, form: LayerFormat) -> tuple[Any, dict[str, LayerFormat], Any, Any]:
     exported = onnx_from_component(component, "bf16")
-    layout = default_recipe(component, form).layout(x.name for x in linear_layers(exported.model))
+    layout = layout_in(exported.model, default_recipe(component, form), tiny.profile(NAME).ranges(component))
     parameters, packed = quantized(exported.model, exported.parameters, layout)
     return exported.model, layout, parameters, packed
 
@@ -113,6 +115,40 @@ def test_scales_as_inputs_are_caught_falling_back(tmp_path: Path) -> None:
     assert set(fallen_back(layout, plan)) == set(layout)
 
 
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_an_attention_in_fp8_is_nearly_exact_at_any_scale(compute: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) * s for s in (30, 0.1, 2000))
+    mask = torch.rand(2, 1, 1, 40, generator=generator) < 0.8
+    largest = {f"attn.{n}": float(x.abs().max()) for n, x in zip(OPERANDS, (query, key, value), strict=True)}
+    factors = packed_factors("attn", {n: Range(amax=m) for n, m in largest.items()}, compute)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    found = attended(query, key, value, {"attn_mask": mask}, factors)
+    assert (found - expected).norm() / expected.norm() < 0.06
+    unmeasured = attended(query, key, value, {"attn_mask": mask}, packed_factors("attn", {}, compute))
+    assert (unmeasured - expected).norm() / expected.norm() > 0.1  # value is past e4m3's 448
+
+
+@pytest.mark.parametrize("fewest", [31, 32])
+def test_attentions_are_in_fp8_where_the_compiler_fuses_them(fewest: int, tmp_path: Path) -> None:
+    component = component_of(NAME, "denoiser")
+    exported = onnx_from_component(component, "bf16")
+    ranges = dict(tiny.profile(NAME).ranges(component))
+    for name in ("hidden_states", "rope_cos", "rope_sin"):
+        (batch, _, width), *rest = ranges[name]
+        ranges[name] = ((batch, fewest, width), *rest)
+    recipe = default_recipe(component, LayerFormat("fp8", "dynamic"))
+    every = layout_in(exported.model, recipe)
+    attentions = {name for name, form in every.items() if form.kind == ATTENTION}
+    assert attentions == {f"transformer_blocks.{i}.attn1" for i in range(5)}
+    assert (every == layout_in(exported.model, recipe, ranges)) == (fewest == 32)
+    parameters, packed = quantized(exported.model, exported.parameters, every)
+    ir.save(exported.model, tmp_path / "g.onnx")
+    ((_, plan),) = compiled(tmp_path / "g.onnx", ("sm_89",), ranges, [p.input for p in (*parameters, *packed)])
+    assert plan.known
+    assert set(fallen_back(every, plan)) == (set() if fewest == 32 else attentions)
+
+
 NETWORKS = list(
     {
         (c.cls, c.name): case for case in CASES if (c := component_of(*case)).subfolder in ("transformer", "unet")
@@ -135,7 +171,7 @@ def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) ->
     module = random_module(component, component.config, "bf16").float()
     for target, form in ON_TARGETS.items():
         model = ir.load(tmp_path / "plain.onnx")
-        layout = default_recipe(component, form).layout(x.name for x in linear_layers(model))
+        layout = layout_in(model, default_recipe(component, form), tiny.profile(name).ranges(component))
         assert layout
         parameters, packed = quantized(model, exported.parameters, layout)
         ir.save(model, tmp_path / "g.onnx")
