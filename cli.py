@@ -140,11 +140,10 @@ def _requests(options: dict[str, Any]) -> list[Any]:
 
 
 def _checkpoint(model: str, variant: Any) -> Path:
-    """The diffusers folder whose weights are embedded: the one named, or the hub's copy."""
-    from overcrank.models import hub_folder
+    """The diffusers folder whose weights are embedded: the one named or packaged, or the hub's copy."""
+    from overcrank.models import hub_folder, local_folder
 
-    folder = Path(model).expanduser()
-    return folder if folder.is_dir() else hub_folder(variant)
+    return local_folder(model) or hub_folder(variant)
 
 
 @click.group(cls=Group)

@@ -160,7 +160,7 @@ _BIG: Mapping[str, Any] = {
 }
 _SMALL: Mapping[str, Any] = {
     "native": VideoShape(64, 64, 17),
-    "minimum": VideoShape(32, 32, 1),
+    "minimum": VideoShape(64, 64, 9),  # 48 tokens: attention of fewer than 32 is not fused in fp8
     "maximum": VideoShape(128, 128, 33),
     "fps": 8,
     "text_length": 128,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,8 @@ def test_histograms_give_ranges_within_the_largest_value(
     _run(*calibration(store, tmp_path / "r.json", precision, "--method", method))
     largest = read_recipe(first).components["denoiser"].ranges["transformer"]
     found = read_recipe(tmp_path / "r.json").components["denoiser"].ranges["transformer"]
-    assert all(0 < found[layer].amax <= 1.01 * largest[layer].amax for layer in largest)
-    assert any(found[layer].amax < 0.9 * largest[layer].amax for layer in largest)
+    assert all(0 < found[layer].amax <= 1.01 * largest[layer].amax for layer in found)
+    assert any(found[layer].amax < 0.9 * largest[layer].amax for layer in found)
 
 
 def test_smoothquant_moves_outliers_into_the_weights(made: Any, tmp_path: Path) -> None:
@@ -237,13 +236,46 @@ def test_quantized_weights_can_be_embedded(made: Any, precision: str, gpu: str, 
     store, recipe = made
     common = ["--model", "ltx-demo", "--gpu", gpu, "--precision", precision, "--store", store, "--json"]
     common += ["--components", "denoiser"] + (["--recipe", recipe] if precision == "fp8" else [])
-    sizes = {}
+    keys = set()
     for kind in ("inputs", "embedded"):
         result = run("build-engine", *common, "--weights", kind)
         assert result.exit_code == 0, result.output
-        entry = read_manifest(Path(json.loads(result.output)["bundles"][0]["path"])).component("denoiser")
-        sizes[kind] = entry.engine.bytes
-        assert "60 GEMMs in " + precision in entry.lint
-    width = {"float8e4m3fn": 1, "float4e2m1": 0.5}
-    weights = sum(math.prod(p.shape) * width.get(p.dtype, 2) for p in (*entry.parameters, *entry.packed))
-    assert 0.9 < (sizes["embedded"] - sizes["inputs"]) / weights < 1.2
+        manifest = read_manifest(Path(json.loads(result.output)["bundles"][0]["path"]))
+        assert manifest.weights.startswith(kind)
+        assert f"60 GEMMs in {precision}" in manifest.component("denoiser").lint
+        keys.add(manifest.component("denoiser").key.recipe)
+    assert len(keys) == 2  # ranges decide an engine that holds its weights
+
+
+def test_auto_keeps_the_most_sensitive_blocks_until_the_target_holds(made: Any, tmp_path: Path, run: Any) -> None:
+    store, first = made
+    easy, hard = tmp_path / "easy.json", tmp_path / "hard.json"
+    _run(*calibration(store, easy, "fp8", "--auto", "--quality", "20dB"))
+    shown = _run(*calibration(store, hard, "fp8", "--auto", "--quality", "0.9999"))
+    plain = read_recipe(first).components["denoiser"]
+    assert read_recipe(easy).components["denoiser"].rules == plain.rules
+    found = read_recipe(hard)
+    kept = found.components["denoiser"].rules[: -len(plain.rules)]
+    assert 1 <= len(kept) < 6
+    assert all(r.format == "16bit" and r.reason.startswith("sensitive: alone it moves the output by") for r in kept)
+    assert found.components["denoiser"].rules[len(kept) :] == plain.rules
+    assert found.calibration is not None
+    reached = float(found.calibration.quality.split()[1].rstrip(","))
+    assert 0.9999 <= reached < 1
+    ranked = [line.split()[-1] for line in shown.output.splitlines() if "% of the output" in line]
+    assert [r.layers for r in kept] == [f"{block}.*" for block in ranked[: len(kept)]]
+    assert f"{len(kept)} of 6 blocks in 16 bit" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--quality", "35dB"), "--quality is what --auto searches for; add --auto"),
+        (("--auto", "--quality", "1.5"), "--quality 1.5: give decibels (35dB), or a cosine below 1"),
+        (("--auto", "--quality", "90dB"), "90 dB does not hold with any block quantized"),
+    ],
+)
+def test_targets_that_mean_nothing(made: Any, options: tuple[str, ...], says: str, tmp_path: Path, run: Any) -> None:
+    store, _ = made
+    refused(run("overcrank", *calibration(store, tmp_path / "r.json", "fp8", *options)), says)
+    assert not (tmp_path / "r.json").exists()
