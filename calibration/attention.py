@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FACTORS = ("query_before", "key_before", "scores", "value_before", "value_behind")
 PROBABILITIES = 2.0**-8
 """Constant step of the softmax's output, which is at most 1: e4m3 has 256, and subnormals down to 2^-17."""
+STEP = 2.0**-3
+"""Of query, key and value: factors and sums then stay far from fp16's end, measured or not."""
 FP8 = NUMBERS["fp8"]
 FEWEST_TOKENS = 32
 """Where a profile allows fewer, TensorRT for RTX 1.7.1 does not fuse it (read from plans)."""
@@ -134,7 +136,7 @@ class _Rewriting(Rewriting):
     def _operand(self, x: ir.Value | None, name: str) -> ir.Value:
         assert x is not None
         scaled = self.node("Mul", x, self.factors[f"{name}_before"])
-        return self.rounded(scaled, self.constant("quant_step_fp8", self.number.step))
+        return self.rounded(scaled, self.constant("quant_step_attention", STEP))
 
 
 # ── the same in PyTorch ──────────────────────────────────────────────────────────────
@@ -146,7 +148,7 @@ def packed_factors(name: str, ranges: Mapping[str, Range], compute: str) -> dict
 
     def before(operand: str) -> float:
         seen = ranges.get(f"{name}.{operand}")
-        return 2.0 ** math.floor(math.log2(FP8.reach / (seen.amax if seen else FP8.largest)))
+        return 2.0 ** math.floor(math.log2(STEP * FP8.largest / (seen.amax if seen else FP8.largest)))
 
     query, key, value = (before(operand) for operand in OPERANDS)
     values = (query, key, 1 / (query * key), value, 1 / value)
@@ -170,7 +172,7 @@ def attended(
 
     factors = {role: tensor.float().to(query.device) for role, tensor in packed.items()}
     q, k, v = (
-        rounded(x.float() * factors[f"{name}_before"], FP8.step)
+        rounded(x.float() * factors[f"{name}_before"], STEP)
         for x, name in zip((query, key, value), OPERANDS, strict=True)
     )
     size = torch.tensor(call.get("scale") or query.shape[-1] ** -0.5).to(packed["scores"].dtype).float()

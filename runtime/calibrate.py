@@ -21,9 +21,9 @@ from overcrank.calibration.recipe import (
 )
 from overcrank.engines.store import Store, written_whole
 from overcrank.errors import RequestError, UserError
-from overcrank.export.weights import weight_files, weights_digest
 from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
+from overcrank.runtime.checkpoint import checkpoint_digest
 from overcrank.runtime.images import media_of
 from overcrank.runtime.request import RenderRequest, prompts_of, read_jobs
 from overcrank.runtime.sensitivity import Target, searched
@@ -32,6 +32,7 @@ from overcrank.runtime.sensitivity import shown as show_search
 if TYPE_CHECKING:
     from torch import nn
 
+PHOTOGRAPHS = ("astronaut", "cat", "coffee", "rocket", "hubble_deep_field")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Progress = Callable[[int, int], None]
@@ -74,7 +75,8 @@ def calibrate(wanted: Wanted) -> Recipe:
     layouts = _layouts(variant, wanted.form, Store(wanted.store))
     if not layouts:
         raise UserError(f"{variant.name} has no layer that can be quantized: its networks are convolutions.")
-    checkpoint = _checkpoint(model, [c for c, _ in layouts.values()])
+    folder = local_folder(model)
+    checkpoint = checkpoint_digest(folder, [c for c, _ in layouts.values()], Store(wanted.store)) if folder else ""
     prompts = hashlib.sha256("\n".join(r.prompt for r in requests).encode()).hexdigest()
     about = Calibration(
         method=wanted.method,
@@ -132,7 +134,7 @@ def _requests(wanted: Wanted, variant: Variant) -> list[RenderRequest]:
     else:
         pictures = _pictures(wanted.images)
         if not pictures and "text-to-video" not in variant.tasks:
-            raise UserError(f"{variant.name} makes videos of pictures; give some with --images FOLDER.")
+            pictures = _photographs(Store(wanted.store))
         lines = prompts_of(wanted.prompts, variant)
         jobs = []
         for i in range(max(len(lines), len(pictures))):
@@ -150,6 +152,21 @@ def _pictures(folder: Path | None) -> list[Path]:
     if not found:
         raise RequestError(f"--images {folder} holds no picture ({', '.join(PICTURES)}).")
     return found
+
+
+def _photographs(store: Store) -> list[Path]:
+    """First frames for who gives none: colour photographs that scikit-image brings, written to the store."""
+    from PIL import Image
+    from skimage import data
+
+    folder = store.root / "photographs"
+    store.prepare()
+    folder.mkdir(exist_ok=True)
+    for name in PHOTOGRAPHS:
+        if not (folder / f"{name}.png").is_file():
+            with written_whole(folder / f"{name}.png") as part:
+                Image.fromarray(getattr(data, name)()).save(part, "PNG")
+    return _pictures(folder)
 
 
 def _layouts(variant: Variant, form: LayerFormat, store: Store) -> dict[str, tuple[Component, ComponentRecipe]]:
@@ -215,21 +232,6 @@ def _state(out: Path, component: str, about: Calibration) -> Path:
     """Where an interrupted calibration goes on: another one, differently made, does not find it."""
     digest = hashlib.sha256(about.model_dump_json().encode()).hexdigest()[:8]
     return out.with_name(f".{out.name}.{component}.{digest}.part")
-
-
-def _checkpoint(model: str, parts: list[Component]) -> str:
-    """SHA-256 of the weight files of these components."""
-    folder = local_folder(model)
-    if folder is None:
-        return ""
-    files = [
-        file
-        for c in parts
-        for sub in (c.subfolder, *c.twins)
-        if (folder / sub).is_dir()
-        for file in weight_files(folder / sub)
-    ]
-    return weights_digest(dict.fromkeys(files))
 
 
 def shown(recipe: Recipe, out: Path, seconds: float) -> None:

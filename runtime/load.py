@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.lora import merge, read_lora
+from overcrank.engines.store import Store
 from overcrank.errors import ModelError, RequestError, UserError
 from overcrank.models import hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Variant
+from overcrank.runtime.checkpoint import require_calibrated_on
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,8 @@ def load(
         library.utils.logging.disable_progress_bar()
     variant = resolve(model)
     folder = local_folder(model) or hub_folder(variant, whole=True)
+    if quantization is not None:
+        require_calibrated_on(folder, quantization.recipe, variant, Store(store))
     device = _usable_device(device)
     name = next(iter(variant.tasks.values()))
     try:

@@ -20,6 +20,7 @@ from overcrank.export.module import DTYPES, abstract_module
 from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
 from overcrank.models import components, hub_folder, local_folder, resolve
 from overcrank.models.base import Component, Variant
+from overcrank.runtime.checkpoint import require_calibrated_on
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,6 +44,7 @@ def pack(
     """
     variant = resolve(model)
     folder = local_folder(model) or hub_folder(variant)
+    require_calibrated_on(folder, recipe, variant, store)
     parts: list[Part] = []
     files: list[Path] = []
     merged = _loras(variant, loras)
