@@ -1,4 +1,4 @@
-"""Full-size quantized builds beside 16 bit: weight bytes, engine size, activation memory, seconds.
+"""Full-size quantized builds beside 16 bit: weight bytes, engine size, activation memory.
 
     python bench/build_quantized.py [VARIANT …]
 
@@ -57,7 +57,6 @@ def built(variant: Variant, target: str, way: tuple[str, str], store: Path) -> d
         "weights_gb": round(sum(math.prod(s) * BYTES.get(d, 2.0) for s, d in weights) / 1e9, 3),
         "engine_mb": round(entry["engine"]["bytes"] / 1e6, 1),
         "activation_gb": round((entry["activation_bytes"] or 0) / 1e9, 3),
-        "compile_s": entry["compile_seconds"],
         "lint": entry["lint"],
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {n: metadata.version(n) for n in ("torch", "diffusers", "tensorrt-rtx")},
@@ -66,8 +65,8 @@ def built(variant: Variant, target: str, way: tuple[str, str], store: Path) -> d
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["# Full-size denoisers, quantized", "", *(__doc__ or "").strip().splitlines()[2:], ""]
-    lines += ["| | target | | weights | of bf16 | engine | activations | of bf16 | compiled in |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines += ["| | target | | weights | of bf16 | engine | activations | of bf16 |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     sixteen = {(r["variant"], r["target"]): r for r in rows if r["precision"] == "bf16"}
     for r in rows:
         base = sixteen[r["variant"], r["target"]]
@@ -75,7 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         kind = {"dynamic": "", "16bit": ", weights only"}.get(r["activations"], "")
         lines.append(
             f"| {r['variant']} | {r['target']} | {r['precision']}{kind} | {r['weights_gb']:.2f} GB | {shares[0]} | "
-            f"{r['engine_mb']:.0f} MB | {r['activation_gb']:.2f} GB | {shares[1]} | {r['compile_s']:.0f} s |"
+            f"{r['engine_mb']:.0f} MB | {r['activation_gb']:.2f} GB | {shares[1]} |"
         )
     return "\n".join([*lines, ""])
 

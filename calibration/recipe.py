@@ -199,9 +199,9 @@ def default_rules(component: Component, form: LayerFormat) -> list[Rule]:
     Modulation, embedders, the time step and the output projection stay in 16 bit.
     """
     blocks = [f"{r.path}.{i}" for r in component.repeats for i in range(r.full + r.after)]
-    kept = min(KEPT_ENDS, len(blocks) // 8)
+    kept = min(KEPT_ENDS, max(len(blocks) // 8, 1)) if len(blocks) > 2 else 0
     ends = blocks[:kept] + blocks[len(blocks) - kept :]
-    rules = [Rule(layers=f"{b}.*", format=SIXTEEN, reason=f"one of {kept} blocks at either end") for b in ends]
+    rules = [Rule(layers=f"{b}.*", format=SIXTEEN, reason=f"among the {kept} at either end") for b in ends]
     rules.append(Rule(layers="*.norm*", format=SIXTEEN, reason="modulation"))
     chains = [f"{path}.*" for path in dict.fromkeys(r.path for r in component.repeats)]
     within = chains or ["*blocks.*.attn*", "*blocks.*.ff*"]

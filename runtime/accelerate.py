@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs, variant_from_manifest
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.module import EngineModule, Slot
+from overcrank.runtime.pack import kept_pack
 from overcrank.runtime.parameters import bound_parameters, compute_of, own_parameters, packed_parameters, parameters_of
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
 
@@ -34,6 +36,7 @@ class Quantization:
     layers: LayerFormat
     recipe: Recipe | None = None
     pack: Path | None = None  # of the checkpoint; without one, packed when a session is made
+    source: str = ""  # digest of the weights the pipeline has, by which what is packed is kept
 
     @property
     def precision(self) -> str:
@@ -148,7 +151,7 @@ def _with_engines(
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
         entry = manifest.component(component.name)
         packs = _packs(
-            quantization, component, part, module, entry.formats, ranges, entry.key.recipe, compute_of(entry)
+            quantization, component, part, module, entry.formats, ranges, entry.key.recipe, compute_of(entry), store
         )
         return _trt_session(path, manifest, component, module, packs, rebuild)
 
@@ -267,13 +270,22 @@ def _packs(
     ranges: Mapping[str, Range],
     layout: str,
     compute: str,
+    store: Store,
 ) -> Mapping[str, Tensor]:
-    """Tensors of the quantized layers: from the pack that was given, else made of the module's weights."""
+    """Tensors of the quantized layers: from the pack that was given, else made of the module's weights.
+
+    Those of weights that are known are kept in the store.
+    """
     if not formats:
         return {}
-    if quantization is None or quantization.pack is None:
-        return packed_parameters(module, formats, ranges, compute)
     device = next(module.parameters()).device
+    if quantization is None or quantization.pack is None:
+        make = partial(packed_parameters, module, formats, ranges, compute)
+        if quantization is None or not quantization.source:
+            return make()
+        described = {name: seen.model_dump() for name, seen in ranges.items()}
+        identity = [quantization.source, part, layout, sorted(formats.items()), described, compute]
+        return kept_pack(identity, store, make, device)
     read = read_pack(quantization.pack, part, component.name, layout, compute)
     return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
 
@@ -310,7 +322,7 @@ def _ort_session(
         layout = layout_in(model, recipe)
         parameters, _ = quantized(model, parameters, layout)
         ranges = recipe.ranges.get(part, {})
-        packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16")
+        packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16", store)
     views = bound_parameters(module, component, parameters)
     device = next(module.parameters()).device.type
     return OrtSession(model, {**views, **packs}, device)

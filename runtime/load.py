@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.lora import merge, read_lora
 from overcrank.engines.store import Store
-from overcrank.errors import ModelError, RequestError, UserError
-from overcrank.models import hook, hub_folder, local_folder, resolve
+from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
+from overcrank.models import components, hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Variant
-from overcrank.runtime.checkpoint import require_calibrated_on
+from overcrank.runtime.checkpoint import checkpoint_digest, require_calibrated_on
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +62,8 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     hook(variant, "prepare")(pipe, variant)
     read = _merged(pipe, loras)
+    if quantization is not None:
+        quantization = replace(quantization, source=_weights_of(folder, variant, read, Store(store)))
     pipe = pipe.to(device)
     accelerated = accelerate(pipe, bundle, backend=backend, store=store, model=variant.name, quantization=quantization)
     accelerated.overcrank.loras = read
@@ -72,6 +76,15 @@ def _merged(pipe: Any, arguments: Sequence[str]) -> list[dict[str, Any]]:
     loras = [read_lora(argument, type(pipe), parts) for argument in arguments]
     merge(loras, parts)
     return [{"file": x.file.name, "sha256": sha256(x.file.read_bytes()).hexdigest(), "scale": x.scale} for x in loras]
+
+
+def _weights_of(folder: Path, variant: Variant, loras: Sequence[dict[str, Any]], store: Store) -> str:
+    """Digest of the weights a pipeline has; empty for a checkpoint that is not in safetensors."""
+    try:
+        digest = checkpoint_digest(folder, components(variant), store)
+    except CheckpointError:
+        return ""
+    return sha256(json.dumps([digest, [[x["sha256"], x["scale"]] for x in loras]]).encode()).hexdigest()
 
 
 def _usable_device(device: str | None) -> str:

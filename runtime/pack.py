@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ from overcrank.calibration.lora import Lora, read_lora
 from overcrank.calibration.pack import Part, write_pack
 from overcrank.calibration.quantize import layout_in, quantized
 from overcrank.calibration.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
-from overcrank.engines.store import Store, written_whole
+from overcrank.engines.store import Store, store_errors, written_whole
 from overcrank.errors import UserError
 from overcrank.export.module import DTYPES, abstract_module
 from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
@@ -24,6 +25,7 @@ from overcrank.runtime.checkpoint import require_calibrated_on
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
     from torch import Tensor
 
 
@@ -102,6 +104,27 @@ def _part(
         ranges=recipe.ranges.get(name, {}),
         read=read,
     )
+
+
+def kept_pack(
+    identity: Sequence[object], store: Store, make: Callable[[], Mapping[str, Tensor]], device: torch.device
+) -> dict[str, Tensor]:
+    """What `make` returns, from the store if it was made before; `identity` is all it depends on, as JSON."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    key = sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    file = store.root / "packs" / f"{key}.safetensors"
+    store.prepare()
+    with store_errors(file), store.lock(f"pack-{key}"):
+        file.parent.mkdir(exist_ok=True)
+        with suppress(OSError, SafetensorError):  # there is none, or it is damaged
+            kept: dict[str, Tensor] = load_file(file, device=str(device))
+            return kept
+        made = dict(make())
+        with written_whole(file) as part:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, part)
+        return made
 
 
 def _without_shared(part: Part, earlier: Sequence[Part]) -> Part:

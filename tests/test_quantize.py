@@ -164,7 +164,7 @@ def test_attentions_are_in_fp8_where_the_compiler_fuses_them(fewest: int, tmp_pa
     recipe = default_recipe(component, LayerFormat("fp8", "dynamic"))
     every = layout_in(exported.model, recipe)
     attentions = {name for name, form in every.items() if form.kind == ATTENTION}
-    assert attentions == {f"transformer_blocks.{i}.attn1" for i in range(5)}
+    assert attentions == {f"transformer_blocks.{i}.attn1" for i in (1, 2, 3)}
     assert (every == layout_in(exported.model, recipe, ranges)) == (fewest == 32)
     parameters, packed = quantized(exported.model, exported.parameters, every)
     ir.save(exported.model, tmp_path / "g.onnx")
