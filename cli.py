@@ -317,6 +317,17 @@ def models_show(model: str) -> None:
     print_model(model)
 
 
+@main.command(cls=Command)
+@click.option("--quick", is_flag=True, help="Without compiling and running a small engine.")
+@store_option
+def doctor(quick: bool, store: Path | None) -> None:
+    """What this machine has: card, driver, PyTorch, TensorRT; which bundles serve, and why others do not."""
+    from overcrank.engines.store import Store
+    from overcrank.runtime.doctor import print_report
+
+    sys.exit(0 if print_report(Store(store), quick) else 1)
+
+
 @main.group(cls=Group)
 def engines() -> None:
     """Look at and remove built bundles."""

@@ -1,16 +1,16 @@
 """The Target table: which GPU architecture takes which number format and TensorRT flavour.
 
-Pure data from NVIDIA's compute-capability and TensorRT support matrices; no imports.
+Pure data from NVIDIA's compute-capability and TensorRT support matrices.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from overcrank.engines.cards import installed_cards
 from overcrank.errors import TargetError
 
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "nvfp4")
@@ -138,16 +138,13 @@ def _named(word: str, flavour: str) -> tuple[Target, ...]:
 
 
 def _local_card() -> Target:
-    query = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
     try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
+        card = installed_cards()[0]
+    except TargetError as error:
         raise TargetError(
-            "--gpu auto needs an NVIDIA card and driver on this machine, and nvidia-smi found none; "
-            "name the card instead, for example --gpu rtx4090 (no GPU is needed to build)."
+            f"--gpu auto needs an NVIDIA card and driver on this machine, and {error}; name the card instead, "
+            f"for example --gpu rtx4090 (no GPU is needed to build)."
         ) from error
-    capability, _, card = out.strip().splitlines()[0].partition(",")
-    name = "sm_" + capability.strip().replace(".", "")
-    if name not in BY_NAME:
-        raise TargetError(f"This machine's {card.strip()} is {name}, which is not among {', '.join(BY_NAME)}.")
-    return BY_NAME[name]
+    if card.target not in BY_NAME:
+        raise TargetError(f"This machine's {card.name} is {card.target}, which is not among {', '.join(BY_NAME)}.")
+    return BY_NAME[card.target]
