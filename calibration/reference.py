@@ -27,7 +27,7 @@ def multiplied(x: Tensor, packed: Mapping[str, Tensor], form: LayerFormat) -> Te
     token: Tensor | float = 1.0
     if form.activations == "dynamic":
         token = y.abs().amax(-1, keepdim=True).clamp_min(1e-12)
-        y = y / token * (number.reach)
+        y = y / token * number.reach
     if form.activations != "16bit":
         y = _rounded(y, form, number.step)
     out: Tensor = y @ weight * token * packed["behind"][0, 0].float()

@@ -284,7 +284,8 @@ def _packs(
         if quantization is None or not quantization.source:
             return make()
         described = {name: seen.model_dump() for name, seen in ranges.items()}
-        identity = [quantization.source, part, layout, sorted(formats.items()), described, compute]
+        dtype = str(next(module.parameters()).dtype)  # a checkpoint read in 16 bit has other values
+        identity = [quantization.source, dtype, part, layout, sorted(formats.items()), described, compute]
         return kept_pack(identity, store, make, device)
     read = read_pack(quantization.pack, part, component.name, layout, compute)
     return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
