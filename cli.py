@@ -54,7 +54,7 @@ def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     "gpus",
     required=True,
     multiple=True,
-    help="sm_75 … sm_121, a card (rtx4090, dgx-spark), all, or auto; several with commas or by repeating.",
+    help="sm_75 … sm_121, a card (rtx4090, dgx-spark), rtx (one engine for RTX 30, 40, 50), all, or auto; repeatable.",
 )
 @click.option(
     "--precision",

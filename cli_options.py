@@ -114,6 +114,12 @@ def render_options(function: Any) -> Any:
             "--pack", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Made by overcrank pack."
         ),
         click.option("--lora", "loras", multiple=True, help="FILE or FILE:SCALE, merged into the weights; repeatable."),
+        click.option(
+            "--cache",
+            default="off",
+            show_default=True,
+            help="Steps extrapolated in place of computed: off, safe, fast, or a threshold such as 0.08.",
+        ),
         click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
         click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
         click.option("--quiet", is_flag=True, help="No progress."),

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -36,6 +37,7 @@ from skimage.metrics import peak_signal_noise_ratio
 RESULTS = Path(__file__).parent / "results" / "quantized-demo.json"
 MODEL = "ltx-demo"
 SAMPLES = 16
+Rendered = tuple[list[Trial], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -91,28 +93,40 @@ def _without_attention(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"components": own})
 
 
-def rendered(way: Way, store: Path) -> tuple[list[Trial], np.ndarray]:
-    """Trials, and latents [steps, prompts, values]."""
+def rendered(way: Way, store: Path) -> Rendered:
     if way.form == IN_16_BIT:
         pipe = load(MODEL, backend="eager", device="cpu", dtype=way.dtype, store=store)
     else:
         quantization = Quantization(way.form, recipe_for(way, store))
         pipe = load(MODEL, backend="onnxruntime", device="cpu", store=store, quantization=quantization)
+    return recorded(pipe)
+
+
+def recorded(pipe: Any, stepped: Callable[[int, int], None] = lambda step, steps: None, batch: int = 8) -> Rendered:
+    """Trials of a pipeline, and latents [steps, prompts, values]; `stepped` is told of each step's end."""
     kept: list[list[torch.Tensor]] = []
 
-    def keep(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def keep(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        stepped(step, pipe.num_timesteps)
         if step == 0:
             kept.append([])
         kept[-1].append(tensors["latents"].flatten(1).float())
         return tensors
 
-    done = trials(partial(pipe, callback_on_step_end=keep), prompts())
+    done = trials(partial(pipe, callback_on_step_end=keep), prompts(), batch)
     return done, torch.cat([torch.stack(steps) for steps in kept], dim=1).numpy()
 
 
-def row(name: str, store: Path, reference: tuple[list[Trial], np.ndarray]) -> dict[str, Any]:
+def row(name: str, store: Path, reference: Rendered) -> dict[str, Any]:
     start = time.monotonic()
-    done, latents = reference if name == "eager fp32" else rendered(WAYS[name], store)
+    figures = compared(reference if name == "eager fp32" else rendered(WAYS[name], store), reference)
+    seconds = round(time.monotonic() - start)
+    return {"way": name, **figures, "seconds": seconds, **when()}
+
+
+def compared(made: Rendered, reference: Rendered) -> dict[str, Any]:
+    """How the trials were judged, and how far they are from the reference's."""
+    done, latents = made
     exact, expected = reference
     norms = np.linalg.norm(latents, axis=2) * np.linalg.norm(expected, axis=2)
     cosines = (latents * expected).sum(2) / norms
@@ -121,14 +135,17 @@ def row(name: str, store: Path, reference: tuple[list[Trial], np.ndarray]) -> di
         for a, b in zip(done, exact, strict=True)
     ]
     return {
-        "way": name,
         "scores": {k: round(v, 4) for k, v in scores(done).items()},
         "same_verdict": sum(a.found == b.found for a, b in zip(done, exact, strict=True)),
         "prompts": len(done),
         "lowest_mean_cosine": round(float(cosines.mean(1).min()), 5),
         "lowest_cosine": round(float(cosines.min()), 5),
         "psnr_db": round(float(np.mean(psnr)), 2),
-        "seconds": round(time.monotonic() - start),
+    }
+
+
+def when() -> dict[str, Any]:
+    return {
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {n: metadata.version(n) for n in ("torch", "diffusers", "onnxruntime-gpu", "nvidia-modelopt")},
     }

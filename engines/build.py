@@ -129,7 +129,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
             key=key,
             precision=compute,
             recipe=recipe,
-            target=request.target,
+            target=request.target.narrowed(request.precision),
             profile=request.profile,
             flavour=request.flavour,
             weights=files,

@@ -54,8 +54,9 @@ def engine_from_graph(
     config = builder.create_builder_config()
     config.max_aux_streams = 0  # what runs side by side cannot share memory; a large network fills the card anyway
     if flavour == "tensorrt_rtx" and target is not None:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target.compute_capability), 0)
+        config.num_compute_capabilities = len(target.compute_capabilities)
+        for i, name in enumerate(target.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
     elif target is not None:
         _require_local_card(target)
     _add_profile(builder, network, config, ranges)

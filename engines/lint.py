@@ -72,7 +72,7 @@ def print_lint(bundle: Path, compare: bool) -> None:
     variant = variant_from_manifest(manifest)
     profile = profile_of(manifest)
     for component in components(variant, tuple(e.name for e in manifest.components)):
-        target = BY_NAME[manifest.target]
+        target = BY_NAME[manifest.target].narrowed(manifest.precision)
         result = compared(component, manifest.precision, target, profile, manifest.flavour)
         depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats) or "full depth"
         console.print(f"\n{component.name} at {depth}, compiled both ways")

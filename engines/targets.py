@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from overcrank.engines.cards import installed_cards
 from overcrank.errors import TargetError
@@ -19,16 +19,25 @@ SIXTEEN_BIT = ("fp16", "bf16")
 
 @dataclass(frozen=True)
 class Target:
+    """One GPU architecture, or with `members` several that one engine serves."""
+
     name: str
     generation: str
     cards: tuple[str, ...]
     precisions: tuple[str, ...]
     flavours: tuple[str, ...]
+    fp32_products: bool = True  # TensorRT for RTX compiles none for Turing
+
+    members: tuple[str, ...] = ()
 
     @property
-    def compute_capability(self) -> str:
-        """TensorRT's ComputeCapability member, e.g. "SM89"."""
-        return self.name.replace("_", "").upper()
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """TensorRT's ComputeCapability members, e.g. "SM89"."""
+        return tuple(name.replace("_", "").upper() for name in self.members or (self.name,))
+
+    def narrowed(self, precision: str) -> Target:
+        """Of its members only those that have `precision`."""
+        return replace(self, members=tuple(m for m in self.members if precision in BY_NAME[m].precisions))
 
 
 _RTX, _CLASSIC = "tensorrt_rtx", "tensorrt"
@@ -41,6 +50,7 @@ TARGETS: tuple[Target, ...] = (
         ("rtx2060", "rtx2070", "rtx2080", "rtx2080ti", "titanrtx", "gtx1650", "gtx1660", "t4"),
         ("fp16", "int8"),
         _BOTH,
+        fp32_products=False,
     ),
     Target("sm_80", "Ampere", ("a100", "a30"), ("fp16", "bf16", "int8"), _BOTH),
     Target(
@@ -71,6 +81,14 @@ TARGETS: tuple[Target, ...] = (
         _BOTH,
     ),
     Target("sm_121", "Blackwell", ("dgxspark", "gb10"), PRECISIONS, _BOTH),
+    Target(
+        "rtx",
+        "Ampere, Ada and Blackwell",
+        (),
+        PRECISIONS,
+        (_RTX,),
+        members=("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+    ),
 )
 BY_NAME = {t.name: t for t in TARGETS}
 FLAVOUR_TITLES = {_RTX: "TensorRT for RTX", _CLASSIC: "TensorRT"}
@@ -95,6 +113,12 @@ def targets_for(words: Iterable[str], flavour: str) -> tuple[Target, ...]:
     if not found:
         raise TargetError("--gpu is empty; give sm_75 … sm_121, a card such as rtx4090, 'all' or 'auto'.")
     return tuple(found.values())
+
+
+def serves(target: str, precision: str, card: str) -> bool:
+    """Whether an engine built for `target` at `precision` runs on a card of the architecture `card`."""
+    known = BY_NAME.get(target)
+    return target == card or (known is not None and card in known.narrowed(precision).members)
 
 
 def precision_for(target: Target, precision: str) -> str:
@@ -122,7 +146,7 @@ def sixteen_bit(target: Target, precision: str = "auto") -> str:
 def _named(word: str, flavour: str) -> tuple[Target, ...]:
     key = re.sub(r"[^a-z0-9]", "", word.lower())
     if key == "all":
-        return tuple(t for t in TARGETS if flavour in t.flavours)
+        return tuple(t for t in TARGETS if flavour in t.flavours and not t.members)
     if key == "auto":
         return (_local_card(),)
     for target in TARGETS:

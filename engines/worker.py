@@ -143,22 +143,23 @@ def fallen_back(layout: Mapping[str, LayerFormat], plan: PlanReport) -> list[str
 
 def _staged_graph(job: Job) -> _Graph:
     """The exported graph, quantized as the recipe says, in the staging folder."""
+    import onnx_ir as ir
+    from overcrank.export.passes import products_in_fp16
+
     cached = load_cached(job.graph_folder)
     if cached is None:
         raise CompileError(f"{job.graph_folder} vanished during the build; run the same command again.")
     onnx = job.staging / f"{job.key.component}.onnx"
     parameters, layout = cached.parameters, dict[str, LayerFormat]()
     packed: tuple[Packed, ...] = ()
+    model = ir.load(cached.onnx)
+    if not job.target.fp32_products:
+        products_in_fp16(model)
+    if job.recipe.rules:
+        layout = layout_in(model, job.recipe, job.profile.ranges(job.component))
+        parameters, packed = quantized(model, cached.parameters, layout)
     with written_whole(onnx) as part:
-        if job.recipe.rules:
-            import onnx_ir as ir
-
-            model = ir.load(cached.onnx)
-            layout = layout_in(model, job.recipe, job.profile.ranges(job.component))
-            parameters, packed = quantized(model, cached.parameters, layout)
-            ir.save(model, part)
-        else:
-            part.write_bytes(cached.onnx.read_bytes())
+        ir.save(model, part)
     weights = {p.input.removesuffix(".weight"): p for p in cached.parameters}
     replaced = {layer: weights[layer] for layer in layout if layer in weights}
     return _Graph(onnx, cached.seconds, parameters, packed, layout, replaced)

@@ -41,6 +41,40 @@ def deduplicated(model: ir.Model) -> ir.Model:
     return model
 
 
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+
+
+def products_in_fp16(model: ir.Model) -> None:
+    """What a module keeps in fp32 is multiplied in fp16, in place: for a target that has no fp32 products.
+
+    Parameters stay fp32 inputs and are cast in the graph.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as common
+
+    def cast(value: ir.Value, to: ir.DataType) -> ir.Node:
+        node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", to)])
+        node.outputs[0].dtype = to
+        return node
+
+    graph = model.graph
+    common.ShapeInferencePass()(model)  # a converted graph does not say every type
+    for node in list(graph):
+        out = node.outputs[0]
+        if node.op_type not in PRODUCTS or out.dtype != ir.DataType.FLOAT:
+            continue
+        for position, value in enumerate(node.inputs):
+            if value is not None:
+                narrow = cast(value, ir.DataType.FLOAT16)
+                graph.insert_before(node, narrow)
+                node.replace_input_with(position, narrow.outputs[0])
+        out.dtype = ir.DataType.FLOAT16
+        wide = cast(out, ir.DataType.FLOAT)
+        for user, position in [(u.node, u.idx) for u in out.uses() if u.node is not wide]:
+            user.replace_input_with(position, wide.outputs[0])
+        graph.insert_after(node, wide)
+
+
 def reshapes_without_arithmetic(model: ir.Model) -> bool:
     """Rewrite Reshape targets; returns whether any changed.
 

@@ -214,5 +214,10 @@ def rounds(variant: Variant, shape: VideoShape) -> int:
     return 1
 
 
+def cache_levels(variant: Variant) -> dict[str, float]:
+    """Thresholds of the step cache by name; these are not measured with this family."""
+    return {"safe": 0.05, "fast": 0.1}
+
+
 preview = None
 """`preview(pipe, latents, grid)` → RGB [3, H, W] in [0, 1] of the middle latent frame."""

@@ -14,7 +14,7 @@ from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Range, Recipe, 
 from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.store import Store
-from overcrank.engines.targets import SIXTEEN_BIT
+from overcrank.engines.targets import SIXTEEN_BIT, serves
 from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs, variant_from_manifest
 from overcrank.models.base import Component, Variant
@@ -183,7 +183,7 @@ Bundle = tuple[Path, Manifest]
 
 
 def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, precision: str) -> list[Bundle]:
-    """Bundles of this network for this card whose weights the pipeline can bind, the newest first.
+    """Bundles of this network for this card whose weights the pipeline can bind, the newest first, portable ones last.
 
     Raises CannotServe with the nearest miss: no bundle, other network, other card, another
     precision than the pipeline's weights, weights embedded.
@@ -199,7 +199,7 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
     if not alike:
         others = f"; {len(known)} of other networks" if known else ""
         raise CannotServe(f"there is no engine of {variant.name}{others}", rebuild)
-    here = [(p, m) for p, m in alike if m.target == card]
+    here = [(p, m) for p, m in alike if serves(m.target, m.precision, card)]
     if not here:
         have = ", ".join(sorted({m.target for _, m in alike}))
         raise CannotServe(f"the engines of {variant.name} are for {have}, this card is {card}", rebuild)
@@ -210,7 +210,7 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
             f"the engines of {variant.name} for {card} are {have}, and the pipeline's weights are {precision}",
             f"{rebuild} --precision {precision}" if precision in SIXTEEN_BIT else "load the pipeline in bf16 or fp16",
         )
-    return sorted(bindable, key=lambda bundle: bundle[1].created, reverse=True)
+    return sorted(bindable, key=lambda bundle: (bundle[1].target == card, bundle[1].created), reverse=True)
 
 
 def bundle_of(component: str, bundles: Sequence[Bundle], rebuild: str) -> Bundle:

@@ -64,7 +64,9 @@ def _run(
     from overcrank.runtime import show
     from overcrank.runtime.driver import CANCELLED, FAILED, Driver, Job
     from overcrank.runtime.load import load
+    from overcrank.runtime.stepcache import threshold_of
 
+    threshold = threshold_of(options["cache"], variant)
     diffusers.utils.logging.set_verbosity_error()
     jobs = [Job(request, stem) for request, stem in work]
     started = time.monotonic()
@@ -78,7 +80,9 @@ def _run(
             quantization=options["quantization"],
             loras=options["loras"],
         )
-        driver = Driver(pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"))
+        driver = Driver(
+            pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"), cache=threshold
+        )
         outcomes = driver.run(jobs, resume=not again)
     _print(outcomes, options["as_json"], many, time.monotonic() - started)
     if any(o.status == CANCELLED for o in outcomes):

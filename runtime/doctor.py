@@ -21,7 +21,7 @@ from overcrank.engines.flavours import DISTRIBUTIONS, flavour_version, load_flav
 from overcrank.engines.manifest import Manifest
 from overcrank.engines.report import human_bytes
 from overcrank.engines.store import Store
-from overcrank.engines.targets import BY_NAME, FLAVOUR_TITLES
+from overcrank.engines.targets import BY_NAME, FLAVOUR_TITLES, serves
 from overcrank.errors import IntegrityError, OvercrankError, TargetError
 
 SELF_TEST_TARGET = "sm_89"
@@ -136,7 +136,7 @@ def why_not(manifest: Manifest, machine: Machine) -> str:
     """Why no card here is served by a bundle; empty if one is."""
     if not machine.cards:
         return f"for {manifest.target}, and there is no card here"
-    if manifest.target not in {card.target for card in machine.cards}:
+    if not any(serves(manifest.target, manifest.precision, card.target) for card in machine.cards):
         return f"for {manifest.target}, and the cards here are {', '.join(sorted({c.target for c in machine.cards}))}"
     version = machine.flavours.get(manifest.flavour)
     title = FLAVOUR_TITLES.get(manifest.flavour, manifest.flavour)

@@ -28,6 +28,7 @@ from overcrank.runtime.metadata import about_render
 from overcrank.runtime.output import Video, check_audio, is_complete, remove_leavings, write_results
 from overcrank.runtime.request import RenderRequest
 from overcrank.runtime.session import Record
+from overcrank.runtime.stepcache import StepCache
 from overcrank.runtime.steps import NonFinite, Steps, require_finite
 
 if TYPE_CHECKING:
@@ -67,10 +68,23 @@ class Watcher(Protocol):
 
 
 class Driver:
-    def __init__(self, pipe: Any, model: str, watcher: Watcher, *, preview: bool = False, lanes: int | None = None):
-        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1]."""
+    def __init__(
+        self,
+        pipe: Any,
+        model: str,
+        watcher: Watcher,
+        *,
+        preview: bool = False,
+        lanes: int | None = None,
+        cache: float = 0.0,
+    ) -> None:
+        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1].
+
+        `cache`: threshold of the step cache (stepcache.py), 0 for none.
+        """
         self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
         self.acceleration: Acceleration = pipe.overcrank
+        self.cache = StepCache(cache, self.acceleration.variant, self.acceleration.ledger)
         self.lanes = lanes or _lanes(pipe.device)
         self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
         self._cancelled = threading.Event()
@@ -110,7 +124,7 @@ class Driver:
         try:
             if self._cancelled.is_set():
                 return
-            if resume and is_complete(job.stem, job.request.digest(self.model, self.acceleration.settings())):
+            if resume and is_complete(job.stem, job.request.digest(self.model, self._settings())):
                 outcome.status = SKIPPED
                 return
             self.watcher.started(job)
@@ -150,8 +164,11 @@ class Driver:
                     except NonFinite as again:
                         raise RenderError(f"engines and eager PyTorch both gave {again}; try another seed.") from again
             self.watcher.stage(job, "writing")
-            about = about_render(self.acceleration, self.model, pipe, job.request, outcome)
+            about = about_render(self.acceleration, self._settings(), self.model, pipe, job.request, outcome)
             outcome.files = write_results(video, job.stem, job.request.formats, about, job.request.audio)
+
+    def _settings(self) -> dict[str, Any]:
+        return self.acceleration.settings() | self.cache.settings()
 
     def video(self, request: RenderRequest) -> Video:
         """A completed request's video, not written anywhere."""

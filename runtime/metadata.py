@@ -20,9 +20,14 @@ VERSIONS = ("torch", "diffusers", "transformers", "onnxruntime-gpu", "onnxruntim
 
 
 def about_render(
-    acceleration: Acceleration, model: str, pipe: Any, request: RenderRequest, outcome: Outcome
+    acceleration: Acceleration,
+    settings: dict[str, Any],
+    model: str,
+    pipe: Any,
+    request: RenderRequest,
+    outcome: Outcome,
 ) -> dict[str, Any]:
-    """`request` is a valid line of a job file: the same one gives the same frames on the same versions."""
+    """`request` is a valid line of a job file: with `settings`, the same one gives the same frames."""
     import torch
 
     record = outcome.record
@@ -35,8 +40,8 @@ def about_render(
         "model": model,
         "source": acceleration.source,
         "request": request.model_dump(mode="json", exclude_none=True),
-        "request_sha256": request.digest(model, acceleration.settings()),
-        **acceleration.settings(),
+        "request_sha256": request.digest(model, settings),
+        **settings,
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(scheduler).__name__, **_plain(scheduler.config)} if scheduler else {},
         "dtype": str(main_module(pipe).dtype).removeprefix("torch."),

@@ -44,6 +44,7 @@ class Steps:
         """Holds the denoising stage until the last step, then the decoding stage."""
         with self._held:
             self._held.enter_context(self._driver.stage(self._job, "denoising"))
+            self._held.enter_context(self._driver.cache.over(self._pipe))
             yield
             if self._scheduler is None:
                 self._driver.watcher.stepped(self._job, 1, 1)
@@ -81,6 +82,7 @@ class Steps:
         if "latents" in self._job.request.formats:
             self._kept.append(latents.detach().clone())
         steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        self._driver.cache.stepped(step, steps)
         self._driver.watcher.stepped(self._job, step + 1, steps)
         if self._preview_of is not None:
             self._preview(step, steps, latents)

@@ -9,17 +9,19 @@ from typing import Any
 
 from overcrank.engines.plan import PlanReport
 
+Plans = list[tuple[int, PlanReport]]
 
-def _work(graph: Path, targets: tuple[str, ...], ranges: Any, names: list[str]) -> list[tuple[int, PlanReport]]:
+
+def _work(graph: Path, targets: tuple[str, ...], ranges: Any, names: list[str], precision: str) -> Plans:
     from overcrank.engines.compile import engine_from_graph
     from overcrank.engines.plan import read_plan
     from overcrank.engines.targets import BY_NAME
 
-    made = [engine_from_graph(graph, BY_NAME[target], ranges) for target in targets]
+    made = [engine_from_graph(graph, BY_NAME[target].narrowed(precision), ranges) for target in targets]
     return [(m.activation_bytes or 0, read_plan(bytes(memoryview(m.plan)), names)) for m in made]
 
 
-def compiled(graph: Path, targets: tuple[str, ...], ranges: Any, names: list[str]) -> list[tuple[int, PlanReport]]:
+def compiled(graph: Path, targets: tuple[str, ...], ranges: Any, names: list[str], precision: str = "bf16") -> Plans:
     """For each target: activation memory in bytes, and what the plan does."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_work, graph, targets, ranges, names).result()
+        return pool.submit(_work, graph, targets, ranges, names, precision).result()

@@ -44,6 +44,18 @@ def test_the_bundle_of_this_network_card_and_precision_is_chosen(bundle: Path) -
     assert fitting_bundles([bundle], tuned, "sm_89", "bf16")[0][0] == bundle
 
 
+def test_a_portable_bundle_serves_where_no_engine_of_the_card_itself_does(bundle: Path, tmp_path: Path) -> None:
+    portable = tmp_path / "portable"
+    shutil.copytree(bundle, portable)
+    manifest = json.loads((portable / "manifest.json").read_text())
+    (portable / "manifest.json").write_text(json.dumps(manifest | {"target": "rtx", "created": "2999-01-01"}))
+    demo = resolve("ltx-demo")
+    both = [bundle, portable]
+    assert [p for p, _ in fitting_bundles(both, demo, "sm_89", "bf16")] == [bundle, portable]
+    assert [p for p, _ in fitting_bundles(both, demo, "sm_120", "bf16")] == [portable]
+    assert "are for rtx, sm_89, this card is sm_75" in str(refusal(both, demo, "sm_75", "bf16"))
+
+
 def test_each_component_comes_from_the_newest_bundle_that_has_it(bundle: Path, tmp_path: Path) -> None:
     """A later bundle with only the conditioned denoiser must not take the plain one away."""
     later = tmp_path / "later"

@@ -15,9 +15,11 @@ from overcrank.calibration.pack import Part, embed_pack
 from overcrank.calibration.quantize import layout_in, quantized
 from overcrank.calibration.recipe import ATTENTION, OPERANDS, LayerFormat, Range, default_recipe
 from overcrank.calibration.reference import quantized_layers, ranges_of_call
+from overcrank.engines.targets import BY_NAME
 from overcrank.engines.worker import fallen_back
-from overcrank.export.graph import onnx_from_component
+from overcrank.export.graph import Exported, onnx_from_component
 from overcrank.export.module import random_module
+from overcrank.export.passes import products_in_fp16
 from overcrank.models.base import Component
 from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.parameters import bound_parameters, packed_parameters
@@ -179,30 +181,34 @@ NETWORKS = list(
     }.values()
 )
 """One component for each class of denoiser."""
-ON_TARGETS = {
-    "sm_89": LayerFormat("fp8", "dynamic"),
-    "sm_86": LayerFormat("int8", "static"),
-    "sm_120": LayerFormat("nvfp4", "dynamic"),
-}
+
+
+def _delivered(graph: Path, exported: Exported, name: str, component: Component, form: LayerFormat, target: str) -> Any:
+    """The graph quantized as `form`, which every card of `target` that has the format multiplies in."""
+    model, ranges = ir.load(graph), tiny.profile(name).ranges(component)
+    if not BY_NAME[target].fp32_products:
+        products_in_fp16(model)
+    layout = layout_in(model, default_recipe(component, form), ranges)
+    assert layout
+    parameters, packed = quantized(model, exported.parameters, layout)
+    made = graph.with_name("quantized.onnx")
+    ir.save(model, made)
+    names = [p.input for p in (*parameters, *packed)]
+    ((_, plan),) = compiled(made, (target,), ranges, names, form.format)
+    assert plan.known
+    assert fallen_back(layout, plan) == []
+    return model, layout, parameters
 
 
 @pytest.mark.parametrize(("name", "which"), NETWORKS)
 def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) -> None:
-    """Plans deliver the formats, and the graph computes what the same arithmetic in PyTorch does."""
-    component = component_of(name, which)
+    """Plans of every target deliver the formats; the graph computes what the same arithmetic in PyTorch does."""
+    component, graph = component_of(name, which), tmp_path / "plain.onnx"
     exported = onnx_from_component(component, "bf16")
-    ir.save(exported.model, tmp_path / "plain.onnx")
+    ir.save(exported.model, graph)
     module = random_module(component, component.config, "bf16").float()
-    for target, form in ON_TARGETS.items():
-        model = ir.load(tmp_path / "plain.onnx")
-        layout = layout_in(model, default_recipe(component, form), tiny.profile(name).ranges(component))
-        assert layout
-        parameters, packed = quantized(model, exported.parameters, layout)
-        ir.save(model, tmp_path / "g.onnx")
-        names = [p.input for p in (*parameters, *packed)]
-        ((_, plan),) = compiled(tmp_path / "g.onnx", (target,), tiny.profile(name).ranges(component), names)
-        assert plan.known
-        assert fallen_back(layout, plan) == []
+    for form in (LayerFormat("fp8", "dynamic"), LayerFormat("int8", "static"), LayerFormat("nvfp4", "dynamic")):
+        model, layout, parameters = _delivered(graph, exported, name, component, form, "rtx")
         sizes = {**component.free_axes, **component.sizes(tiny.TINY[name].minimum)}
         with torch.no_grad():
             call = component.sample(module, sizes, torch.Generator().manual_seed(3))
@@ -212,4 +218,14 @@ def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) ->
         session = OrtSession(model, views)
         with quantized_layers(module, layout, seen, "bfloat16"):
             check = compare(component, session, module, tiny.TINY[name].minimum, "minimum")
-        assert check.relative_error < ROUNDING[form.format], (target, check)
+        assert check.relative_error < ROUNDING[form.format], (form, check)
+
+
+@pytest.mark.parametrize(("name", "which"), NETWORKS)
+def test_every_network_in_fp16(name: str, which: str, tmp_path: Path) -> None:
+    """And on Turing, which has no bf16, in int8 too."""
+    component, graph = component_of(name, which), tmp_path / "plain.onnx"
+    exported = onnx_from_component(component, "fp16")
+    ir.save(exported.model, graph)
+    compiled(graph, ("rtx",), tiny.profile(name).ranges(component), [])
+    _delivered(graph, exported, name, component, LayerFormat("int8", "dynamic"), "sm_75")

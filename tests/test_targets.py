@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from overcrank.engines.manifest import EngineKey
-from overcrank.engines.targets import TARGETS, precision_for, targets_for
+from overcrank.engines.targets import BY_NAME, TARGETS, precision_for, serves, targets_for
 from overcrank.errors import TargetError
 
 RTX = "tensorrt_rtx"
@@ -57,8 +57,20 @@ def test_precisions_a_target_lacks(target: str, precision: str, says: str) -> No
 
 def test_auto_precision_is_bf16_where_the_target_has_it() -> None:
     auto = {t.name: precision_for(t, "auto") for t in TARGETS}
+    assert auto["rtx"] == "bf16"
     assert auto.pop("sm_75") == "fp16"
     assert set(auto.values()) == {"bf16"}
+
+
+def test_a_portable_target_is_those_of_its_members_that_have_the_precision() -> None:
+    assert targets_for(["rtx"], RTX)[0].narrowed("fp8").compute_capabilities == ("SM89", "SM120", "SM121")
+    assert BY_NAME["sm_89"].narrowed("fp8").compute_capabilities == ("SM89",)
+    assert serves("rtx", "bf16", "sm_86")
+    assert serves("rtx", "fp8", "sm_89")
+    assert not serves("rtx", "fp8", "sm_86")
+    assert not serves("rtx", "bf16", "sm_75")
+    assert not serves("sm_86", "bf16", "sm_89")
+    assert not serves("sm_999", "bf16", "sm_89")
 
 
 def test_a_key_names_what_differs() -> None:
