@@ -120,6 +120,13 @@ def render_options(function: Any) -> Any:
             show_default=True,
             help="Steps extrapolated in place of computed: off, safe, fast, or a threshold such as 0.08.",
         ),
+        click.option(
+            "--vram",
+            default="auto",
+            show_default=True,
+            help="Of the card: auto (what is free), low, balanced, high, or an amount such as 8GB.",
+        ),
+        click.option("--slow-engines", is_flag=True, help="Also engines measured to be slower than eager here."),
         click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
         click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
         click.option("--quiet", is_flag=True, help="No progress."),

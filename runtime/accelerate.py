@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +13,25 @@ from typing import TYPE_CHECKING, Any
 from overcrank.calibration.pack import read_pack
 from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Range, Recipe, read_recipe, recipe_of
 from overcrank.engines.build import RECIPE
-from overcrank.engines.manifest import Manifest, check_files, read_manifest
+from overcrank.engines.cards import Card
 from overcrank.engines.store import Store
-from overcrank.engines.targets import SIXTEEN_BIT, serves
-from overcrank.errors import IntegrityError, UserError
-from overcrank.models import components, family, main_part, variant_from_configs, variant_from_manifest
+from overcrank.errors import StoreError, UserError
+from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
+from overcrank.runtime.bundles import Bundle, bundle_of, fitting_bundles, rebuild_command
+from overcrank.runtime.card import card_of
+from overcrank.runtime.measured import require_not_slower
 from overcrank.runtime.module import EngineModule, Slot
 from overcrank.runtime.pack import kept_pack
 from overcrank.runtime.parameters import bound_parameters, compute_of, own_parameters, packed_parameters, parameters_of
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
+from overcrank.runtime.workspace import Workspace
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
+log = logging.getLogger("overcrank")
 BACKENDS = ("auto", "tensorrt", "onnxruntime", EAGER)
 
 
@@ -55,6 +61,8 @@ class Acceleration:
     source: str = ""  # folder or hub id of the checkpoint
     quantization: Quantization | None = None
     loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights
+    moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
+    workspace: Workspace = field(default_factory=Workspace)
 
     def settings(self) -> dict[str, Any]:
         """What decides the frames beside model and request, of what is not the usual."""
@@ -63,6 +71,14 @@ class Acceleration:
             recipe = self.quantization.recipe
             found |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
         return found
+
+    def settle(self) -> None:
+        """Keep on disk what sessions have compiled; a disk that is full costs later renders time, not this one."""
+        for slot in (s for module in self.modules for s in module.slots if s.session is not None):
+            try:
+                slot.session.settle()  # type: ignore[union-attr]
+            except StoreError as error:
+                log.warning("the kernels compiled for %s are not kept: %s", slot.component.name, error)
 
     def remove(self) -> None:
         """Give every module its own forward back."""
@@ -79,6 +95,7 @@ def accelerate(
     store: Path | None = None,
     model: str = "",
     quantization: Quantization | None = None,
+    slow_engines: bool = False,
 ) -> Any:
     """Let engines serve the calls of a diffusers pipeline's denoiser and VAE; returns the pipeline.
 
@@ -87,7 +104,8 @@ def accelerate(
     warning for each reason, "tensorrt" raises BackendError in place of falling back,
     "onnxruntime" runs the graphs in ONNX Runtime in fp32, "eager" uses no engine. `model` is the
     name that rebuild commands show. `quantization`: the engines asked for, and the ranges of
-    their layers [default: engines in the pipeline's own 16-bit type].
+    their layers [default: engines in the pipeline's own 16-bit type]. `slow_engines`: also those
+    that were measured to be slower than eager PyTorch on this card.
 
     Raises UserError for an unknown backend or bundle, ModelError for a pipeline of no known family.
     """
@@ -103,7 +121,7 @@ def accelerate(
     if backend == "onnxruntime":
         found.modules = _install(pipe, variant, ledger, lambda c, p, m: _ort_session(c, p, m, where, quantization))
     elif backend != EAGER:
-        _with_engines(pipe, found, where, bundle, quantization)
+        _with_engines(pipe, found, where, bundle, slow_engines)
     found.source = str(pipe.config.get("_name_or_path", ""))
     pipe.overcrank = found
     return pipe
@@ -126,117 +144,81 @@ def main_module(pipe: Any) -> Any:
     return getattr(pipe, part) if part else None
 
 
-def _with_engines(
-    pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, quantization: Quantization | None
-) -> None:
-    variant, ledger = found.variant, found.ledger
-    try:
-        card = _card(pipe)
-        candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
-        fitting = fitting_bundles(
-            candidates, variant, card, quantization.precision if quantization else _precision(pipe)
-        )
-    except CannotServe as error:
-        names = [c.name for c in components(variant)]
-        ledger.fall_back(names, error.reason, error.fix, standing=True)
-        return
-    rebuild = rebuild_command(variant, card)
+def denoisers(pipe: Any, variant: Variant) -> list[tuple[nn.Module, str]]:
+    """Modules that steps call, with the component's name: the pipeline's main part and its twins."""
+    main = main_module(pipe)
+    serving = [c for c in components(variant) if not c.attribute and getattr(pipe, c.subfolder, None) is main]
+    parts = dict.fromkeys(part for c in serving for part in (c.subfolder, *c.twins))
+    return [(m, serving[0].name) for part in parts if (m := getattr(pipe, part, None)) is not None]
 
-    def session(component: Component, part: str, module: nn.Module) -> Session:
-        path, manifest = bundle_of(component.name, fitting, rebuild)
-        found.bundles[component.name] = path.name
+
+@dataclass
+class _Engines:
+    """Makes sessions of engines, with what is the same for all of them."""
+
+    found: Acceleration
+    store: Store
+    fitting: Sequence[Bundle]
+    card: Card
+    rebuild: str
+    slow: bool  # engines that were measured to be slower than eager are used too
+
+    def session(self, component: Component, part: str, module: nn.Module) -> Session:
+        from overcrank.runtime.trt import TrtSession
+
+        path, manifest = bundle_of(component.name, self.fitting, self.rebuild)
+        entry = manifest.component(component.name)
+        if not self.slow:
+            require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
+        self.found.bundles[component.name] = path.name
+        quantization = self.found.quantization
         recipe = quantization.recipe if quantization else None
         if recipe is None and (path / RECIPE).is_file():
             recipe = read_recipe(path / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
-        entry = manifest.component(component.name)
-        packs = _packs(
-            quantization, component, part, module, entry.formats, ranges, entry.key.recipe, compute_of(entry), store
-        )
-        return _trt_session(path, manifest, component, module, packs, rebuild)
-
-    found.modules = _install(pipe, variant, ledger, session)
+        formats, layout = entry.formats, entry.key.recipe
+        packs = _packs(quantization, component, part, module, formats, ranges, layout, compute_of(entry), self.store)
+        parameters: dict[str, Any] = {**own_parameters(module, component, parameters_of(entry)), **packs}
+        workspace = self.found.workspace
+        return TrtSession(manifest, path, entry, parameters, workspace, self.rebuild, self.store, self.card)
 
 
-def _card(pipe: Any) -> str:
-    """Target name of the card the pipeline is on, such as "sm_89"."""
+def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, slow: bool) -> None:
+    variant, ledger, quantization = found.variant, found.ledger, found.quantization
+    try:
+        card = _card(pipe)
+        candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
+        precision = quantization.precision if quantization else _precision(pipe)
+        fitting = fitting_bundles(candidates, variant, card.target, precision)
+    except CannotServe as error:
+        names = [c.name for c in components(variant)]
+        ledger.fall_back(names, error.reason, error.fix, standing=True)
+        return
+    engines = _Engines(found, store, fitting, card, rebuild_command(variant, card.target), slow)
+    found.modules = _install(pipe, variant, ledger, engines.session)
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline computes, also when its parts come and go."""
+    device: torch.device = pipe._execution_device
+    return device
+
+
+def _card(pipe: Any) -> Card:
+    """The card the pipeline computes on; raises CannotServe for none."""
     import torch
 
-    if pipe.device.type != "cuda":
+    device = device_of(pipe)
+    if device.type != "cuda":
         there = " (one is here: pipe.to('cuda'))" if torch.cuda.is_available() else ""
-        raise CannotServe(f"the pipeline is on {pipe.device.type}, not on an NVIDIA GPU{there}", "render on one")
-    major, minor = torch.cuda.get_device_capability(pipe.device)
-    return f"sm_{major}{minor}"
+        raise CannotServe(f"the pipeline is on {device.type}, not on an NVIDIA GPU{there}", "render on one")
+    return card_of(device)
 
 
 def _precision(pipe: Any) -> str:
     """Precision name of the denoiser's dtype."""
     dtype = str(main_module(pipe).dtype)
     return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(dtype, dtype.removeprefix("torch."))
-
-
-def rebuild_command(variant: Variant, card: str) -> str:
-    return f"build-engine --model {variant.name} --gpu {card}"
-
-
-Bundle = tuple[Path, Manifest]
-
-
-def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, precision: str) -> list[Bundle]:
-    """Bundles of this network for this card whose weights the pipeline can bind, the newest first, portable ones last.
-
-    Raises CannotServe with the nearest miss: no bundle, other network, other card, another
-    precision than the pipeline's weights, weights embedded.
-    """
-    rebuild = rebuild_command(variant, card)
-    known = []
-    for path in candidates:
-        try:
-            known.append((path, read_manifest(path)))
-        except IntegrityError:
-            continue
-    alike = [(p, m) for p, m in known if m.family == variant.family and same_network(variant, m)]
-    if not alike:
-        others = f"; {len(known)} of other networks" if known else ""
-        raise CannotServe(f"there is no engine of {variant.name}{others}", rebuild)
-    here = [(p, m) for p, m in alike if serves(m.target, m.precision, card)]
-    if not here:
-        have = ", ".join(sorted({m.target for _, m in alike}))
-        raise CannotServe(f"the engines of {variant.name} are for {have}, this card is {card}", rebuild)
-    bindable = [(p, m) for p, m in here if m.weights == "inputs" and m.precision == precision]
-    if not bindable:
-        have = ", ".join(sorted({f"{m.precision} with weights as {m.weights}" for _, m in here}))
-        raise CannotServe(
-            f"the engines of {variant.name} for {card} are {have}, and the pipeline's weights are {precision}",
-            f"{rebuild} --precision {precision}" if precision in SIXTEEN_BIT else "load the pipeline in bf16 or fp16",
-        )
-    return sorted(bindable, key=lambda bundle: (bundle[1].target == card, bundle[1].created), reverse=True)
-
-
-def bundle_of(component: str, bundles: Sequence[Bundle], rebuild: str) -> Bundle:
-    """The first bundle that has the component and whose files are what its manifest says."""
-    damage: list[str] = []
-    for path, manifest in bundles:
-        if any(entry.name == component for entry in manifest.components):
-            wrong = check_files(path, manifest)
-            if not wrong:
-                return path, manifest
-            damage.append(f"bundle {path.name} is damaged: {wrong[0]}")
-    if damage:
-        raise CannotServe(damage[0], f"overcrank engines rm it, then {rebuild}")
-    raise CannotServe(f"no bundle has an engine of {component}", f"{rebuild} --components {component}")
-
-
-def same_network(variant: Variant, manifest: Manifest) -> bool:
-    """Whether a bundle's configurations describe the same networks as the variant's."""
-    built = variant_from_manifest(manifest)
-    return all(
-        _plain(c.config) == _plain(b.config) for c, b in zip(components(variant), components(built), strict=True)
-    )
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
 
 
 def _install(
@@ -289,22 +271,6 @@ def _packs(
         return kept_pack(identity, store, make, device)
     read = read_pack(quantization.pack, part, component.name, layout, compute)
     return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
-
-
-def _trt_session(
-    bundle: Path,
-    manifest: Manifest,
-    component: Component,
-    module: nn.Module,
-    packs: Mapping[str, Tensor],
-    rebuild: str,
-) -> Session:
-    from overcrank.runtime.trt import TrtSession
-
-    entry = manifest.component(component.name)
-    parameters: dict[str, Any] = dict(own_parameters(module, component, parameters_of(entry)))
-    parameters |= packs
-    return TrtSession(manifest.flavour, manifest.flavour_version, bundle, entry, parameters, rebuild)
 
 
 def _ort_session(

@@ -79,6 +79,8 @@ def _run(
             store=options["store"],
             quantization=options["quantization"],
             loras=options["loras"],
+            vram=options["vram"],
+            slow_engines=options["slow_engines"],
         )
         driver = Driver(
             pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"), cache=threshold

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
 from overcrank.models import hook
 from overcrank.models.base import Media, Variant
+from overcrank.runtime.accelerate import device_of
 from overcrank.runtime.images import media_of
 from overcrank.runtime.load import pipeline_for
 from overcrank.runtime.metadata import about_render
@@ -30,6 +31,7 @@ from overcrank.runtime.request import RenderRequest
 from overcrank.runtime.session import Record
 from overcrank.runtime.stepcache import StepCache
 from overcrank.runtime.steps import NonFinite, Steps, require_finite
+from overcrank.runtime.workspace import free_memory
 
 if TYPE_CHECKING:
     from overcrank.runtime.accelerate import Acceleration
@@ -80,12 +82,13 @@ class Driver:
     ) -> None:
         """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1].
 
-        `cache`: threshold of the step cache (stepcache.py), 0 for none.
+        One at a time if parts of the pipeline come and go. `cache`: threshold of the step cache
+        (stepcache.py), 0 for none.
         """
         self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
         self.acceleration: Acceleration = pipe.overcrank
         self.cache = StepCache(cache, self.acceleration.variant, self.acceleration.ledger)
-        self.lanes = lanes or _lanes(pipe.device)
+        self.lanes = 1 if self.acceleration.moved else lanes or _lanes(device_of(pipe))
         self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
         self._cancelled = threading.Event()
 
@@ -136,13 +139,25 @@ class Driver:
             outcome.status, outcome.error, outcome.exit_code = FAILED, str(error), error.exit_code
         except Exception as error:
             log.debug("job %s", job.stem.name, exc_info=True)
-            outcome.status, outcome.error, outcome.exit_code = FAILED, f"{type(error).__name__}: {error}", 1
-            if type(error).__name__ == "OutOfMemoryError":
-                outcome.error = "the GPU ran out of memory; render fewer frames, a smaller size, or with --lanes 1."
+            outcome.status, outcome.error, outcome.exit_code = FAILED, self._said(error), 1
         finally:
             remove_leavings(job.stem)
             outcome.seconds = time.monotonic() - start
             self.watcher.ended(outcome)
+
+    def _said(self, error: Exception) -> str:
+        """An unforeseen error as a sentence; one of the card's stops the jobs that are left."""
+        import torch
+
+        device = device_of(self.pipe)
+        if isinstance(error, torch.OutOfMemoryError):
+            figures = f" ({free_memory(device)})" if device.type == "cuda" else ""
+            return f"out of memory{figures}; render fewer frames, a smaller size, with --vram low, or with --lanes 1."
+        if isinstance(error, torch.AcceleratorError):
+            self._cancelled.set()  # nothing more can be computed in this process
+            first = str(error).strip().splitlines()[0]
+            return f"the card failed: {first}; see nvidia-smi and the system's log, then run the same command again."
+        return f"{type(error).__name__}: {error}"
 
     def _render(self, outcome: Outcome) -> None:
         """One job; a non-finite result is rendered again without engines."""
@@ -163,6 +178,7 @@ class Driver:
                         video, pipe = self._video(outcome)
                     except NonFinite as again:
                         raise RenderError(f"engines and eager PyTorch both gave {again}; try another seed.") from again
+            self.acceleration.settle()
             self.watcher.stage(job, "writing")
             about = about_render(self.acceleration, self._settings(), self.model, pipe, job.request, outcome)
             outcome.files = write_results(video, job.stem, job.request.formats, about, job.request.audio)
@@ -185,7 +201,7 @@ class Driver:
         if request.audio is not None:
             check_audio(request.audio)
         media = media_of(request, variant)
-        with torch.no_grad(), _own_stream(self.lanes, pipe.device):
+        with torch.no_grad(), _own_stream(device_of(pipe)):
             with self.stage(job, "encoding"):
                 text = encoded(pipe, variant, request)
             steps = Steps(self, job, pipe)
@@ -256,11 +272,11 @@ def _lanes(device: Any) -> int:
 
 
 @contextmanager
-def _own_stream(lanes: int, device: Any) -> Iterator[None]:
-    """Jobs that overlap need a CUDA stream each."""
+def _own_stream(device: Any) -> Iterator[None]:
+    """Jobs that overlap need a CUDA stream each, and the default one cannot be captured into a CUDA graph."""
     import torch
 
-    if lanes > 1 and device.type == "cuda":
+    if device.type == "cuda":
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))  # the weights may still be on their way
         with torch.cuda.stream(stream):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -17,10 +19,13 @@ from overcrank.errors import CheckpointError, ModelError, RequestError, UserErro
 from overcrank.models import components, hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Variant
 from overcrank.runtime.checkpoint import checkpoint_digest, require_calibrated_on
+from overcrank.runtime.memory import AUTO, parts_of, place, planned, vram_of
 
 if TYPE_CHECKING:
     import torch
     from overcrank.runtime.accelerate import Quantization
+
+log = logging.getLogger("overcrank")
 
 
 def load(
@@ -33,17 +38,23 @@ def load(
     store: Path | None = None,
     quantization: Quantization | None = None,
     loras: Sequence[str] = (),
+    vram: str = AUTO,
+    slow_engines: bool = False,
 ) -> Any:
     """The model's text-to-video pipeline, accelerated (see `accelerate`).
 
     `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
     is a card, else cpu]; `dtype` [default: on a card bfloat16, or float16 where the card has
-    none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE. Raises
+    none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE.
+    `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. Raises
     ModelError when the checkpoint cannot be found or read, CheckpointError for a LoRA of another model.
     """
     import diffusers
+    import torch
     import transformers
     from overcrank.runtime.accelerate import accelerate
+
+    wanted = vram_of(vram)
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -64,10 +75,37 @@ def load(
     read = _merged(pipe, loras)
     if quantization is not None:
         quantization = replace(quantization, source=_weights_of(folder, variant, read, Store(store)))
-    pipe = pipe.to(device)
-    accelerated = accelerate(pipe, bundle, backend=backend, store=store, model=variant.name, quantization=quantization)
-    accelerated.overcrank.loras = read
+    moved = _placed(pipe, variant, torch.device(device), wanted, Store(store))
+    accelerated = accelerate(
+        pipe,
+        bundle,
+        backend=backend,
+        store=store,
+        model=variant.name,
+        quantization=quantization,
+        slow_engines=slow_engines,
+    )
+    accelerated.overcrank.loras, accelerated.overcrank.moved = read, moved
     return accelerated
+
+
+def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:
+    """Put the parts where they belong; returns those that are on the card only while they run."""
+    from overcrank.runtime.accelerate import denoisers
+    from overcrank.runtime.bundles import activation_bytes
+    from overcrank.runtime.card import card_of
+
+    if device.type != "cuda":
+        if wanted != AUTO:
+            raise UserError("--vram is for a card, and this render is on the processor; leave it out.")
+        pipe.to(device)
+        return ()
+    parts = parts_of(pipe, [module for module, _ in denoisers(pipe, variant)])
+    plan = planned(parts, activation_bytes(store, variant), wanted, card_of(device).free)
+    if plan.moved:
+        log.info("--vram %s: %s", wanted, plan.line())
+    place(pipe, plan.moved, device)
+    return plan.moved
 
 
 def _merged(pipe: Any, arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -96,7 +134,11 @@ def _usable_device(device: str | None) -> str:
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: use cpu, cuda, or cuda:N.")
     if device.startswith("cuda") and not there:
-        raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no NVIDIA GPU here; use --device cpu.")
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
+        raise UserError(
+            f"--device {device}: PyTorch {torch.__version__} finds no NVIDIA GPU here{why}; use --device cpu."
+        )
     return device
 
 

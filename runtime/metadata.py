@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from overcrank import __version__
-from overcrank.runtime.accelerate import main_module
+from overcrank.runtime.accelerate import device_of, main_module
 
 if TYPE_CHECKING:
     from overcrank.runtime.accelerate import Acceleration
@@ -31,7 +31,7 @@ def about_render(
     import torch
 
     record = outcome.record
-    device = pipe.device
+    device = device_of(pipe)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     scheduler = getattr(pipe, "scheduler", None)
     return {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models.base import Component
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session, run_each
+from overcrank.runtime.workspace import out_of_memory
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -36,6 +38,34 @@ class Slot:
         return self.session
 
 
+class Parked:
+    """Weights of a module's quantized layers, in host memory while an engine multiplies packed ones in their place.
+
+    A module with hooks that move it is left alone. Its first parameter stays, as it tells where the module is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._away: dict[str, torch.device] = {}
+
+    def park(self, layers: Sequence[str]) -> None:
+        first = next(self._module.parameters())
+        if first.device.type == "cpu" or hasattr(self._module, "_hf_hook"):
+            return
+        for name in layers:
+            weight = self._module.get_parameter(f"{name}.weight")
+            if weight is not first and name not in self._away:
+                self._away[name] = weight.device
+                weight.data = weight.data.cpu()
+
+    def fetch(self) -> None:
+        """Back to where they were, for PyTorch to multiply; of those that have been moved since, none."""
+        for name, device in self._away.items():
+            weight = self._module.get_parameter(f"{name}.weight")
+            weight.data = weight.data.to(device)
+        self._away.clear()
+
+
 class EngineModule:
     """Takes over `module.forward`: same arguments, same results, run by an engine.
 
@@ -51,11 +81,13 @@ class EngineModule:
         self._eager = module.forward
         self._before = vars(module).get("forward")  # an offload hook's, if there is one
         self._name = slots[0].component.name
+        self._parked = Parked(module)
         module.forward = self
 
     def remove(self) -> None:
         """Give the module its own forward back; a hook put over this one since keeps calling it, to no effect."""
         self.slots = []
+        self._parked.fetch()
         if vars(self.module).get("forward") is not self:
             return
         if self._before is None:
@@ -82,6 +114,7 @@ class EngineModule:
             refusal = refusal or CannotServe(other, "PyTorch runs it", lasting=False)
             self.ledger.fall_back([self._name], refusal.reason, refusal.fix)
         self.ledger.record.served[self._name, EAGER] += 1
+        self._parked.fetch()
         return self._eager(*args, **kwargs)
 
     def _served(self, slot: Slot, call: dict[str, Any]) -> Any:
@@ -90,15 +123,12 @@ class EngineModule:
         component = slot.component
         inputs = component.adapt(self.module, **call)
         session = slot.opened()
+        self._parked.park(session.replaced)
         _check_fixed(component, inputs)
         try:
             outputs = run_each(session, component, inputs)
         except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise CannotServe(
-                f"the engine of {component.name} ran out of GPU memory",
-                "render fewer frames or a smaller size, or free the card",
-            ) from error
+            raise out_of_memory(component.name, 0, next(iter(inputs.values())).device) from error
         record = self.ledger.record
         record.served[component.name, session.backend] += 1
         record.engines.setdefault(component.name, session.engine)

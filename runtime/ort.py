@@ -77,6 +77,7 @@ class OrtSession:
     """
 
     backend, engine = "onnxruntime", ""
+    replaced: tuple[str, ...] = ()  # in host memory there is nothing to gain
 
     def __init__(self, model: ir.Model | Path, parameters: Mapping[str, torch.Tensor], device: str = "cpu") -> None:
         """`parameters`: graph input → tensor of the shape the graph declares, or of two fp4 values in a byte."""
@@ -105,6 +106,9 @@ class OrtSession:
         results = self._session.run_with_ort_values(self.outputs, feeds)
         device = next(iter(inputs.values())).device
         return {name: torch.from_numpy(r.numpy()).to(device) for name, r in zip(self.outputs, results, strict=True)}
+
+    def settle(self) -> None:
+        """Nothing is compiled."""
 
 
 def _unpacked(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

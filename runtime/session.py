@@ -25,9 +25,13 @@ class Session(Protocol):
 
     backend: str  # "onnxruntime", "tensorrt_rtx" or "tensorrt"
     engine: str  # digest of the EngineKey it runs; "" for a graph
+    replaced: tuple[str, ...]  # layers of the module whose weights it does not read, as it has packed ones
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Raises CannotServe for a call it has no engine for."""
+
+    def settle(self) -> None:
+        """Keep on disk what was compiled for this machine."""
 
 
 def run_each(session: Session, component: Component, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -65,7 +65,10 @@ class _Lines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        note = record.levelno == logging.INFO
+        if note and record.name != "overcrank":  # what an export says is for its own debugging
+            return
+        text = f"{'note' if note else record.levelname.lower()}: {record.getMessage()}"
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -76,16 +79,18 @@ def watching(jobs: Sequence[Job], quiet: bool) -> Iterator[Silent | Bars]:
     handler = _Lines(console)
     log = logging.getLogger("overcrank")
     log.addHandler(handler)
-    log.propagate = False
+    log.propagate, level = False, log.level
     try:
         if quiet:
             yield Silent()
             return
+        log.setLevel(logging.INFO)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             yield Bars(progress, jobs)
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
         log.propagate = True
 
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import UserError
-from overcrank.models import components, hook
+from overcrank.models import hook
 from overcrank.models.base import Variant
-from overcrank.runtime.accelerate import main_module
+from overcrank.runtime.accelerate import denoisers
 from overcrank.runtime.session import Ledger
 
 if TYPE_CHECKING:
@@ -160,14 +160,6 @@ class StepCache:
         self.step, self.last = (0, False) if ended else (step + 1, step + 2 == steps)
         for part in self._parts:
             part.begin() if ended else part.stepped()
-
-
-def denoisers(pipe: Any, variant: Variant) -> list[tuple[nn.Module, str]]:
-    """Modules that steps call, with the component's name: the pipeline's main part and its twins."""
-    main = main_module(pipe)
-    serving = [c for c in components(variant) if not c.attribute and getattr(pipe, c.subfolder, None) is main]
-    parts = dict.fromkeys(part for c in serving for part in (c.subfolder, *c.twins))
-    return [(m, serving[0].name) for part in parts if (m := getattr(pipe, part, None)) is not None]
 
 
 @contextmanager

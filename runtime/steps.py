@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RenderError
 from overcrank.models import family, hook
+from overcrank.runtime.accelerate import device_of
 from overcrank.runtime.output import written_preview
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Steps:
         self._marks: list[Any] = []
         self._kept: list[Tensor] = []
         self._before: Tensor | None = None
-        self._cuda = pipe.device.type == "cuda"
+        self._cuda = device_of(pipe).type == "cuda"
         variant = driver.acceleration.variant
         self._scheduler = getattr(pipe, "scheduler", None)  # an upsampler has none, and takes no steps
         previews = driver.preview and hasattr(self._scheduler, "sigmas")

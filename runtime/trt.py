@@ -1,24 +1,34 @@
 """TensorRT for RTX and TensorRT: an engine on the card, reading the module's own weights.
 
-Inputs are copied into buffers whose addresses are bound once, parameters are bound where
-the module keeps them, and everything runs on PyTorch's current stream with no host
-synchronization. API: TensorRT's IRuntime, ICudaEngine and IExecutionContext.
+Inputs and outputs have buffers whose addresses are bound once, so that TensorRT for RTX can
+replay a call as a CUDA graph; parameters are bound where the module keeps them; activations
+are in a workspace that sessions share. A call is enqueued with no host synchronization.
+API: TensorRT's IRuntime, ICudaEngine, IRuntimeConfig and IExecutionContext.
 """
 
 from __future__ import annotations
 
+import logging
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overcrank.calibration.recipe import ATTENTION
+from overcrank.engines.cards import Card
 from overcrank.engines.flavours import flavour_version, load_flavour
-from overcrank.engines.manifest import ComponentEntry, TensorEntry
+from overcrank.engines.manifest import ComponentEntry, Manifest, TensorEntry
+from overcrank.engines.store import Store
 from overcrank.engines.targets import FLAVOUR_TITLES
 from overcrank.errors import TargetError
+from overcrank.runtime.kernel_cache import Kernels, kernel_cache
 from overcrank.runtime.session import CannotServe
+from overcrank.runtime.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("overcrank")
 
 
 class TrtSession:
@@ -26,76 +36,127 @@ class TrtSession:
 
     def __init__(
         self,
-        flavour: str,
-        built_with: str,
+        manifest: Manifest,
         bundle: Path,
         entry: ComponentEntry,
         parameters: Mapping[str, torch.Tensor],
+        workspace: Workspace,
         rebuild: str,
+        store: Store,
+        card: Card,
     ) -> None:
         """`parameters`: engine input → a module's parameter or packed tensor; `rebuild`: the command that fixes."""
-        self.backend, self.engine = flavour, entry.key.digest()
-        self._entry, self._rebuild = entry, rebuild
-        found = flavour_version(flavour)
-        if found != built_with:
-            installed = f"{found} is installed" if found else "it is not installed"
-            raise CannotServe(
-                f"the engine was built with {FLAVOUR_TITLES[flavour]} {built_with} and {installed}", rebuild
-            )
-        try:
-            trt = load_flavour(flavour)
-        except TargetError as error:
-            raise CannotServe(str(error).rstrip("."), "repair the installation with pip") from error
+        self.backend, self.engine = manifest.flavour, entry.key.digest()
+        self.replaced = tuple(name for name, form in entry.formats.items() if form.kind != ATTENTION)
+        self._entry, self._rebuild, self._workspace = entry, rebuild, workspace
+        trt = _flavour_of(manifest, rebuild)
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)  # host code in engines stays disallowed: the default
-        self._engine = self._runtime.deserialize_cuda_engine((bundle / entry.engine.name).read_bytes())
-        self._context = self._engine and self._engine.create_execution_context()
-        if self._context is None:
+        self._engine = self._runtime.deserialize_cuda_engine(_mapped(bundle / entry.engine.name))
+        if self._engine is None:
             raise CannotServe(f"{entry.engine.name} could not be loaded on this card", rebuild)
+        self._kernels: Kernels | None = None
+        self._context = self._made_context(trt, store, card)
+        if self._context is None:
+            raise CannotServe(f"{entry.engine.name} could not be prepared on this card", rebuild)
         self._dtypes = _torch_dtypes(trt)
         self._parameters = dict(parameters)
         self._bound: dict[str, int] = {}
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._needed = 0  # bytes of activations at the shapes bound now
+        self._side: Any = None
         self._check_dtypes()
+
+    def _made_context(self, trt: Any, store: Store, card: Card) -> Any:
+        """Activations in memory that is given; on TensorRT for RTX also CUDA graphs and kept kernels."""
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(trt, "IRuntimeCache"):
+            return self._engine.create_execution_context(managed)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(managed)
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._kernels = Kernels(config, kernel_cache(store, self.engine, card.name, card.driver))
+        if not self._kernels.known:
+            log.info("compiling the kernels of %s for this card, which later renders find kept", self._entry.name)
+        return self._engine.create_execution_context(config)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Named CUDA tensors in, named CUDA tensors out, enqueued on the current stream."""
         import torch
 
-        self._bind_parameters()
-        for spec in self._entry.inputs:
-            self._bind_input(spec, inputs[spec.name])
-        outputs = {}
-        for out in self._entry.outputs:
-            shape = tuple(self._context.get_tensor_shape(out.name))
-            device = next(iter(inputs.values())).device
-            outputs[out.name] = torch.empty(shape, dtype=self._dtype(out.name), device=device)
-            self._context.set_tensor_address(out.name, outputs[out.name].data_ptr())
-        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise CannotServe(f"the engine of {self._entry.name} failed while running", self._rebuild)
-        return outputs
+        device = next(iter(inputs.values())).device
+        current = torch.cuda.current_stream(device)
+        stream = current
+        if current.cuda_stream == 0:  # the default stream cannot be captured into a CUDA graph
+            self._side = self._side or torch.cuda.Stream(device)
+            stream = self._side
+            stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self._bind_parameters()
+            reshaped = [self._bind_input(spec, inputs[spec.name]) for spec in self._entry.inputs]
+            if any(reshaped):
+                self._bind_outputs(device)
+            memory = self._workspace.take(self._needed, device, stream.cuda_stream, self._entry.name)
+            self._bind("", memory)
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise CannotServe(f"the engine of {self._entry.name} failed while running", self._rebuild)
+            made = {name: buffer.clone() for name, buffer in self._outputs.items()}
+        if stream is not current:
+            current.wait_stream(stream)
+            for tensor in made.values():
+                tensor.record_stream(current)
+        return made
 
-    def _bind_input(self, spec: TensorEntry, tensor: torch.Tensor) -> None:
+    def settle(self) -> None:
+        """Keep the kernels that were compiled."""
+        if self._kernels is not None:
+            self._kernels.keep()
+
+    def _bind_input(self, spec: TensorEntry, tensor: torch.Tensor) -> bool:
+        """Copy into the input's buffer; returns whether its shape is another than before."""
         import torch
 
         shape = tuple(tensor.shape)
-        buffer = self._buffers.get(spec.name)
-        if buffer is None or tuple(buffer.shape) != shape or buffer.device != tensor.device:
+        buffer = self._inputs.get(spec.name)
+        new = buffer is None or tuple(buffer.shape) != shape or buffer.device != tensor.device
+        if new:
             check_shape(self._entry.name, spec, shape, self._rebuild)
             buffer = torch.empty(shape, dtype=self._dtype(spec.name), device=tensor.device)
             if not self._context.set_input_shape(spec.name, shape):
                 raise CannotServe(f"the engine of {self._entry.name} refuses {spec.name} {list(shape)}", self._rebuild)
-            self._context.set_tensor_address(spec.name, buffer.data_ptr())
-            self._buffers[spec.name] = buffer
+            self._bind(spec.name, buffer)
+            self._inputs[spec.name] = buffer
+        assert buffer is not None
         buffer.copy_(tensor)
+        return new
+
+    def _bind_outputs(self, device: torch.device) -> None:
+        """Buffers of the shapes that follow from the inputs', and how much memory activations now need."""
+        import torch
+
+        for out in self._entry.outputs:
+            shape = tuple(self._context.get_tensor_shape(out.name))
+            self._outputs[out.name] = torch.empty(shape, dtype=self._dtype(out.name), device=device)
+            self._bind(out.name, self._outputs[out.name])
+        self._needed = int(self._context.update_device_memory_size_for_shapes())
+        self._bound.pop("", None)
 
     def _bind_parameters(self) -> None:
         """The engine reads the module's storage; its address changes only when the module is moved."""
         for name, tensor in self._parameters.items():
-            address = tensor.data_ptr()
-            if self._bound.get(name) != address:
-                self._context.set_tensor_address(name, address)
-                self._bound[name] = address
+            self._bind(name, tensor)
+
+    def _bind(self, name: str, tensor: torch.Tensor) -> None:
+        """Tell the context an address that it does not know yet; "" is the activations' memory."""
+        address = tensor.data_ptr()
+        if self._bound.get(name) == address:
+            return
+        if name:
+            self._context.set_tensor_address(name, address)
+        else:
+            self._context.set_device_memory(address, tensor.numel())
+        self._bound[name] = address
 
     def _check_dtypes(self) -> None:
         for name, tensor in self._parameters.items():
@@ -110,6 +171,25 @@ class TrtSession:
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._dtypes[self._engine.get_tensor_dtype(name)]
+
+
+def _flavour_of(manifest: Manifest, rebuild: str) -> Any:
+    """The module of the flavour the bundle was built with, in that very version."""
+    flavour, built_with = manifest.flavour, manifest.flavour_version
+    found = flavour_version(flavour)
+    if found != built_with:
+        installed = f"{found} is installed" if found else "it is not installed"
+        raise CannotServe(f"the engine was built with {FLAVOUR_TITLES[flavour]} {built_with} and {installed}", rebuild)
+    try:
+        return load_flavour(flavour)
+    except TargetError as error:
+        raise CannotServe(str(error).rstrip("."), "repair the installation with pip") from error
+
+
+def _mapped(file: Path) -> mmap.mmap:
+    """The file as a buffer that the system reads page by page: the plan is never a copy in RAM."""
+    with file.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def check_shape(component: str, spec: TensorEntry, shape: tuple[int, ...], rebuild: str) -> None:

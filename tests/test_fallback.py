@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from overcrank.engines.cards import Card
 from overcrank.engines.manifest import TensorEntry, read_manifest
+from overcrank.engines.store import Store
 from overcrank.models import resolve
-from overcrank.runtime.accelerate import bundle_of, fitting_bundles
+from overcrank.runtime.bundles import bundle_of, fitting_bundles
 from overcrank.runtime.parameters import bound_parameters, parameters_of
 from overcrank.runtime.session import CannotServe
 from overcrank.runtime.trt import check_shape
+from overcrank.runtime.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +125,20 @@ def test_parameters_are_bound_from_the_modules_own_storage(bundle: Path) -> None
         bound_parameters(module, component, parameters_of(entry))
 
 
-def test_an_engine_of_another_tensorrt_or_without_a_driver_is_refused(bundle: Path) -> None:
+def test_an_engine_of_another_tensorrt_or_without_a_driver_is_refused(bundle: Path, tmp_path: Path) -> None:
     import torch
     from overcrank.runtime.trt import TrtSession
 
     manifest = read_manifest(bundle)
-    entry = manifest.component("denoiser")
+    entry, store = manifest.component("denoiser"), Store(tmp_path)
+    card = Card(0, "a card", "sm_89", 0, 0, "580")
+    other = manifest.model_copy(update={"flavour_version": "0.1"})
     with pytest.raises(CannotServe, match=r"built with TensorRT for RTX 0\.1 and .* is installed") as caught:
-        TrtSession("tensorrt_rtx", "0.1", bundle, entry, {}, "build-engine --model ltx-demo")
+        TrtSession(other, bundle, entry, {}, Workspace(), "build-engine --model ltx-demo", store, card)
     assert caught.value.fix == "build-engine --model ltx-demo"
     if not torch.cuda.is_available():
         with pytest.raises(CannotServe, match="could not be loaded on this card"):
-            TrtSession("tensorrt_rtx", manifest.flavour_version, bundle, entry, {}, "build")
+            TrtSession(manifest, bundle, entry, {}, Workspace(), "build", store, card)
 
 
 def test_the_demo_bundle_says_what_it_is(bundle: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 from overcrank.engines.profiles import Profile
 from overcrank.export.graph import Exported, onnx_from_component
 from overcrank.export.module import random_module
-from overcrank.export.passes import products_in_fp16
 from overcrank.models import components, families, family
 from overcrank.models.base import Component
 from overcrank.runtime.ort import OrtSession
@@ -49,7 +48,7 @@ def test_graph_and_engines(name: str, which: str, tmp_path: Path, record_propert
     _parameters_are_inputs(component, exported, module)
     graph = tmp_path / "graph.onnx"
     ir.save(exported.model, graph)
-    _compiles(component, exported, graph, TARGETS, tiny.profile(name))
+    compiles(component, exported, graph, TARGETS, tiny.profile(name))
     named = dict(module.named_parameters())
     views = {p.input: named[p.input].view(p.shape) for p in exported.parameters}
     session = OrtSession(exported.model, views)  # widens the graph in place
@@ -73,7 +72,7 @@ def _parameters_are_inputs(component: Component, exported: Exported, module: Any
     assert largest <= 4096, "a weight was materialized"
 
 
-def _compiles(
+def compiles(
     component: Component,
     exported: Exported,
     graph: Path,
@@ -91,20 +90,6 @@ def _compiles(
             moved = [(kernel, name) for kernel, name in report.weight_moves if ranks[name] == 2 and name not in cast]
             assert not moved, "only convolutions and vectors may be laid out anew"
             assert report.gemms == report.linears
-
-
-@pytest.mark.parametrize(
-    ("name", "which"), list({(c.cls, c.name): case for case in CASES if (c := component_of(*case))}.values())
-)
-def test_one_of_each_class_compiles_for_turing(name: str, which: str, tmp_path: Path) -> None:
-    """fp16 only, and no products in fp32."""
-    component = component_of(name, which)
-    exported = onnx_from_component(component, "fp16")
-    products_in_fp16(exported.model)
-    graph = tmp_path / "graph.onnx"
-    ir.save(exported.model, graph)
-    cast = frozenset(p.input for p in exported.parameters if p.dtype == "float32")
-    _compiles(component, exported, graph, ("sm_75",), tiny.profile(name), cast)
 
 
 def _chained() -> list[tuple[str, str]]:

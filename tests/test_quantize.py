@@ -28,7 +28,7 @@ from overcrank.runtime.verify import ROUNDING, compare
 
 from tests import tiny
 from tests.compiling import compiled
-from tests.test_families import CASES, component_of
+from tests.test_families import CASES, compiles, component_of
 
 KINDS: dict[Any, tuple[Any, ...]] = {
     "fp8": ("static", "dynamic", "16bit"),
@@ -175,12 +175,9 @@ def test_attentions_are_in_fp8_where_the_compiler_fuses_them(fewest: int, tmp_pa
     assert set(fallen_back(every, plan)) == (set() if fewest == 32 else attentions)
 
 
-NETWORKS = list(
-    {
-        (c.cls, c.name): case for case in CASES if (c := component_of(*case)).subfolder in ("transformer", "unet")
-    }.values()
-)
-"""One component for each class of denoiser."""
+CLASSES = list({(c.cls, c.name): case for case in CASES if (c := component_of(*case))}.values())
+"""One component for each class of network."""
+NETWORKS = [case for case in CLASSES if component_of(*case).subfolder in ("transformer", "unet")]
 
 
 def _delivered(graph: Path, exported: Exported, name: str, component: Component, form: LayerFormat, target: str) -> Any:
@@ -221,11 +218,16 @@ def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) ->
         assert check.relative_error < ROUNDING[form.format], (form, check)
 
 
-@pytest.mark.parametrize(("name", "which"), NETWORKS)
-def test_every_network_in_fp16(name: str, which: str, tmp_path: Path) -> None:
-    """And on Turing, which has no bf16, in int8 too."""
+@pytest.mark.parametrize(("name", "which"), CLASSES)
+def test_every_class_for_turing(name: str, which: str, tmp_path: Path) -> None:
+    """In fp16 and without products in fp32; a denoiser in int8 too, and in fp16 on the other cards."""
     component, graph = component_of(name, which), tmp_path / "plain.onnx"
     exported = onnx_from_component(component, "fp16")
     ir.save(exported.model, graph)
-    compiled(graph, ("rtx",), tiny.profile(name).ranges(component), [])
-    _delivered(graph, exported, name, component, LayerFormat("int8", "dynamic"), "sm_75")
+    if (name, which) in NETWORKS:
+        compiled(graph, ("rtx",), tiny.profile(name).ranges(component), [])
+        _delivered(graph, exported, name, component, LayerFormat("int8", "dynamic"), "sm_75")
+    products_in_fp16(exported.model)
+    ir.save(exported.model, graph)
+    cast = frozenset(p.input for p in exported.parameters if p.dtype == "float32")
+    compiles(component, exported, graph, ("sm_75",), tiny.profile(name), cast)

@@ -14,8 +14,9 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from overcrank.errors import UserError
 from overcrank.models import families, family, resolve
+from overcrank.runtime.accelerate import denoisers
 from overcrank.runtime.session import Ledger
-from overcrank.runtime.stepcache import BACKEND, StepCache, denoisers, threshold_of
+from overcrank.runtime.stepcache import BACKEND, StepCache, threshold_of
 from PIL import Image
 
 DEMO = resolve("ltx-demo")

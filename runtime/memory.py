@@ -1,0 +1,140 @@
+"""`--vram`: which parts of a pipeline stay on the card, and which are there only while they run.
+
+Text and image encoders run once and are the first to be moved, then VAEs, then denoisers. Of the
+moved parts one is on the card at a time, and none while a part that stays is running. The peak
+that is compared with the budget: parts that stay, and the largest of what comes beside them: an
+encoder, or another moved part with the largest activations of the engines of this network.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from overcrank.engines.report import human_bytes
+from overcrank.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+AUTO, LOW, BALANCED, HIGH = "auto", "low", "balanced", "high"
+MODES = (AUTO, LOW, BALANCED, HIGH)
+RESERVE = 1_000_000_000
+"""Of what is free, left to CUDA itself, the decoded frames and what parts hold besides weights (auto only)."""
+ENCODERS, OTHERS, DENOISERS = range(3)
+log = logging.getLogger("overcrank")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A pipeline's module: bytes of its weights, and when it is moved: ENCODERS first."""
+
+    name: str
+    weights: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    moved: tuple[str, ...]
+    peak: int
+
+    def line(self) -> str:
+        kept = f"{', '.join(self.moved)} on the card only while in use" if self.moved else "every part on the card"
+        return f"{kept}; weights and engines take {human_bytes(self.peak)} at most"
+
+
+def vram_of(word: str) -> str | int:
+    """A mode, or bytes of "8GB"; raises UserError."""
+    if word in MODES:
+        return word
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib|g|mb|mib|m)", word.strip().lower())
+    size = float(match[1]) * {"g": 2**30, "m": 2**20}[match[2][0]] if match else 0
+    if not size:
+        raise UserError(f"--vram {word}: use {', '.join(MODES)}, or an amount such as 8GB.")
+    return int(size)
+
+
+def planned(parts: Sequence[Part], working: int, wanted: str | int, free: int) -> Plan:
+    """`working`: bytes of the largest activations; `free`: of the card, for auto.
+
+    Raises UserError when an amount was given that nothing fits in.
+    """
+    fixed = {HIGH: (), LOW: tuple(p.name for p in parts)}
+    fixed[BALANCED] = tuple(p.name for p in parts if p.rank == ENCODERS)
+    if isinstance(wanted, str) and wanted in fixed:
+        return Plan(fixed[wanted], _peak(parts, fixed[wanted], working))
+    budget = wanted if isinstance(wanted, int) else free - RESERVE
+    order = [p.name for p in sorted(parts, key=lambda p: (p.rank, -p.weights))]
+    plans = [Plan(moved, _peak(parts, moved, working)) for i in range(len(order) + 1) if (moved := tuple(order[:i]), 1)]
+    fitting = next((plan for plan in plans if plan.peak <= budget), None)
+    if fitting is not None:
+        return fitting
+    least = min(plans, key=lambda plan: plan.peak)
+    needs = f"one part at a time needs {human_bytes(least.peak)}"
+    if isinstance(wanted, int):
+        raise UserError(f"--vram {human_bytes(wanted)}: {needs}; give more, or quantize with --precision.")
+    log.warning(
+        "%s and %s are free: the card may run out of memory; quantize with --precision.", needs, human_bytes(free)
+    )
+    return least
+
+
+def _peak(parts: Sequence[Part], moved: Sequence[str], working: int) -> int:
+    staying = sum(p.weights for p in parts if p.name not in moved)
+    beside = [p.weights + (0 if p.rank == ENCODERS else working) for p in parts if p.name in moved]
+    return staying + max(working, *beside, 0)
+
+
+def parts_of(pipe: Any, denoisers: Sequence[nn.Module]) -> list[Part]:
+    import torch
+
+    found = []
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            held = (*module.parameters(), *module.buffers())
+            encodes = name.startswith(("text_encoder", "image_encoder"))
+            rank = DENOISERS if any(module is d for d in denoisers) else ENCODERS if encodes else OTHERS
+            found.append(Part(name, sum(t.numel() * t.element_size() for t in held), rank))
+    return found
+
+
+def place(pipe: Any, moved: Sequence[str], device: torch.device) -> None:
+    """Put every part where the plan says; `moved` ones come to `device` when they are called."""
+    import torch
+
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    turns = [modules[name] for name in moved]
+    for name, module in modules.items():
+        if name not in moved:
+            module.to(device)
+        if moved:
+            _takes_turns(module, turns, device)
+
+
+def _takes_turns(module: nn.Module, turns: Sequence[nn.Module], device: torch.device) -> None:
+    """When the module is called, those of `turns` that are not it leave the device, and it comes."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, send_to_device
+
+    class Turn(ModelHook):  # type: ignore[misc]
+        """Diffusers asks it before a VAE encodes or decodes too."""
+
+        execution_device = device
+
+        def init_hook(self, module: nn.Module) -> nn.Module:
+            return module.to("cpu") if any(module is other for other in turns) else module
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            for other in turns:
+                if other is not module and next(other.parameters()).device == device:
+                    other.to("cpu")
+            module.to(device)
+            return send_to_device(args, device), send_to_device(kwargs, device)
+
+    add_hook_to_module(module, Turn(), append=True)

@@ -1,0 +1,131 @@
+"""Who is on the card when: the plan for its memory, parts that come and go, weights that are parked."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from overcrank.errors import UserError
+from overcrank.runtime.memory import DENOISERS, ENCODERS, OTHERS, RESERVE, Part, parts_of, place, planned, vram_of
+from overcrank.runtime.module import Parked
+
+GB = 10**9
+PARTS = [
+    Part("text_encoder", 9 * GB, ENCODERS),
+    Part("text_encoder_2", 2 * GB, ENCODERS),
+    Part("vae", 1 * GB, OTHERS),
+    Part("transformer", 4 * GB, DENOISERS),
+]
+
+
+@pytest.mark.parametrize(
+    ("word", "means"),
+    [("auto", "auto"), ("low", "low"), ("8GB", 8 * 2**30), ("7.5 gb", int(7.5 * 2**30)), ("6144MB", 6 * 2**30)],
+)
+def test_words(word: str, means: Any) -> None:
+    assert vram_of(word) == means
+
+
+@pytest.mark.parametrize("word", ["", "much", "8", "0GB", "-1GB", "8TB"])
+def test_wrong_words(word: str) -> None:
+    with pytest.raises(UserError, match="use auto, low, balanced, high, or an amount such as 8GB"):
+        vram_of(word)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "moved", "peak"),
+    [
+        ("high", (), 16 + 2),
+        ("balanced", ("text_encoder", "text_encoder_2"), 5 + 9),
+        ("low", ("text_encoder", "text_encoder_2", "vae", "transformer"), 9),
+        (18 * GB, (), 18),
+        (17 * GB, ("text_encoder",), 7 + 9),
+        (14 * GB, ("text_encoder", "text_encoder_2"), 5 + 9),
+        (13 * GB, ("text_encoder", "text_encoder_2", "vae"), 4 + 9),
+        (9 * GB, ("text_encoder", "text_encoder_2", "vae", "transformer"), 9),
+    ],
+)
+def test_as_little_is_moved_as_the_budget_asks(wanted: Any, moved: tuple[str, ...], peak: int) -> None:
+    """2 GB of activations come beside a denoiser or a VAE, and not beside an encoder."""
+    plan = planned(PARTS, 2 * GB, wanted, free=0)
+    assert (plan.moved, plan.peak) == (moved, peak * GB)
+
+
+def test_auto_takes_what_is_free() -> None:
+    assert planned(PARTS, 2 * GB, "auto", free=18 * GB + RESERVE).moved == ()
+    assert planned(PARTS, 2 * GB, "auto", free=18 * GB).moved == ("text_encoder",)
+
+
+def test_a_budget_that_nothing_fits_in(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match=r"--vram 8\.00 GB: one part at a time needs 9\.00 GB; give more"):
+        planned(PARTS, 2 * GB, 8 * GB, free=0)
+    with caplog.at_level(logging.WARNING):
+        plan = planned(PARTS, 2 * GB, "auto", free=5 * GB)
+    assert plan.moved == ("text_encoder", "text_encoder_2", "vae", "transformer")
+    assert "needs 9.00 GB and 5.00 GB are free" in caplog.text
+
+
+class Part_(torch.nn.Linear):
+    """Notes where the others are when it runs; "meta" stands for the card, as it holds no values."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def forward(self, pipe: Any) -> dict[str, str]:
+        return {name: p.weight.device.type for name, p in pipe.components.items()}
+
+
+def test_moved_parts_come_one_at_a_time_and_leave_before_those_that_stay_run() -> None:
+    parts = {name: Part_() for name in ("text_encoder", "vae", "transformer")}
+    pipe = SimpleNamespace(components={**parts, "scheduler": object()})
+    pipe_parts = SimpleNamespace(components=parts)
+    found = parts_of(pipe, [parts["transformer"]])
+    assert [(p.name, p.weights, p.rank) for p in found] == [
+        ("text_encoder", 24, ENCODERS),
+        ("vae", 24, OTHERS),
+        ("transformer", 24, DENOISERS),
+    ]
+    place(pipe, ["text_encoder", "vae"], torch.device("meta"))
+    assert {n: p.weight.device.type for n, p in parts.items()} == {
+        "text_encoder": "cpu",
+        "vae": "cpu",
+        "transformer": "meta",
+    }
+    assert parts["text_encoder"](pipe_parts) == {"text_encoder": "meta", "vae": "cpu", "transformer": "meta"}
+
+
+def test_a_pipeline_whose_parts_are_moved_still_renders() -> None:
+    from overcrank.models.demo import FOLDER
+    from overcrank.runtime.accelerate import device_of
+    from overcrank.runtime.load import load
+
+    pipe = load(str(FOLDER), backend="eager", device="cpu")
+    arguments = {"prompt": "a red circle moving right", "height": 64, "width": 64, "num_frames": 9}
+    arguments |= {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
+    plain = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+    place(pipe, ["text_encoder", "vae"], torch.device("cpu"))
+    assert device_of(pipe) == torch.device("cpu")
+    moved = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+    assert torch.equal(plain, moved)
+
+
+def test_parked_weights_come_back_for_pytorch() -> None:
+    """On the processor there is nowhere to park; "meta" stands for the card, where parking moves to the host."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    parked = Parked(module)
+    parked.park(["1", "2"])
+    assert parked._away == {}
+    hooked = torch.nn.Sequential(torch.nn.Linear(2, 2)).to("meta")
+    hooked._hf_hook = object()
+    Parked(hooked).park(["0"])
+    assert hooked[0].weight.device.type == "meta"
+
+
+def test_vram_is_for_a_card(run: Any, tmp_path: Any) -> None:
+    result = run("overcrank", "render", "--prompt", "x", "--device", "cpu", "--vram", "low", "-o", tmp_path / "a.mp4")
+    assert result.exit_code == 2
+    assert "error: --vram is for a card" in result.output
+    assert not list(tmp_path.glob("a*"))
