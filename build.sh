@@ -7,6 +7,8 @@
 #   ./build.sh lint                              ruff and mypy
 #   ./build.sh docs                              writes docs/models.md
 #   ./build.sh bench                             repeats the benchmark of bench/results
+#   ./build.sh bench-gpu                         measures everything that only a card can say (bench/bench_gpu.py)
+# OVERCRANK_WHEELS=folder installs from wheels in that folder alone, on a machine without a network.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -19,8 +21,13 @@ if [ ! -e "$stamp" ]; then
     exit 2
   }
   echo "setting up $VENV (once)" >&2
-  "$PYTHON" -m venv "$VENV"
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+  "$PYTHON" -m venv ${OVERCRANK_WHEELS:+--system-site-packages} "$VENV"
+  if [ -n "${OVERCRANK_WHEELS:-}" ]; then
+    "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-index --find-links "$OVERCRANK_WHEELS" \
+      --no-build-isolation -e . >&2
+  else
+    "$VENV/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+  fi
   rm -f "$VENV"/.installed-*
   touch "$stamp"
 fi
@@ -35,6 +42,7 @@ case "${1:-}" in
     mkdir -p .types && ln -sfn .. .types/overcrank
     exec mypy ;;
   docs) exec overcrank models --markdown docs/models.notes.md --figures bench/results > docs/models.md ;;
+  bench-gpu) shift; exec python bench/bench_gpu.py "$@" ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;
   render)
     shift

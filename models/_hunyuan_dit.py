@@ -245,7 +245,7 @@ def adapt(module: nn.Module, *, names: tuple[str, ...], config: Config, **call: 
     if "first_frame" in names:
         tokens = made["hidden_states"].shape[1]
         made["first_frame"] = latents.new_zeros(1, tokens, 1)
-        made["first_frame"][:, : tokens // (latents.shape[2] // patch[0])] = 1
+        made["first_frame"][:, : tokens // (latents.shape[2] // patch[0])].fill_(1)
     if "encoder_hidden_states_2" in names:
         mask = given(call, "encoder_attention_mask_2")["encoder_attention_mask_2"]
         made["bias_2"] = (1 - mask.to(latents.dtype)) * -10000.0

@@ -119,7 +119,7 @@ def accelerate(
     found = Acceleration(variant, backend, ledger, [], quantization=quantization)
     where = Store(store)
     if backend == "onnxruntime":
-        found.modules = _install(pipe, variant, ledger, lambda c, p, m: _ort_session(c, p, m, where, quantization))
+        found.modules = _install(pipe, variant, ledger, lambda c, p, m: ort_session(c, p, m, where, quantization))
     elif backend != EAGER:
         _with_engines(pipe, found, where, bundle, slow_engines)
     found.source = str(pipe.config.get("_name_or_path", ""))
@@ -273,7 +273,7 @@ def _packs(
     return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
 
 
-def _ort_session(
+def ort_session(
     component: Component, part: str, module: nn.Module, store: Store, quantization: Quantization | None
 ) -> Session:
     """The component's graph from the store's cache, exported into it the first time, quantized as asked."""

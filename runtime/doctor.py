@@ -23,6 +23,8 @@ from overcrank.engines.report import human_bytes
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME, FLAVOUR_TITLES, serves
 from overcrank.errors import IntegrityError, OvercrankError, TargetError
+from overcrank.runtime.kernel_cache import kept_caches
+from overcrank.runtime.measured import OVERRIDE, measurements
 
 SELF_TEST_TARGET = "sm_89"
 SIZE = 256
@@ -132,6 +134,23 @@ def _of_torch(machine: Machine) -> Iterator[Finding]:
         yield Finding("ok", "PyTorch", f"{machine.torch}, CUDA {machine.torch_cuda}, {machine.torch_sees} cards")
 
 
+def of_store(machine: Machine, store: Store) -> Iterator[Finding]:
+    """What earlier renders and measurements on this machine have left."""
+    caches = kept_caches(store)
+    damaged = [file for file, size in caches if not size]
+    text = "none yet; the first render on a card compiles them"
+    if caches:
+        text = f"{len(caches)} runtime caches, {human_bytes(sum(size for _, size in caches))}"
+    if damaged:
+        text += f"; {damaged[0].path} is damaged and will be compiled again"
+    yield Finding("note", "kernels", text)
+    for card in machine.cards:
+        for found in measurements(store, card.name, card.driver).values():
+            if found.engine_ms > found.eager_ms:
+                text = f"its engine for {found.shape} took {found.engine_ms:.1f} ms and eager {found.eager_ms:.1f} ms"
+                yield Finding("note", found.component, f"{text} ({found.date}): not used without {OVERRIDE}")
+
+
 def why_not(manifest: Manifest, machine: Machine) -> str:
     """Why no card here is served by a bundle; empty if one is."""
     if not machine.cards:
@@ -220,7 +239,7 @@ def print_report(store: Store, quick: bool) -> bool:
     console.print(f"overcrank {__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"store {store.root}, {human_bytes(disk.free)} free on its disk")
     machine = examined()
-    found = list(findings(machine, store.list()))
+    found = [*findings(machine, store.list()), *of_store(machine, store)]
     if not quick:
         found.append(self_test(machine))
     for finding in found:

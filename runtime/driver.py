@@ -165,7 +165,7 @@ class Driver:
         with ledger.recording() as record:
             outcome.record = record
             try:
-                video, pipe = self._video(outcome)
+                video, pipe = self.made(outcome)
             except NonFinite as error:
                 used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
                 if not used:
@@ -175,7 +175,7 @@ class Driver:
                 )
                 with ledger.eagerly():
                     try:
-                        video, pipe = self._video(outcome)
+                        video, pipe = self.made(outcome)
                     except NonFinite as again:
                         raise RenderError(f"engines and eager PyTorch both gave {again}; try another seed.") from again
             self.acceleration.settle()
@@ -189,9 +189,10 @@ class Driver:
     def video(self, request: RenderRequest) -> Video:
         """A completed request's video, not written anywhere."""
         with self.acceleration.ledger.recording():
-            return self._video(Outcome(Job(request, Path("video"))))[0]
+            return self.made(Outcome(Job(request, Path("video"))))[0]
 
-    def _video(self, outcome: Outcome) -> tuple[Video, Any]:
+    def made(self, outcome: Outcome) -> tuple[Video, Any]:
+        """The video of a job, not written anywhere, and the pipeline that made it; fills `outcome.steps`."""
         import numpy as np
         import torch
 

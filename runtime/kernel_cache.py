@@ -15,6 +15,7 @@ from typing import Any
 
 from overcrank.engines.store import Store, store_errors, written_whole
 
+SUFFIX = ".kernels"
 DIGEST = 32  # bytes of a SHA-256
 
 
@@ -25,7 +26,7 @@ class KernelCache:
 
     @property
     def path(self) -> Path:
-        return self.store.root / "runtime" / f"{self.name}.kernels"
+        return self.store.root / "runtime" / f"{self.name}{SUFFIX}"
 
     def read(self) -> bytes:
         """What was kept; empty when there is nothing, or it is damaged."""
@@ -47,6 +48,12 @@ class KernelCache:
             with written_whole(self.path) as part:
                 part.write_bytes(hashlib.sha256(blob).digest() + blob)
         return True
+
+
+def kept_caches(store: Store) -> list[tuple[KernelCache, int]]:
+    """Every runtime cache of the store with its size in bytes, 0 for one that is damaged."""
+    names = sorted(p.name.removesuffix(SUFFIX) for p in (store.root / "runtime").glob(f"*{SUFFIX}"))
+    return [(file, len(file.read())) for file in (KernelCache(store, name) for name in names)]
 
 
 def kernel_cache(store: Store, engine: str, card: str, driver: str) -> KernelCache:

@@ -10,8 +10,11 @@ import pytest
 from overcrank.engines import cards
 from overcrank.engines.cards import Card
 from overcrank.engines.manifest import Manifest
+from overcrank.engines.store import Store
 from overcrank.errors import IntegrityError, TargetError
-from overcrank.runtime.doctor import Machine, findings, why_not
+from overcrank.runtime.doctor import Machine, findings, of_store, why_not
+from overcrank.runtime.kernel_cache import kernel_cache
+from overcrank.runtime.measured import Measurement, record
 
 ADA = Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 * 2**30, 20 * 2**30, "580.1")
 GOOD = Machine((ADA,), "", "2.11.0", "13.0", 1, None, {"tensorrt_rtx": "1.7.1"}, {"tensorrt": "TensorRT is not here."})
@@ -44,8 +47,24 @@ def test_machines_with_something_wrong(change: dict[str, Any], verdict: str, say
     assert says in said(replace(GOOD, **change), verdict)
 
 
+def test_what_earlier_renders_have_left(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert [f.text for f in of_store(GOOD, store)] == ["none yet; the first render on a card compiles them"]
+    file = kernel_cache(store, "ab" * 32, ADA.name, ADA.driver)
+    file.write(b"x" * 2_000_000)
+    lost = Measurement(component="vae_decoder", shape="64x64x17", engine_ms=3.0, eager_ms=2.0, date="2026-11-21")
+    record(store, ADA.name, ADA.driver, "key", lost)
+    caches, slow = (f.text for f in of_store(GOOD, store))
+    assert caches == "1 runtime caches, 2.0 MB"
+    assert slow == (
+        "its engine for 64x64x17 took 3.0 ms and eager 2.0 ms (2026-11-21): not used without --slow-engines"
+    )
+    file.path.write_bytes(b"short")
+    assert "is damaged and will be compiled again" in next(of_store(GOOD, store)).text
+
+
 def bundle(**fields: Any) -> Manifest:
-    known = {"target": "sm_89", "flavour": "tensorrt_rtx", "flavour_version": "1.7.1", "weights": "inputs"}
+    known = {"target": "sm_89", "precision": "bf16", "flavour": "tensorrt_rtx", "flavour_version": "1.7.1", "weights": "inputs"}
     return Manifest.model_construct(**(known | fields))
 
 
