@@ -64,7 +64,13 @@ def test_what_earlier_renders_have_left(tmp_path: Path) -> None:
 
 
 def bundle(**fields: Any) -> Manifest:
-    known = {"target": "sm_89", "precision": "bf16", "flavour": "tensorrt_rtx", "flavour_version": "1.7.1", "weights": "inputs"}
+    known = {
+        "target": "sm_89",
+        "precision": "bf16",
+        "flavour": "tensorrt_rtx",
+        "flavour_version": "1.7.1",
+        "weights": "inputs",
+    }
     return Manifest.model_construct(**(known | fields))
 
 

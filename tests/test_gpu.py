@@ -14,12 +14,33 @@ from safetensors.numpy import load_file
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")]
 
 
-def test_engines_render_what_eager_renders_on_the_card(run: Any, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    names = "denoiser,denoiser_conditioned,vae_decoder,vae_encoder"
-    built = run("build-engine", "--model", "ltx-demo", "--gpu", "auto", "--components", names, "--store", store)
+NAMES = "denoiser,denoiser_conditioned,vae_decoder,vae_encoder"
+PROMPT = ["--prompt", "a red circle moving right", "--formats", "latents,sheet", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With engines of the demo for this card."""
+    from click.testing import CliRunner
+    from overcrank import cli
+
+    folder = tmp_path_factory.mktemp("store")
+    words = ["--model", "ltx-demo", "--gpu", "auto", "--components", NAMES, "--store", str(folder)]
+    built = CliRunner().invoke(cli.build_engine, words)
     assert built.exit_code == 0, built.output
-    options = ["--prompt", "a red circle moving right", "--formats", "latents,sheet", "--quiet", "--store", store]
+    return folder
+
+
+def rendered(run: Any, out: Path, *options: object) -> tuple[np.ndarray, dict[str, Any]]:
+    """Latents of every step, and the sidecar."""
+    result = run("overcrank", "render", *PROMPT, *options, "-o", out)
+    assert result.exit_code == 0, result.output
+    latents = load_file(out.with_suffix(".latents.safetensors"))["latents"]
+    return latents, json.loads(out.with_suffix(".json").read_text())
+
+
+def test_engines_render_what_eager_renders_on_the_card(run: Any, tmp_path: Path, store: Path) -> None:
+    options = [*PROMPT, "--store", store]
     for backend in ("tensorrt", "eager"):
         result = run("overcrank", "render", *options, "--backend", backend, "-o", tmp_path / f"{backend}.mp4")
         assert result.exit_code == 0, result.output
@@ -29,3 +50,54 @@ def test_engines_render_what_eager_renders_on_the_card(run: Any, tmp_path: Path)
     ours, theirs = (load_file(tmp_path / f"{b}.latents.safetensors")["latents"] for b in ("tensorrt", "eager"))
     for a, b in zip(ours, theirs, strict=True):
         assert (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b) > 0.99  # both in 16 bit
+
+
+def test_kernels_are_kept_for_the_next_render(run: Any, tmp_path: Path, store: Path) -> None:
+    first, _ = rendered(run, tmp_path / "a.mp4", "--backend", "tensorrt", "--store", store)
+    kept = {f: f.stat().st_mtime_ns for f in (store / "runtime").iterdir()}
+    assert kept
+    again, _ = rendered(run, tmp_path / "b.mp4", "--backend", "tensorrt", "--store", store)
+    assert {f: f.stat().st_mtime_ns for f in (store / "runtime").iterdir()} == kept
+    assert np.array_equal(first, again)
+
+
+@pytest.mark.parametrize("vram", ["low", "balanced"])
+def test_parts_that_move_change_nothing(vram: str, run: Any, tmp_path: Path, store: Path) -> None:
+    options = ["--backend", "tensorrt", "--store", store]
+    here, _ = rendered(run, tmp_path / "here.mp4", *options, "--vram", "high")
+    moved, about = rendered(run, tmp_path / "moved.mp4", *options, "--vram", vram)
+    assert np.array_equal(here, moved)
+    assert set(about["calls"]["denoiser"]) == {"tensorrt_rtx"}
+
+
+def test_the_step_cache_skips_on_the_card(run: Any, tmp_path: Path, store: Path) -> None:
+    _, about = rendered(run, tmp_path / "a.mp4", "--backend", "tensorrt", "--store", store, "--cache", "fast")
+    assert set(about["calls"]["denoiser"]) == {"tensorrt_rtx", "step-cache"}
+
+
+def test_an_engine_call_does_not_wait_for_the_card(store: Path) -> None:
+    """PyTorch's own debug mode raises where a call synchronizes."""
+    from overcrank.models import components, resolve
+    from overcrank.runtime.load import load
+
+    pipe = load("ltx-demo", backend="tensorrt", store=store)
+    (component,) = components(resolve("ltx-demo"), ("denoiser",))
+    module = pipe.transformer
+    sizes = {**component.free_axes, **component.trace_sizes}
+    call = component.sample(module, sizes, torch.Generator().manual_seed(0))
+    call = {k: v.to(module.device, module.dtype) if torch.is_tensor(v) else v for k, v in call.items()}
+    with torch.no_grad():
+        module(**call)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            module(**call)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_portable_engine_renders(run: Any, tmp_path: Path) -> None:
+    built = run("build-engine", "--model", "ltx-demo", "--gpu", "rtx", "--components", NAMES, "--store", tmp_path)
+    assert built.exit_code == 0, built.output
+    latents, about = rendered(run, tmp_path / "a.mp4", "--backend", "tensorrt", "--store", tmp_path)
+    assert set(about["calls"]["denoiser"]) == {"tensorrt_rtx"}
+    assert np.isfinite(latents).all()
