@@ -21,6 +21,9 @@ from overcrank.export.weights import Parameter
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+NARROWEST = 32
+"""Inner length of an 8-bit GEMM: on Turing the compiler has no kernel for 16."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -41,7 +44,7 @@ def linear_layers(model: ir.Model) -> Iterator[Linear]:
         name = str(weight.name)
         if weight.is_graph_input() and name.endswith(".weight") and str(weight.dtype) in ("FLOAT16", "BFLOAT16"):
             _, outputs, inner = (int(str(d)) for d in weight.shape or ())
-            if outputs % BLOCK == inner % BLOCK == 0:
+            if outputs % BLOCK == inner % BLOCK == 0 and inner >= NARROWEST:
                 yield Linear(name.removesuffix(".weight"), node, weight)
 
 
