@@ -42,7 +42,7 @@ def engine_from_graph(
     Raises CompileError with the compiler's own words.
     """
     trt = load_flavour(flavour)
-    log = _logger(trt)
+    log = logger_of(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     progress("parsing")
@@ -75,7 +75,9 @@ def _reason(log: Any, error: Exception | None) -> str:
     return f"the compiler gave up: {words[:500]}"
 
 
-def _logger(trt: Any) -> Any:
+def logger_of(trt: Any) -> Any:
+    """A logger that prints nothing: `errors` and `warnings` are kept."""
+
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
         """Keeps errors and warnings, and the activation memory that only the log tells."""
 

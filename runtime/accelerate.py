@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,17 @@ class Acceleration:
                 slot.session.settle()  # type: ignore[union-attr]
             except StoreError as error:
                 log.warning("the kernels compiled for %s are not kept: %s", slot.component.name, error)
+
+    def preload(self, pictures: bool) -> None:
+        """Load the engines a render calls, while its text is encoded; `pictures`: those that encode them too.
+
+        Why one cannot be loaded is said when it is called.
+        """
+        for module in self.modules:
+            slot = module.slots[0]
+            if pictures or not slot.component.name.endswith("_encoder"):
+                with suppress(CannotServe):
+                    slot.opened()
 
     def remove(self) -> None:
         """Give every module its own forward back."""

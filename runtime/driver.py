@@ -203,7 +203,7 @@ class Driver:
             check_audio(request.audio)
         media = media_of(request, variant)
         with torch.no_grad(), _own_stream(device_of(pipe)):
-            with self.stage(job, "encoding"):
+            with self.stage(job, "encoding"), self._preloading(request):
                 text = encoded(pipe, variant, request)
             steps = Steps(self, job, pipe)
             with steps.denoising():
@@ -219,6 +219,24 @@ class Driver:
         require_finite(frames)
         pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
         return Video(pixels, float(request.fps or variant.fps), steps.latents(), sound), pipe
+
+    @contextmanager
+    def _preloading(self, request: RenderRequest) -> Iterator[None]:
+        """Engines are loaded meanwhile; not when parts move, as an engine reads weights where they are."""
+        device = device_of(self.pipe)
+        if device.type != "cuda" or self.acceleration.moved:
+            yield
+            return
+        import torch
+
+        def work() -> None:
+            with torch.cuda.device(device):
+                self.acceleration.preload(request.task != "text-to-video")
+
+        with ThreadPoolExecutor(1, "preload") as pool:
+            loading = pool.submit(work)
+            yield
+            loading.result()
 
     @contextmanager
     def stage(self, job: Job, name: str) -> Iterator[None]:

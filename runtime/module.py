@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
@@ -25,17 +26,19 @@ class Slot:
     make: Callable[[], Session]
     session: Session | None = None
     refused: CannotServe | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def opened(self) -> Session:
-        if self.refused is not None:
-            raise self.refused
-        if self.session is None:
-            try:
-                self.session = self.make()
-            except CannotServe as error:
-                self.refused = error
-                raise
-        return self.session
+        with self._lock:  # it may be on its way in another thread
+            if self.refused is not None:
+                raise self.refused
+            if self.session is None:
+                try:
+                    self.session = self.make()
+                except CannotServe as error:
+                    self.refused = error
+                    raise
+            return self.session
 
 
 class Parked:

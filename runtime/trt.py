@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.recipe import ATTENTION
 from overcrank.engines.cards import Card
+from overcrank.engines.compile import logger_of
 from overcrank.engines.flavours import flavour_version, load_flavour
 from overcrank.engines.manifest import ComponentEntry, Manifest, TensorEntry
 from overcrank.engines.store import Store
@@ -50,15 +51,15 @@ class TrtSession:
         self.replaced = tuple(name for name, form in entry.formats.items() if form.kind != ATTENTION)
         self._entry, self._rebuild, self._workspace = entry, rebuild, workspace
         trt = _flavour_of(manifest, rebuild)
-        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._logger = logger_of(trt)
         self._runtime = trt.Runtime(self._logger)  # host code in engines stays disallowed: the default
         self._engine = self._runtime.deserialize_cuda_engine(_mapped(bundle / entry.engine.name))
         if self._engine is None:
-            raise CannotServe(f"{entry.engine.name} could not be loaded on this card", rebuild)
+            raise CannotServe(f"{entry.engine.name} could not be loaded on this card{self._reason()}", rebuild)
         self._kernels: Kernels | None = None
         self._context = self._made_context(trt, store, card)
         if self._context is None:
-            raise CannotServe(f"{entry.engine.name} could not be prepared on this card", rebuild)
+            raise CannotServe(f"{entry.engine.name} could not be prepared on this card{self._reason()}", rebuild)
         self._dtypes = _torch_dtypes(trt)
         self._parameters = dict(parameters)
         self._bound: dict[str, int] = {}
@@ -100,13 +101,18 @@ class TrtSession:
             memory = self._workspace.take(self._needed, device, stream.cuda_stream, self._entry.name)
             self._bind("", memory)
             if not self._context.execute_async_v3(stream.cuda_stream):
-                raise CannotServe(f"the engine of {self._entry.name} failed while running", self._rebuild)
+                what = f"the engine of {self._entry.name} failed while running{self._reason()}"
+                raise CannotServe(what, "overcrank doctor tests the card")
             made = {name: buffer.clone() for name, buffer in self._outputs.items()}
         if stream is not current:
             current.wait_stream(stream)
             for tensor in made.values():
                 tensor.record_stream(current)
         return made
+
+    def _reason(self) -> str:
+        """TensorRT's own words."""
+        return f" ({self._logger.errors[-1].strip()[:300]})" if self._logger.errors else ""
 
     def settle(self) -> None:
         """Keep the kernels that were compiled."""

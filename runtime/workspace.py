@@ -36,8 +36,12 @@ class Workspace:
             self._buffers[key] = buffer
         return buffer
 
-    def clear(self) -> None:
-        self._buffers.clear()
+    def release(self, device: torch.device) -> None:
+        """Leave the current stream's buffer to PyTorch, such as for a VAE that runs eagerly."""
+        import torch
+
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        self._buffers.pop((str(device), stream), None)
 
 
 def free_memory(device: torch.device) -> str:

@@ -213,3 +213,30 @@ def test_a_full_disk_while_encoding_is_one_sentence_and_leaves_nothing(tmp_path:
     (row,) = json.loads(done.stdout)
     assert "The disk that holds" in row["error"]
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "statuses"),
+    [
+        ("AcceleratorError", "the card failed: CUDA error: unspecified launch failure; see nvidia-smi", 1),
+        ("OutOfMemoryError", "out of memory; render fewer frames, a smaller size, with --vram low", 2),
+    ],
+)
+def test_what_the_card_does_to_a_batch(
+    error: str, says: str, statuses: int, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failure of the card nothing more can be computed; after a lack of memory the next job may fit."""
+    import torch
+    from overcrank.runtime import driver
+
+    def fails(*_: Any) -> Any:
+        raise getattr(torch, error)("CUDA error: unspecified launch failure\nCUDA kernel errors might be …")
+
+    monkeypatch.setattr(driver, "encoded", fails)
+    jobs = write_jobs(tmp_path / "jobs.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    result = run("overcrank", "batch", jobs, "-o", tmp_path / "out", "--backend", "eager", "--json")
+    report = json.loads(result.output)
+    failed = [job for job in report if job["status"] == "failed"]
+    assert len(failed) == statuses
+    assert says in failed[0]["error"]
+    assert results(tmp_path / "out") == []

@@ -104,14 +104,16 @@ def test_a_full_disk_does_not_fail_the_render(tmp_path: Path, caplog: pytest.Log
 
 def test_sessions_on_a_stream_share_the_larger_workspace() -> None:
     workspace, device = Workspace(), torch.device("cpu")
-    small = workspace.take(1000, device, 7, "vae")
-    assert workspace.take(500, device, 7, "denoiser") is small
-    large = workspace.take(4000, device, 7, "denoiser")
+    small = workspace.take(1000, device, 0, "vae")
+    assert workspace.take(500, device, 0, "denoiser") is small
+    large = workspace.take(4000, device, 0, "denoiser")
     assert large.numel() == 4000
-    assert workspace.take(1000, device, 7, "vae") is large
-    assert workspace.take(1000, device, 8, "vae") is not large
-    workspace.clear()
-    assert workspace.take(10, device, 7, "vae").numel() == 10
+    assert workspace.take(1000, device, 0, "vae") is large
+    other = workspace.take(1000, device, 8, "vae")
+    assert other is not large
+    workspace.release(device)
+    assert workspace.take(10, device, 0, "vae").numel() == 10
+    assert workspace.take(10, device, 8, "vae") is other
 
 
 class Context:
@@ -175,6 +177,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Any:
         _needed=0,
         _side=None,
         _kernels=None,
+        _logger=SimpleNamespace(errors=["CUDA error 719"]),
     )
     return made
 
@@ -199,7 +202,7 @@ def test_calls_that_the_engine_cannot_take(session: Any) -> None:
     with pytest.raises(CannotServe, match="lies outside the engine's profile"):
         session({"x": torch.ones(9)})
     session._context.runs = 10
-    with pytest.raises(CannotServe, match="the engine of denoiser failed while running; rebuild it"):
+    with pytest.raises(CannotServe, match=r"of denoiser failed while running .CUDA error 719.; overcrank doctor"):
         session({"x": torch.ones(4)})
 
 
@@ -228,3 +231,30 @@ def test_an_engine_that_lost_on_this_card_is_not_used(tmp_path: Path) -> None:
     file.write_text("damaged")
     require_not_slower(store, *CARD, "key")
     assert measurements(store, *CARD) == {}
+
+
+def test_engines_are_loaded_ahead_and_only_those_a_render_calls() -> None:
+    from overcrank.models import resolve
+    from overcrank.runtime.accelerate import Acceleration
+    from overcrank.runtime.module import Slot
+    from overcrank.runtime.session import Ledger
+
+    opened: list[str] = []
+
+    def slot(name: str) -> Any:
+        def make() -> Any:
+            opened.append(name)
+            if name == "vae_decoder":
+                raise CannotServe("it is damaged", "rebuild it")
+            return SimpleNamespace()
+
+        return SimpleNamespace(slots=[Slot(SimpleNamespace(name=name), make)])  # type: ignore[arg-type]
+
+    modules: Any = [slot(name) for name in ("denoiser", "vae_decoder", "vae_encoder")]
+    acceleration = Acceleration(resolve("ltx-demo"), "auto", Ledger(False), modules)
+    acceleration.preload(pictures=False)
+    assert opened == ["denoiser", "vae_decoder"]
+    acceleration.preload(pictures=True)
+    assert opened == ["denoiser", "vae_decoder", "vae_encoder"]
+    with pytest.raises(CannotServe, match="it is damaged"):
+        modules[1].slots[0].opened()
