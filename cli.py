@@ -261,6 +261,7 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
 @click.option("--audio", type=click.Path(path_type=Path), help="Sound track to mux into the MP4.")
 @click.option("--steps", type=int, help="Denoising steps [default: the model's].")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--guidance-until", type=float, help="Share of the steps that are guided, such as 0.7 [default: 1].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same frames.")
 @click.option("--height", type=int, help="Pixels [default: the model's native].")
 @click.option("--width", type=int)

@@ -5,8 +5,8 @@
 Eager fp32 on the CPU, the 72 held-out prompts of models/demo/evaluate.py, 24 steps, the same seeds; every way in the
 same run. "slope" is how far the last output is moved on along the line through the last two: 0 repeats it, 1 follows
 the line. "time" is that of all renders, decoding included, beside the uncached ones of this run. Cosines are of the
-latents after each step: the mean of the prompts at the worst step, and the worst prompt at any step. Results go to
-bench/results/step-cache.json and a table beside it.
+latents after each step: the mean of the prompts at the worst step, and the worst prompt at any step. 100 dB is where
+frames are the same. Results go to bench/results/step-cache.json and a table beside it.
 """
 
 from __future__ import annotations

@@ -219,5 +219,7 @@ def cache_levels(variant: Variant) -> dict[str, float]:
     return {"safe": 0.05, "fast": 0.1}
 
 
+guides_apart = False
+"""Whether the pipelines call the denoiser once more for guidance, at each step in which it is on."""
 preview = None
 """`preview(pipe, latents, grid)` → RGB [3, H, W] in [0, 1] of the middle latent frame."""

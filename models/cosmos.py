@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TITLE = "Cosmos"
 DEFAULT = "cosmos-predict2-2b-video2world"
 DENOISER_CLASSES = ("CosmosTransformer3DModel",)
+guides_apart = True
 TRACED_BLOCKS, TEXT_LENGTH = 3, 512
 
 # ── published checkpoints ────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ from overcrank.models.base import Arguments, Component, Config, Media, Variant, 
 TITLE = "SkyReels V2"
 DEFAULT = "skyreels-v2-t2v-14b-540p"
 DENOISER_CLASSES = ("SkyReelsV2Transformer3DModel",)
+guides_apart = True
 OVERLAP, NOISE = 17, 20  # frames a longer video's windows share, and the noise on them, as its authors recommend
 
 _BIG: Config = wan.DIT | {"inject_sample_info": False, "num_frame_per_block": 1}

@@ -16,6 +16,7 @@ from overcrank.models.base import Arguments, Component, Config, Media, Variant, 
 TITLE = "Wan"
 DEFAULT = "wan-2.2-ti2v-5b"
 DENOISER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+guides_apart = True
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 

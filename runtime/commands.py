@@ -13,6 +13,7 @@ from overcrank.runtime.request import FORMATS, RenderRequest, read_jobs, request
 
 REQUEST_OPTIONS = (
     *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
+    "guidance_until",
     *("height", "width", "frames", "fps"),
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from overcrank.errors import RequestError
-from overcrank.models import check_shape, local_folder
+from overcrank.models import check_shape, hook, local_folder
 from overcrank.models.base import Variant, VideoShape
 from overcrank.runtime.images import rate_of
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,7 +26,8 @@ FILES = ("image", "last_image", "video", "audio")
 class RenderRequest(BaseModel):
     """One video. Unset fields take the model's own values (`completed`); sizes in pixels.
 
-    `output` is the name of the results without a suffix: NAME.mp4, NAME.json and so on.
+    `output` is the name of the results without a suffix: NAME.mp4, NAME.json and so on. `guidance_until` is the share
+    of the steps that are guided; the rest are not, and make one call in place of two.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class RenderRequest(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1, le=1000)
     guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    guidance_until: float = Field(default=1, gt=0, le=1, allow_inf_nan=False)
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -78,6 +80,11 @@ class RenderRequest(BaseModel):
             raise RequestError("video and image both condition the render; give one of them.")
         if self.task not in variant.tasks:
             raise RequestError(f"{variant.name} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
+        if self.guidance_until < 1 and not hook(variant, "guides_apart"):
+            raise RequestError(
+                f"guidance_until: {variant.name} computes both sides of guidance in one call, so no call would be "
+                f"saved; leave it out."
+            )
         paths = {}
         for field in FILES:
             path: Path | None = getattr(self, field)

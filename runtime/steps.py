@@ -33,6 +33,7 @@ class Steps:
         self._marks: list[Any] = []
         self._kept: list[Tensor] = []
         self._before: Tensor | None = None
+        self._scale: float | None = None  # of guidance, while it is off
         self._cuda = device_of(pipe).type == "cuda"
         variant = driver.acceleration.variant
         self._scheduler = getattr(pipe, "scheduler", None)  # an upsampler has none, and takes no steps
@@ -83,6 +84,7 @@ class Steps:
         if "latents" in self._job.request.formats:
             self._kept.append(latents.detach().clone())
         steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        self._guide(pipe, step, steps)
         self._driver.cache.stepped(step, steps)
         self._driver.watcher.stepped(self._job, step + 1, steps)
         if self._preview_of is not None:
@@ -92,6 +94,14 @@ class Steps:
             if self._left == 0:
                 self._to_decoding(latents)
         return {}
+
+    def _guide(self, pipe: Any, step: int, steps: int) -> None:
+        """The scale that the pipeline reads at each step; in the next run through the steps it is as before."""
+        until = self._job.request.guidance_until
+        if step + 1 == steps and self._scale is not None:
+            pipe._guidance_scale, self._scale = self._scale, None
+        elif step + 1 < steps and step + 1 >= until * steps and self._scale is None:
+            self._scale, pipe._guidance_scale = pipe._guidance_scale, 1.0
 
     def _to_decoding(self, latents: Tensor) -> None:
         import torch

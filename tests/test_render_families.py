@@ -88,3 +88,25 @@ def test_engines_graphs_render_what_eager_renders(
     for key, value in {"pipeline": about["pipeline"], "media": case.media, "psnr": decibels}.items():
         record_property(key, value)  # bench/parity.py
     assert decibels >= 50
+
+
+@pytest.mark.parametrize("name", ["wan", "skyreels-forcing", "cosmos"])
+def test_guidance_ends_before_the_steps_do(name: str, run: Any, tmp_path: Path, store: Path) -> None:
+    """A pipeline that makes two calls for each guided step makes one for each that is not."""
+    folder, case = pipelines.saved(name, tmp_path), pipelines.CASES[name]
+    options = ["--model", folder, "--steps", 4, "--height", case.height, "--width", case.width, "--guidance", 4]
+    options += ["--frames", case.frames, "--formats", "png", "--quiet", "--store", store, "--prompt", pipelines.PROMPT]
+    calls = {}
+    for until in (1, 0.5):
+        out = ["--guidance-until", until, "--backend", "onnxruntime", "-o", tmp_path / f"{until}.png"]
+        result = run("overcrank", "render", *options, *out)
+        assert result.exit_code == 0, result.output
+        made = json.loads((tmp_path / f"{until}.json").read_text())["calls"]
+        calls[until] = next(by["onnxruntime"] for name, by in made.items() if name.startswith("denoiser"))
+    assert calls[0.5] == calls[1] * 3 / 4
+
+
+def test_guidance_in_one_call_has_no_end(run: Any, tmp_path: Path) -> None:
+    result = run("overcrank", "render", "--prompt", "x", "--guidance-until", 0.5, "-o", tmp_path / "a.mp4")
+    assert result.exit_code == 2
+    assert "error: guidance_until: ltx-demo computes both sides of guidance in one call" in result.output
