@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ import gpu_report
 from gpu_ways import CASES, Case, Way, ways_on
 from overcrank.engines.store import Store
 from overcrank.models import local_folder, resolve
+from overcrank.runtime.metadata import versions
 
 RESULTS = Path(__file__).parent / "results"
-VERSIONS = ("torch", "diffusers", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "nvidia-cuda-runtime-cu13")
 LIMIT = 480  # seconds of a part
 
 
@@ -86,12 +85,6 @@ def _cases(models: list[str] | None, device: str, parser: argparse.ArgumentParse
 def _about(device: str) -> dict[str, Any]:
     import torch
 
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     found = {"card": "no card", "date": datetime.now(UTC).date().isoformat(), "device": device, "dtype": "fp32"}
     if device == "cuda":
         from overcrank.runtime.card import card_of
@@ -99,7 +92,7 @@ def _about(device: str) -> dict[str, Any]:
         card = card_of(torch.device("cuda"))
         found |= {"card": card.name, "driver": card.driver, "architecture": card.target, "dtype": "bf16"}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {**found, "machine": machine, "versions": versions, "command": "./build.sh bench-gpu"}
+    return {**found, "machine": machine, "versions": versions(), "command": "./build.sh bench-gpu"}
 
 
 def _peak(folder: Path, device: str, again: bool) -> dict[str, float]:

@@ -54,7 +54,7 @@ def about_render(
         "engine_keys": {k: v for k, v in record.engines.items() if v},
         "fallbacks": [asdict(f) for f in record.fallbacks],
         "steps": timing(outcome.steps),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -76,7 +76,7 @@ def _plain(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dict(config).items() if not k.startswith("_")}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
         try:
