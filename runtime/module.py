@@ -102,6 +102,9 @@ class EngineModule:
         import torch
 
         if self.slots and not (torch.is_grad_enabled() or self.ledger.forced_eager):
+            hook = getattr(self.module, "_hf_hook", None)
+            if hook is not None and self._before is not None:  # under this forward, which brings the weights
+                args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
             call = self.__signature__.bind(*args, **kwargs).arguments
             refusal: CannotServe | None = None
             other = ""

@@ -94,7 +94,7 @@ class TrtSession:
             stream = self._side
             stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._bind_parameters()
+            self._bind_parameters(device)
             reshaped = [self._bind_input(spec, inputs[spec.name]) for spec in self._entry.inputs]
             if any(reshaped):
                 self._bind_outputs(device)
@@ -148,9 +148,15 @@ class TrtSession:
         self._needed = int(self._context.update_device_memory_size_for_shapes())
         self._bound.pop("", None)
 
-    def _bind_parameters(self) -> None:
+    def _bind_parameters(self, device: torch.device) -> None:
         """The engine reads the module's storage; its address changes only when the module is moved."""
         for name, tensor in self._parameters.items():
+            if tensor.data_ptr() != self._bound.get(name) and tensor.device != device:
+                raise CannotServe(
+                    f"the pipeline holds {name} on {tensor.device} and runs on {device}",
+                    "keep the whole part on the card, or let it come and go with --vram low",
+                    lasting=False,
+                )
             self._bind(name, tensor)
 
     def _bind(self, name: str, tensor: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,34 @@ def test_a_pipeline_whose_parts_are_moved_still_renders() -> None:
     assert device_of(pipe) == torch.device("cpu")
     moved = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
     assert torch.equal(plain, moved)
+
+
+def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(tmp_path: Path) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from overcrank.runtime.accelerate import accelerate
+    from overcrank.runtime.load import load
+
+    class Counts(ModelHook):  # type: ignore[misc]
+        calls = 0
+
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return args, kwargs
+
+    arguments = {"prompt": "a red circle moving right", "height": 64, "width": 64, "num_frames": 9}
+    arguments |= {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    for first in (True, False):
+        pipe = load("ltx-demo", backend="eager", device="cpu")
+        hook = Counts()
+        if first:
+            add_hook_to_module(pipe.transformer, hook)
+        accelerate(pipe, backend="onnxruntime", store=tmp_path)
+        if not first:
+            add_hook_to_module(pipe.transformer, hook)
+        with pipe.overcrank.ledger.recording() as record:
+            pipe(**arguments)
+        assert record.backends()["denoiser"] == {"onnxruntime": 2}
+        assert hook.calls == 2
 
 
 def test_parked_weights_come_back_for_pytorch() -> None:

@@ -199,6 +199,10 @@ def test_addresses_are_told_once_and_again_when_they_change(session: Any) -> Non
 
 
 def test_calls_that_the_engine_cannot_take(session: Any) -> None:
+    session._parameters["w"] = torch.zeros(3, device="meta")
+    with pytest.raises(CannotServe, match="holds w on meta and runs on cpu"):
+        session({"x": torch.ones(4)})
+    session._parameters = {}
     with pytest.raises(CannotServe, match="lies outside the engine's profile"):
         session({"x": torch.ones(9)})
     session._context.runs = 10
