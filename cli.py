@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from overcrank import __version__
+from overcrank.cli_engines import engines
 from overcrank.cli_options import (
     Command,
     Group,
@@ -150,6 +151,9 @@ def _checkpoint(model: str, variant: Any) -> Path:
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Show versions.")
 def main() -> None:
     """Faster video diffusion: TensorRT engines for any card, built on any machine."""
+
+
+main.add_command(engines)
 
 
 main.add_command(build_engine)
@@ -327,55 +331,3 @@ def doctor(quick: bool, store: Path | None) -> None:
     from overcrank.runtime.doctor import print_report
 
     sys.exit(0 if print_report(Store(store), quick) else 1)
-
-
-@main.group(cls=Group)
-def engines() -> None:
-    """Look at and remove built bundles."""
-
-
-@engines.command("list", cls=Command)
-@store_option
-def engines_list(store: Path | None) -> None:
-    """Every bundle in the store."""
-    from overcrank.engines.show import print_list
-    from overcrank.engines.store import Store
-
-    print_list(Store(store))
-
-
-@engines.command("show", cls=Command)
-@click.argument("bundle")
-@store_option
-def engines_show(bundle: str, store: Path | None) -> None:
-    """A bundle's manifest, readably, with its hashes checked (exit 1 if one is wrong)."""
-    from overcrank.engines.show import print_bundle
-    from overcrank.engines.store import Store
-
-    if not print_bundle(Store(store).resolve(bundle)):
-        sys.exit(1)
-
-
-@engines.command("rm", cls=Command)
-@click.argument("bundles", nargs=-1, required=True)
-@store_option
-def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
-    """Remove bundles."""
-    from overcrank.engines.store import Store
-
-    where = Store(store)
-    for path in [where.resolve(b) for b in bundles]:
-        where.remove(path)
-        click.echo(f"removed {path}")
-
-
-@engines.command("lint", cls=Command)
-@click.argument("bundle")
-@click.option("--compare/--no-compare", default=True, help="Also compile a shallow network both ways and compare.")
-@store_option
-def engines_lint(bundle: str, compare: bool, store: Path | None) -> None:
-    """What a bundle's plans do: kernels, GEMM epilogues, work on weights at run time."""
-    from overcrank.engines.lint import print_lint
-    from overcrank.engines.store import Store
-
-    print_lint(Store(store).resolve(bundle), compare)
