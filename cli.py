@@ -10,6 +10,7 @@ from typing import Any
 import click
 from overcrank import __version__
 from overcrank.cli_engines import engines
+from overcrank.cli_keys import keys
 from overcrank.cli_options import (
     Command,
     Group,
@@ -154,6 +155,7 @@ def main() -> None:
 
 
 main.add_command(engines)
+main.add_command(keys)
 
 
 main.add_command(build_engine)

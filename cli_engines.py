@@ -115,3 +115,22 @@ def engines_gc(
         click.echo("nothing was removed")
         return
     click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
+
+
+@engines.command("sign", cls=Command)
+@click.argument("bundles", nargs=-1, required=True)
+@click.option("--key", required=True, help="Name of a key of one's own (overcrank keys new).")
+@store_option
+def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None:
+    """Sign bundles whose files are whole, so that others can use them."""
+    from overcrank.engines.manifest import check_files, read_manifest
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
+    from overcrank.errors import IntegrityError
+
+    where = Store(store)
+    for path in [where.resolve(b) for b in bundles]:
+        if wrong := check_files(path, read_manifest(path)):
+            raise IntegrityError(f"{path.name} is not signed: {wrong[0]}; rebuild it.")
+        made = Keyring().sign(path, key)
+        click.echo(f"signed {path.name} by {made.name}, {made.key[:16]}")

@@ -22,7 +22,7 @@ from typing import Any
 from overcrank import __version__
 from overcrank.calibration.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.engines.flavours import require_flavour
-from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, read_manifest
+from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, file_entry, read_manifest
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store, store_errors, sync_folder, written_whole
 from overcrank.engines.targets import Target, sixteen_bit
@@ -309,6 +309,11 @@ def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
     """Manifest into the staged folder, then the folder under its final name."""
     request = bundle.request
     entries = [e for j in bundle.jobs if (e := finished(j))]
+    recipe = None
+    if request.recipe is not None:
+        with written_whole(bundle.staging / RECIPE) as part:
+            part.write_text(request.recipe.model_dump_json(indent=1), "utf-8")
+        recipe = file_entry(bundle.staging / RECIPE)
     manifest = Manifest(
         overcrank=__version__,
         model=request.variant.name,
@@ -328,10 +333,8 @@ def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
         build_seconds=round(seconds, 2),
         peak_ram_bytes=peak,
         components=entries,
+        recipe=recipe,
     )
-    if request.recipe is not None:
-        with written_whole(bundle.staging / RECIPE) as part:
-            part.write_text(request.recipe.model_dump_json(indent=1), "utf-8")
     with written_whole(bundle.staging / MANIFEST) as part:
         part.write_text(manifest.model_dump_json(indent=1), "utf-8")
     for job in bundle.jobs:

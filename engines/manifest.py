@@ -12,6 +12,8 @@ from overcrank.errors import IntegrityError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 SCHEMA = 1
+LARGEST = 64_000_000
+"""Bytes of a manifest; the largest that was built has 2 MB."""
 MANIFEST = "manifest.json"
 
 
@@ -126,6 +128,7 @@ class Manifest(_Model):
     build_seconds: float
     peak_ram_bytes: int
     components: list[ComponentEntry]
+    recipe: File | None = None
 
     def component(self, name: str) -> ComponentEntry:
         for entry in self.components:
@@ -138,13 +141,20 @@ def read_manifest(bundle: Path) -> Manifest:
     """The bundle's manifest; raises IntegrityError naming file and field when it is not one."""
     file = bundle / MANIFEST
     try:
-        return Manifest.model_validate_json(file.read_bytes())
+        return Manifest.model_validate_json(read_small(file))
     except OSError as error:
         raise IntegrityError(f"{bundle} is not a bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise IntegrityError(f"{file}: {where}: {first['msg']}; rebuild the bundle.") from error
+
+
+def read_small(file: Path) -> bytes:
+    """A file of a bundle that is held in memory; raises IntegrityError for one that is too large to be it."""
+    if file.stat().st_size > LARGEST:
+        raise IntegrityError(f"{file} has {file.stat().st_size:,} bytes, which no bundle's has; get the bundle again.")
+    return file.read_bytes()
 
 
 def file_entry(path: Path) -> File:
@@ -155,15 +165,20 @@ def file_entry(path: Path) -> File:
 
 def check_files(bundle: Path, manifest: Manifest) -> list[str]:
     """What is wrong with the bundle's files, one sentence each; empty when all match."""
-    wrong = []
-    for entry in manifest.components:
-        for file in (entry.engine, entry.graph):
-            path = bundle / file.name
-            if Path(file.name).name != file.name:
-                wrong.append(f"{file.name}: a file name with a path is not allowed")
-            elif not path.is_file():
-                wrong.append(f"{file.name} is missing")
-            elif (found := file_entry(path)) != file:
-                what = "size" if found.bytes != file.bytes else "SHA-256"
-                wrong.append(f"{file.name} does not match the manifest ({what} differs)")
-    return wrong
+    files = [file for entry in manifest.components for file in (entry.engine, entry.graph)]
+    if manifest.recipe is not None:
+        files.append(manifest.recipe)
+    return [reason for file in files if (reason := _wrong_with(bundle, file))]
+
+
+def _wrong_with(bundle: Path, file: File) -> str:
+    path = bundle / file.name
+    if Path(file.name).name != file.name or "\\" in file.name or file.name.startswith("."):
+        return f"{file.name}: a file name with a path is not allowed"
+    if path.is_symlink():
+        return f"{file.name} is a link, which is not allowed"
+    if not path.is_file():
+        return f"{file.name} is missing"
+    if path.stat().st_size != file.bytes:  # before a file of any size is read
+        return f"{file.name} does not match the manifest (size differs)"
+    return "" if file_entry(path) == file else f"{file.name} does not match the manifest (SHA-256 differs)"

@@ -7,6 +7,8 @@ from pathlib import Path
 from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.report import human_bytes, profile_line
 from overcrank.engines.store import Store
+from overcrank.engines.trust import Keyring, fingerprint
+from overcrank.errors import IntegrityError
 
 
 def print_list(store: Store) -> None:
@@ -44,6 +46,7 @@ def print_bundle(bundle: Path) -> bool:
         ("target", f"{manifest.target}, {manifest.precision}, {manifest.flavour} {manifest.flavour_version}"),
         ("profile", profile_line(manifest)),
         ("weights", manifest.weights),
+        ("signed", _signed(bundle)),
         (
             "built",
             f"{manifest.created} by overcrank {manifest.overcrank} in {manifest.build_seconds:.1f} s, "
@@ -69,6 +72,14 @@ def print_bundle(bundle: Path) -> bool:
         console.print(f"\nWRONG {problem}")
     console.print("\nfiles do NOT match the manifest" if wrong else "\nevery file matches its SHA-256")
     return not wrong
+
+
+def _signed(bundle: Path) -> str:
+    try:
+        who = Keyring().check(bundle)
+    except IntegrityError as error:
+        return f"NOT VALID: {error}"
+    return f"by {who.name}, {fingerprint(who.public)[:16]}" if who else "no; it was built here"
 
 
 def _product(shape: list[int]) -> int:

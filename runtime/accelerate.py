@@ -185,7 +185,7 @@ class _Engines:
         self.found.bundles[component.name] = path.name
         quantization = self.found.quantization
         recipe = quantization.recipe if quantization else None
-        if recipe is None and (path / RECIPE).is_file():
+        if recipe is None and manifest.recipe is not None:
             recipe = read_recipe(path / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
         formats, layout = entry.formats, entry.key.recipe

@@ -9,6 +9,7 @@ from typing import Any
 from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import SIXTEEN_BIT, serves
+from overcrank.engines.trust import Keyring
 from overcrank.errors import IntegrityError
 from overcrank.models import components, variant_from_manifest
 from overcrank.models.base import Variant
@@ -54,16 +55,24 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
 
 
 def bundle_of(component: str, bundles: Sequence[Bundle], rebuild: str) -> Bundle:
-    """The first bundle that has the component and whose files are what its manifest says."""
-    damage: list[str] = []
+    """The first bundle that has the component, whose files are what its manifest says, and whose signature holds."""
+    damage: list[tuple[str, str]] = []
     for path, manifest in bundles:
         if any(entry.name == component for entry in manifest.components):
             wrong = check_files(path, manifest)
-            if not wrong:
-                return path, manifest
-            damage.append(f"bundle {path.name} is damaged: {wrong[0]}")
+            if wrong:
+                damage.append(
+                    (f"bundle {path.name} is damaged: {wrong[0]}", f"overcrank engines rm it, then {rebuild}")
+                )
+                continue
+            try:
+                Keyring().check(path)
+            except IntegrityError as error:
+                damage.append((str(error).rstrip("."), f"or {rebuild}"))
+                continue
+            return path, manifest
     if damage:
-        raise CannotServe(damage[0], f"overcrank engines rm it, then {rebuild}")
+        raise CannotServe(*damage[0])
     raise CannotServe(f"no bundle has an engine of {component}", f"{rebuild} --components {component}")
 
 

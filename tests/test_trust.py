@@ -1,0 +1,280 @@
+"""Signatures, and attacks on bundles: none is accepted."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from overcrank.engines.manifest import check_files, file_entry, read_manifest
+from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, fingerprint
+from overcrank.errors import IntegrityError, UserError
+from overcrank.models import resolve
+from overcrank.runtime.bundles import bundle_of, fitting_bundles
+from overcrank.runtime.session import CannotServe
+
+FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle of the demo's denoiser."""
+    from click.testing import CliRunner
+    from overcrank import cli
+
+    out = tmp_path_factory.mktemp("trust")
+    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--out", str(out)]
+    result = CliRunner().invoke(cli.build_engine, [*words, "--store", str(out / "store")])
+    assert result.exit_code == 0, result.output
+    (found,) = (p.parent for p in out.glob("*/manifest.json"))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keyring:
+    monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "config"))
+    return Keyring()
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path, ring: Keyring) -> Path:
+    """From elsewhere, and signed by a publisher who is trusted."""
+    copied = tmp_path / built.name
+    shutil.copytree(built, copied)
+    (copied / PULLED).write_text("{}")
+    ring.new("studio")
+    ring.sign(copied, "studio")
+    return copied
+
+
+def accepted(bundle: Path) -> bool:
+    """Whether a render would hand the bundle's engine to TensorRT."""
+    try:
+        fitting = fitting_bundles([bundle], resolve("ltx-demo"), "sm_89", "bf16")
+        return bundle_of("denoiser", fitting, "rebuild")[0] == bundle
+    except CannotServe:
+        return False
+
+
+def resigned(bundle: Path) -> None:
+    """As an attacker who has a key of their own would sign it."""
+    Keyring(bundle.parent / "attacker").sign(bundle, "studio")
+
+
+def test_a_signed_bundle_is_used_until_its_key_is_revoked(bundle: Path, ring: Keyring) -> None:
+    assert accepted(bundle)
+    who = ring.check(bundle)
+    assert who is not None
+    assert who.name == "studio"
+    ring.revoke("studio")
+    assert not accepted(bundle)
+    with pytest.raises(IntegrityError, match="is signed by 'studio', whose key was revoked 20"):
+        ring.check(bundle)
+
+
+def test_what_is_built_here_needs_no_signature_and_what_comes_from_elsewhere_does(bundle: Path, ring: Keyring) -> None:
+    (bundle / SIGNATURE).unlink()
+    assert not accepted(bundle)
+    with pytest.raises(IntegrityError, match="came from elsewhere and is not signed"):
+        ring.check(bundle)
+    (bundle / PULLED).unlink()
+    assert accepted(bundle)
+    assert ring.check(bundle) is None
+
+
+def test_a_flipped_bit_anywhere_is_refused(bundle: Path) -> None:
+    """In every file that is read, at sampled places and at both ends."""
+    chance, tried = random.Random(0), 0
+    for name in ("denoiser.engine", "denoiser.onnx", "manifest.json", SIGNATURE):
+        file = bundle / name
+        whole = file.read_bytes()
+        places = [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(FLIPS // 4 - 2))]
+        for place in places:
+            changed = bytearray(whole)
+            changed[place] ^= 1 << chance.randrange(8)
+            file.write_bytes(changed)
+            if accepted(bundle):  # a label in the signature's file may differ: what it signs does not
+                assert name == SIGNATURE
+                assert json.loads(changed)["signature"] == json.loads(whole)["signature"]
+            tried += 1
+        file.write_bytes(whole)
+    assert tried == FLIPS
+    assert accepted(bundle)
+
+
+def _truncated(bundle: Path) -> None:
+    with (bundle / "denoiser.engine").open("r+b") as file:
+        file.truncate(1000)
+
+
+def _swapped(bundle: Path) -> None:
+    shutil.copy(bundle / "denoiser.onnx", bundle / "denoiser.engine")
+
+
+def _linked(bundle: Path) -> None:
+    (bundle / "denoiser.engine").rename(bundle.parent / "elsewhere")
+    (bundle / "denoiser.engine").symlink_to(bundle.parent / "elsewhere")
+
+
+def _gone(bundle: Path) -> None:
+    (bundle / "denoiser.engine").unlink()
+
+
+def _unknown_key(bundle: Path) -> None:
+    Keyring(bundle.parent / "attacker").new("studio")
+    resigned(bundle)
+
+
+def _known_name_unknown_key(bundle: Path) -> None:
+    """The attacker's signature under the fingerprint that is trusted."""
+    own = json.loads((bundle / SIGNATURE).read_text())
+    _unknown_key(bundle)
+    theirs = json.loads((bundle / SIGNATURE).read_text())
+    (bundle / SIGNATURE).write_text(json.dumps(theirs | {"key": own["key"]}))
+
+
+def _changed_manifest(bundle: Path) -> None:
+    """An engine of the attacker's, with its hash put into the manifest."""
+    (bundle / "denoiser.engine").write_bytes(b"code of mine")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["components"][0]["engine"] |= file_entry(bundle / "denoiser.engine").model_dump()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _rewritten(**fields: Any) -> Callable[[Path], None]:
+    """A manifest changed and signed by the trusted publisher, whose own tools were deceived."""
+
+    def change(bundle: Path) -> None:
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        for name, value in fields.items():
+            if name == "file":
+                manifest["components"][0]["engine"]["name"] = value
+            else:
+                manifest[name] = value
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        Keyring().sign(bundle, "studio")
+
+    return change
+
+
+def _outside(name: str) -> Callable[[Path], None]:
+    def change(bundle: Path) -> None:
+        shutil.copy(bundle / "denoiser.engine", bundle.parent / "outside.engine")
+        _rewritten(file=name.replace("BUNDLE", str(bundle.parent)))(bundle)
+
+    return change
+
+
+def _huge_manifest(bundle: Path) -> None:
+    with (bundle / "manifest.json").open("r+b") as file:
+        file.truncate(100_000_000)
+
+
+def _huge_engine(bundle: Path) -> None:
+    with (bundle / "denoiser.engine").open("r+b") as file:
+        file.truncate(2**40)  # a sparse file: reading it would take an hour
+
+
+def _deep(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text("[" * 200_000)
+
+
+ATTACKS: dict[str, Callable[[Path], None]] = {
+    "engine truncated": _truncated,
+    "engine swapped for another file": _swapped,
+    "engine a link": _linked,
+    "engine gone": _gone,
+    "signed by an unknown key": _unknown_key,
+    "signed by an unknown key under a trusted fingerprint": _known_name_unknown_key,
+    "manifest and engine changed together": _changed_manifest,
+    "older schema": _rewritten(schema_version=0),
+    "unknown field": _rewritten(command="rm"),
+    "name with ..": _outside("../outside.engine"),
+    "absolute name": _outside("BUNDLE/outside.engine"),
+    "name with a backslash": _outside("..\\outside.engine"),
+    "hidden name": _outside(".engine"),
+    "empty name": _outside(""),
+    "manifest of 100 MB": _huge_manifest,
+    "engine of a terabyte": _huge_engine,
+    "manifest nested without end": _deep,
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_attack_is_accepted(attack: str, bundle: Path) -> None:
+    assert accepted(bundle)
+    ATTACKS[attack](bundle)
+    assert not accepted(bundle)
+
+
+def test_an_engine_of_another_bundle_is_refused_though_both_are_signed(bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    (other / "denoiser.engine").write_bytes(b"another whole engine")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["components"][0]["engine"] |= file_entry(other / "denoiser.engine").model_dump()
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    Keyring().sign(other, "studio")
+    assert check_files(other, read_manifest(other)) == []
+    shutil.copy(other / "denoiser.engine", bundle / "denoiser.engine")
+    assert not accepted(bundle)
+    shutil.copy(other / SIGNATURE, bundle / SIGNATURE)
+    assert not accepted(bundle)
+
+
+def test_commands(run: Any, tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = run("overcrank", "keys", "new", "studio")
+    assert made.exit_code == 0, made.output
+    line = made.stdout.strip().splitlines()[-1]
+    assert line.startswith("overcrank-ed25519 ")
+    private = tmp_path / "config" / "studio.key"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    bundle = tmp_path / built.name
+    shutil.copytree(built, bundle)
+    assert "signed ltx-demo" in run("overcrank", "engines", "sign", bundle, "--key", "studio").output
+    assert "by studio, " in run("overcrank", "engines", "show", bundle).output
+    monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "customer"))
+    assert "NOT VALID" in run("overcrank", "engines", "show", bundle).output
+    assert "no keys; bundles built here need none" in run("overcrank", "keys", "list").output
+    (tmp_path / "studio.pub").write_text(line + "\n")
+    assert "trusted studio" in run("overcrank", "keys", "trust", tmp_path / "studio.pub").output
+    assert "by studio, " in run("overcrank", "engines", "show", bundle).output
+    assert "studio: trusted since 20" in run("overcrank", "keys", "list").output
+    assert run("overcrank", "keys", "revoke", fingerprint(line.split()[1])[:12]).exit_code == 0
+    assert "studio: revoked 20" in run("overcrank", "keys", "list").output
+    assert "NOT VALID" in run("overcrank", "engines", "show", bundle).output
+    (bundle / "denoiser.engine").write_bytes(b"damaged")
+    refused = run("overcrank", "engines", "sign", bundle, "--key", "studio")
+    assert refused.exit_code == 1
+    assert "is not signed: denoiser.engine does not match" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["new", "../key"], "is no name for a key"),
+        (["trust", "overcrank-ed25519", "AAAA", "name"], "is no public key; it looks like"),
+        (["trust", "hello"], "is no public key; it looks like"),
+        (["revoke", "nobody"], "no trusted key matches 'nobody'"),
+        (["revoke", ""], "no trusted key matches ''"),
+    ],
+)
+def test_wrong_words(words: list[str], says: str, run: Any) -> None:
+    result = run("overcrank", "keys", *words)
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_a_key_is_not_overwritten_and_a_lost_list_is_not_empty(ring: Keyring, bundle: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        ring.new("studio")
+    with pytest.raises(UserError, match="there is no key"):
+        ring.sign(bundle, "nobody")
+    (ring.folder / "trusted.json").write_text("{")
+    with pytest.raises(UserError, match=r"trusted.json cannot be read as a list of trusted keys"):
+        ring.check(bundle)
