@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from overcrank.cli_options import Command, Group, store_option
@@ -22,6 +23,42 @@ def engines_list(store: Path | None) -> None:
     from overcrank.engines.store import Store
 
     print_list(Store(store))
+
+
+@engines.command("build", cls=Command)
+@click.option("--models", default="", help="Families, variants, folders or hub ids, with commas.")
+@click.option("--gpus", default="all", show_default=True, help="As --gpu of build-engine, with commas.")
+@click.option(
+    "--precisions", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4, with commas."
+)
+@click.option("--static", is_flag=True, help="Serve each model's native shape only.")
+@click.option("--retry-failed", is_flag=True, help="What the last such command did not manage, in place of --models.")
+@click.option("--index", type=click.Path(path_type=Path, dir_okay=False), help="Write a Markdown table of the bundles.")
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress; does not ask.")
+@store_option
+def engines_build(**options: Any) -> None:
+    """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
+    from overcrank.engines import matrix, report
+    from overcrank.engines.build import default_workers
+    from overcrank.engines.store import Store
+
+    store, jobs = Store(options["store"]), options["jobs"] or default_workers()
+    lists = (options["models"], options["gpus"], options["precisions"])
+    cells = matrix.failed_before(store) if options["retry_failed"] else matrix.cells_of(*lists)
+    wanted = matrix.expanded(cells, options["static"])
+    for line in matrix.plan_lines(wanted, store, jobs):
+        click.echo(line, err=True)
+    if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
+        return
+    with report.progress_display(options["as_json"]) as progress:
+        result = matrix.run(wanted, store, progress, jobs)
+    if options["index"] is not None:
+        matrix.write_index(options["index"], result)
+    click.echo(matrix.as_json(result) if options["as_json"] else "\n".join(matrix.result_lines(result)))
+    if result.failed:
+        sys.exit(1)
 
 
 @engines.command("show", cls=Command)

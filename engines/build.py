@@ -97,6 +97,19 @@ def build(requests: list[Request], store: Store, progress: Progress, workers: in
     return built
 
 
+def key_of(request: Request, store: Store) -> str:
+    """By which the store finds the request's bundle."""
+    return _planned(request, store).key
+
+
+def default_workers() -> int:
+    """Worker processes by cores and by RAM that is free."""
+    import psutil
+
+    fitting = int(psutil.virtual_memory().available // RAM_PER_WORKER)
+    return max(1, min(os.cpu_count() or 1, fitting))
+
+
 def _planned(request: Request, store: Store) -> _Bundle:
     version = require_flavour(request.flavour)
     bundle = _Bundle(request)
@@ -166,7 +179,7 @@ def _run(bundles: list[_Bundle], progress: Progress, workers: int | None) -> int
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     pool = ProcessPoolExecutor(
-        workers or _default_workers(),
+        workers or default_workers(),
         mp_context=context,
         initializer=_start_worker,
         initargs=(messages,),
@@ -296,13 +309,6 @@ def _in_worker(work: Callable[[Job, Report], None], job: Job) -> None:
 
 def _title(job: Job) -> str:
     return f"{job.target.name} {job.key.component}"
-
-
-def _default_workers() -> int:
-    import psutil
-
-    fitting = int(psutil.virtual_memory().available // RAM_PER_WORKER)
-    return max(1, min(os.cpu_count() or 1, fitting))
 
 
 def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:

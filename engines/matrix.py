@@ -1,0 +1,181 @@
+"""`overcrank engines build`: bundles of many models for many cards at many precisions.
+
+One model after the other, its targets together, so that they share exported graphs. A combination that
+cannot be is dropped with its reason; one that fails does not stop the rest, and is remembered for
+`--retry-failed`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from overcrank.calibration.recipe import IN_16_BIT, QUANTIZED, LayerFormat
+from overcrank.engines.build import Built, Progress, Request, build, key_of
+from overcrank.engines.profiles import profile_for
+from overcrank.engines.report import human_bytes, profile_line
+from overcrank.engines.store import Store, written_whole
+from overcrank.engines.targets import precision_for, targets_for
+from overcrank.errors import BuildCancelled, OvercrankError, TargetError, UserError
+from overcrank.models import components, resolve
+
+EXPORT_SECONDS, COMPILE_SECONDS, ENGINE_BYTES = 14.0, 2.6, 12_000_000
+"""Medians of the full-size components in bench/results/families.json, on one core."""
+
+
+class Cell(NamedTuple):
+    """One combination, by the names that make it again."""
+
+    model: str
+    gpu: str
+    precision: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+
+@dataclass
+class Matrix:
+    requests: dict[Cell, Request] = field(default_factory=dict)
+    dropped: dict[Cell, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    built: dict[Cell, Built] = field(default_factory=dict)
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+
+def expanded(cells: Sequence[Cell], static: bool = False, flavour: str = "tensorrt_rtx") -> Matrix:
+    """What can be built of `cells`, each with the model's own shapes (`static`: its native one alone).
+
+    Raises UserError for a model, a card or a precision that there is not at all.
+    """
+    matrix = Matrix()
+    for cell in cells:
+        variant = resolve(cell.model)
+        for target in targets_for([cell.gpu], flavour):
+            own = Cell(cell.model, target.name, cell.precision)
+            try:
+                precision = precision_for(target, cell.precision)
+            except TargetError as error:
+                if "Unknown precision" in str(error):
+                    raise
+                matrix.dropped[own] = f"{target.name} ({target.generation}) has no {cell.precision}"
+                continue
+            own = own._replace(precision=precision)
+            layers = LayerFormat(precision, "dynamic") if precision in QUANTIZED else IN_16_BIT  # type: ignore[arg-type]
+            profile = profile_for(variant, static=static)
+            matrix.requests[own] = Request(variant, target, precision, profile, flavour, layers=layers)
+    return matrix
+
+
+def cells_of(models: str, gpus: str, precisions: str) -> list[Cell]:
+    """Every combination of three comma-separated lists; raises UserError for an empty one."""
+    lists = {"--models": models, "--gpus": gpus, "--precisions": precisions}
+    words = {name: text.replace(",", " ").split() for name, text in lists.items()}
+    for name, found in words.items():
+        if not found:
+            raise UserError(f"{name} is empty; separate several with commas.")
+    a, b, c = words.values()
+    return [Cell(model, gpu, precision) for model in a for gpu in b for precision in c]
+
+
+def run(matrix: Matrix, store: Store, progress: Progress, workers: int | None = None) -> Result:
+    """Build all that the store does not hold; failures are collected, Ctrl-C stops (and the same command resumes)."""
+    result = Result()
+    by_model: dict[str, list[Cell]] = {}
+    for cell in matrix.requests:
+        by_model.setdefault(cell.model, []).append(cell)
+    try:
+        for cells in by_model.values():
+            _run_model(cells, matrix, store, progress, workers, result)
+    finally:
+        _remember(store, result.failed)
+    return result
+
+
+def _run_model(
+    cells: Sequence[Cell], matrix: Matrix, store: Store, progress: Progress, workers: int | None, result: Result
+) -> None:
+    """All targets of a model together; if that fails, one by one, to find which."""
+    try:
+        made = build([matrix.requests[c] for c in cells], store, progress, workers)
+        result.built |= dict(zip(cells, made, strict=True))
+        return
+    except BuildCancelled:
+        raise
+    except OvercrankError as error:
+        if len(cells) == 1:
+            result.failed[cells[0]] = str(error)
+            return
+    for cell in cells:
+        _run_model([cell], matrix, store, progress, workers, result)
+
+
+def _remember(store: Store, failed: dict[Cell, str]) -> None:
+    store.prepare()
+    with written_whole(store.root / "failed.json") as part:
+        rows = [cell._asdict() | {"error": error} for cell, error in failed.items()]
+        part.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
+def failed_before(store: Store) -> list[Cell]:
+    """What the last matrix in this store did not manage; raises UserError when there is nothing."""
+    try:
+        rows = json.loads((store.root / "failed.json").read_text("utf-8"))
+        found = [Cell(row["model"], row["gpu"], row["precision"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = []
+    if not found:
+        raise UserError(f"--retry-failed: nothing failed in the last 'engines build' of {store.root}.")
+    return found
+
+
+def plan_lines(matrix: Matrix, store: Store, workers: int) -> Iterator[str]:
+    """What is about to be done, and what it costs."""
+    for cell, reason in matrix.dropped.items():
+        yield f"dropped  {cell}: {reason}"
+    todo = [r for r in matrix.requests.values() if store.find(key_of(r, store)) is None]
+    engines = sum(len(components(r.variant)) for r in todo)
+    graphs = {(r.variant.name, c.name, r.precision == "fp16") for r in todo for c in components(r.variant)}
+    seconds = (len(graphs) * EXPORT_SECONDS + engines * COMPILE_SECONDS) / workers
+    yield f"plan     {len(matrix.requests)} bundles, {len(matrix.requests) - len(todo)} of them in the store already"
+    if todo:
+        size = human_bytes(engines * ENGINE_BYTES)
+        yield (
+            f"         {engines} engines of {len(graphs)} graphs on {workers} workers: about {seconds / 60:.0f} min, "
+            f"{size}, 1.5 GB of RAM a worker; large networks take longer"
+        )
+
+
+def result_lines(result: Result) -> Iterator[str]:
+    for cell, built in result.built.items():
+        yield f"{'there' if built.cached else 'built':<9}{cell}  {built.path}"
+    for cell, error in result.failed.items():
+        yield f"FAILED   {cell}: {error}"
+    if result.failed:
+        yield f"{len(result.failed)} failed; 'overcrank engines build --retry-failed' tries them again"
+
+
+def write_index(file: Path, result: Result) -> None:
+    """A Markdown table of the bundles."""
+    lines = ["# Engines", "", "| model | card | precision | shapes | engines | activation memory | bundle |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for built in sorted(result.built.values(), key=lambda b: b.path.name):
+        m = built.manifest
+        size = human_bytes(sum(c.engine.bytes for c in m.components))
+        activation = human_bytes(max(c.activation_bytes or 0 for c in m.components))
+        cells = [m.model, m.target, m.precision, profile_line(m), size, activation, built.path.name]
+        lines.append(f"| {' | '.join(cells)} |")
+    with written_whole(file) as part:
+        part.write_text("\n".join([*lines, ""]), "utf-8")
+
+
+def as_json(result: Result) -> str:
+    built = [c._asdict() | {"path": str(b.path), "cached": b.cached} for c, b in result.built.items()]
+    failed = [c._asdict() | {"error": error} for c, error in result.failed.items()]
+    return json.dumps({"built": built, "failed": failed}, indent=1)

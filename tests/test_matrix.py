@@ -1,0 +1,92 @@
+"""`overcrank engines build`: what is dropped, what fails alone, what is shared and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from overcrank.engines import matrix
+from overcrank.engines.matrix import Cell, cells_of, expanded
+from overcrank.errors import CompileError, UserError
+
+
+def test_impossible_combinations_are_dropped_with_their_reason() -> None:
+    found = expanded(cells_of("ltx-demo,svd", "sm_75 sm_86,rtx5090", "auto,bf16,fp8"))
+    assert {str(c) for c in found.requests if c.model == "svd"} == {
+        "svd sm_75 fp16",
+        "svd sm_86 bf16",
+        "svd sm_120 bf16",
+        "svd sm_120 fp8",
+    }
+    assert len(found.requests) == 8
+    assert found.dropped[Cell("ltx-demo", "sm_86", "fp8")] == "sm_86 (Ampere) has no fp8"
+    assert len(found.dropped) == 6
+
+
+def test_all_is_every_architecture_once() -> None:
+    found = expanded(cells_of("ltx-demo", "all", "auto"))
+    assert [c.gpu for c in found.requests] == ["sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--models", ""], "--models is empty"),
+        (["--models", "ltx-demo", "--gpus", ","], "--gpus is empty"),
+        (["--models", "ltx-demo", "--precisions", "fp7"], "Unknown precision 'fp7'"),
+        (["--models", "ltx-dem"], "did you mean ltx-demo"),
+        (["--models", "ltx-demo", "--gpus", "rtx4900"], "did you mean"),
+        (["--retry-failed"], "--retry-failed: nothing failed"),
+    ],
+)
+def test_wrong_words(words: list[str], says: str, run: Any) -> None:
+    result = run("overcrank", "engines", "build", *words, "--yes")
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_a_matrix_is_built_resumed_and_indexed(run: Any, tmp_path: Path) -> None:
+    words = ["--models", "ltx-demo", "--gpus", "sm_86,sm_89", "--precisions", "bf16,fp8", "--store", tmp_path / "s"]
+    refused = run("overcrank", "engines", "build", *words)  # nobody says yes
+    assert "dropped  ltx-demo sm_86 fp8: sm_86 (Ampere) has no fp8" in refused.output
+    assert "plan     3 bundles, 0 of them in the store already" in refused.output
+    assert "9 engines of 3 graphs" in refused.output
+    assert not (tmp_path / "s" / "bundles").exists()
+    made = run("overcrank", "engines", "build", *words, "--yes", "--index", tmp_path / "index.md")
+    assert made.exit_code == 0, made.output
+    assert made.output.count("\nbuilt ") == 3
+    assert len(list((tmp_path / "s" / "graphs").iterdir())) == 3
+    index = (tmp_path / "index.md").read_text()
+    assert index.count("| ltx-demo |") == 3
+    assert "| ltx-demo | sm_89 | fp8 |" in index
+    again = run("overcrank", "engines", "build", *words, "--json")
+    built = json.loads(again.stdout)["built"]
+    assert [b["cached"] for b in built] == [True] * 3
+    assert {(b["gpu"], b["precision"]) for b in built} == {("sm_86", "bf16"), ("sm_89", "bf16"), ("sm_89", "fp8")}
+
+
+def test_one_that_fails_does_not_stop_the_rest(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, broken = matrix.build, ["sm_89"]
+
+    def build(requests: list[Any], *rest: Any) -> Any:
+        """The real one, with a compiler that gives up for some cards."""
+        for request in requests:
+            if request.target.name in broken:
+                raise CompileError("the compiler gave up")
+        return own(requests, *rest)
+
+    monkeypatch.setattr(matrix, "build", build)
+    words = ["--models", "ltx-demo", "--gpus", "sm_86,sm_89", "--precisions", "bf16", "--store", tmp_path, "--yes"]
+    result = run("overcrank", "engines", "build", *words)
+    assert result.exit_code == 1
+    assert "built    ltx-demo sm_86 bf16" in result.output
+    assert "FAILED   ltx-demo sm_89 bf16: the compiler gave up" in result.output
+    broken.clear()
+    again = run("overcrank", "engines", "build", "--retry-failed", "--store", tmp_path, "--yes")
+    assert again.exit_code == 0, again.output
+    assert "plan     1 bundles, 0 of them in the store already" in again.output
+    assert "built    ltx-demo sm_89 bf16" in again.output
+    with pytest.raises(UserError, match="nothing failed"):
+        matrix.failed_before(matrix.Store(tmp_path))
