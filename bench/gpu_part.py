@@ -151,7 +151,8 @@ def _module(case: Case, component: Component, at: Setting) -> Any:
 
     folder = local_folder(case.model)
     if folder is None:
-        return random_module(component, component.config, "bf16").to(at.device, at.dtype)
+        made = random_module(component, component.config, "bf16")  # with what diffusers keeps in fp32
+        return made.to(at.device) if at.device.type == "cuda" else made.float()
     cls = getattr(diffusers, component.cls)
     whole = cls.from_pretrained(folder / component.subfolder, torch_dtype=at.dtype)
     return part(whole, component).to(at.device).eval().requires_grad_(False)

@@ -66,7 +66,7 @@ class Kernels:
 
     def __init__(self, config: Any, file: KernelCache) -> None:
         """`config`: an IRuntimeConfig."""
-        self._file, self._cache = file, config.create_runtime_cache()
+        self._file, self._config, self._cache = file, config, config.create_runtime_cache()
         kept = file.read()
         self.known = bool(kept) and bool(self._cache.deserialize(kept))
         """Whether kernels of this card and driver were there."""

@@ -62,7 +62,7 @@ def vram_of(word: str) -> str | int:
 def planned(parts: Sequence[Part], working: int, wanted: str | int, free: int) -> Plan:
     """`working`: bytes of the largest activations; `free`: of the card, for auto.
 
-    Raises UserError when an amount was given that nothing fits in.
+    Raises UserError when an amount was given that not even the weights fit in.
     """
     fixed = {HIGH: (), LOW: tuple(p.name for p in parts)}
     fixed[BALANCED] = tuple(p.name for p in parts if p.rank == ENCODERS)
@@ -75,11 +75,16 @@ def planned(parts: Sequence[Part], working: int, wanted: str | int, free: int) -
     if fitting is not None:
         return fitting
     least = min(plans, key=lambda plan: plan.peak)
-    needs = f"one part at a time needs {human_bytes(least.peak)}"
-    if isinstance(wanted, int):
-        raise UserError(f"--vram {human_bytes(wanted)}: {needs}; give more, or quantize with --precision.")
+    weights = _peak(parts, least.moved, 0)
+    if isinstance(wanted, int) and wanted < weights:
+        raise UserError(
+            f"--vram {human_bytes(wanted)}: one part alone has {human_bytes(weights)} of weights; give more."
+        )
     log.warning(
-        "%s and %s are free: the card may run out of memory; quantize with --precision.", needs, human_bytes(free)
+        "with one part at a time weights and engines take %s at the engines' largest shapes, and there is %s: a large "
+        "video may not fit; quantize with --precision, or build for smaller ones.",
+        human_bytes(least.peak),
+        human_bytes(budget),
     )
     return least
 

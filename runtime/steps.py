@@ -100,7 +100,7 @@ class Steps:
         until = self._job.request.guidance_until
         if step + 1 == steps and self._scale is not None:
             pipe._guidance_scale, self._scale = self._scale, None
-        elif step + 1 < steps and step + 1 >= until * steps and self._scale is None:
+        elif step + 1 < steps and step + 1 >= round(until * steps) and self._scale is None:
             self._scale, pipe._guidance_scale = pipe._guidance_scale, 1.0
 
     def _to_decoding(self, latents: Tensor) -> None:
