@@ -171,3 +171,60 @@ def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None
             raise IntegrityError(f"{path.name} is not signed: {wrong[0]}; rebuild it.")
         made = Keyring().sign(path, key)
         click.echo(f"signed {path.name} by {made.name}, {made.key[:16]}")
+
+
+@engines.command("push", cls=Command)
+@click.argument("url")
+@click.argument("bundles", nargs=-1, required=True)
+@click.option("--key", required=True, help="Name of a key of one's own (overcrank keys new).")
+@store_option
+def engines_push(url: str, bundles: tuple[str, ...], key: str, store: Path | None) -> None:
+    """Sign BUNDLES and publish them at URL: a folder, s3://, gs://, hf:// or what else fsspec writes to."""
+    from overcrank.engines import remote, report
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
+
+    where = Store(store)
+    paths = [where.resolve(b) for b in bundles]
+    with report.transfer_display() as progress:
+        made = remote.push(remote.Remote(url), paths, key, Keyring(), progress)
+    for listed in made:
+        click.echo(f"published {listed.name}, {report.human_bytes(listed.bytes)}")
+
+
+@engines.command("pull", cls=Command)
+@click.argument("url")
+@click.option("--model", required=True, help="Family or variant, as 'engines search' shows it.")
+@click.option("--gpu", default="auto", show_default=True, help="auto for the card in this machine, or as build-engine.")
+@click.option("--precision", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4.")
+@store_option
+def engines_pull(url: str, model: str, gpu: str, precision: str, store: Path | None) -> None:
+    """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
+    from overcrank.engines import remote, report
+    from overcrank.engines.store import Store
+    from overcrank.engines.targets import precision_for, targets_for
+    from overcrank.engines.trust import Keyring
+
+    where, ring, place = Store(store), Keyring(), remote.Remote(url)
+    (target,) = targets_for([gpu], "tensorrt_rtx")
+    index = remote.read_index(place, ring, where)
+    listed = remote.fitting(index, model, target.name, precision_for(target, precision))
+    with report.transfer_display() as progress:
+        click.echo(remote.pull(place, listed, where, ring, progress))
+
+
+@engines.command("search", cls=Command)
+@click.argument("url")
+@click.option("--model", default="", help="Family or variant [default: all].")
+@store_option
+def engines_search(url: str, model: str, store: Path | None) -> None:
+    """What is published at URL."""
+    from overcrank.engines import remote, report
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
+
+    index = remote.read_index(remote.Remote(url), Keyring(), Store(store))
+    for listed in index.bundles.values():
+        if model in ("", listed.model, listed.family):
+            words = (listed.model, listed.target, listed.precision, f"{listed.flavour} {listed.flavour_version}")
+            click.echo(f"{'  '.join(words)}  {report.human_bytes(listed.bytes)}  {listed.name}")

@@ -126,6 +126,9 @@ def render_options(function: Any) -> Any:
             show_default=True,
             help="Of the card: auto (what is free), low, balanced, high, or an amount such as 8GB.",
         ),
+        click.option(
+            "--pull", metavar="URL", help="Fetch the engine from there if none in the store serves this card."
+        ),
         click.option("--slow-engines", is_flag=True, help="Also engines measured to be slower than eager here."),
         click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
         click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),

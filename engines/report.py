@@ -52,6 +52,25 @@ def _bars() -> Iterator[Show]:
         yield show
 
 
+@contextmanager
+def transfer_display() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each file on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, there: int, size: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=size)
+            bars.update(tasks[name], completed=there)
+
+        yield show
+
+
 def _lines() -> Show:
     started = time.monotonic()
     last: dict[str, str] = {}

@@ -119,6 +119,13 @@ class Keyring:
 
     def sign(self, bundle: Path, name: str) -> Signature:
         """Write the bundle's signature with one's own key; raises UserError if there is no such key."""
+        made = self.signature_of(PURPOSE + read_small(bundle / MANIFEST), name)
+        with written_whole(bundle / SIGNATURE) as part:
+            part.write_text(made.model_dump_json(indent=1), "utf-8")
+        return made
+
+    def signature_of(self, content: bytes, name: str) -> Signature:
+        """With one's own key; `content` begins with what it is signed for. Raises UserError without such a key."""
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         _check_name(name)
@@ -129,15 +136,11 @@ class Keyring:
             raise UserError(f"there is no key {file}; make one with 'overcrank keys new {name}'.") from error
         except ValueError as error:
             raise UserError(f"{file} is no ed25519 private key: {error}.") from error
-        content = PURPOSE + read_small(bundle / MANIFEST)
-        made = Signature(
+        return Signature(
             key=fingerprint(_public(key)),  # type: ignore[arg-type]
             name=name,
             signature=base64.b64encode(key.sign(content)).decode(),  # type: ignore[union-attr, call-arg, arg-type]
         )
-        with written_whole(bundle / SIGNATURE) as part:
-            part.write_text(made.model_dump_json(indent=1), "utf-8")
-        return made
 
     def check(self, bundle: Path) -> Publisher | None:
         """Who signed a bundle; None for one that was built here and is not signed.
@@ -154,16 +157,20 @@ class Keyring:
             found = Signature.model_validate_json(read_small(file))
         except ValidationError as error:
             raise IntegrityError(f"{file} is no signature; get the bundle again.") from error
+        return self.who_signed(PURPOSE + read_small(bundle / MANIFEST), found, bundle.name)
+
+    def who_signed(self, content: bytes, found: Signature, what: str) -> Publisher:
+        """Raises IntegrityError, naming `what` it is of, for a signature that is not valid or of nobody trusted."""
         who = self.publishers().get(found.key)
         if who is None:
             raise IntegrityError(
-                f"{bundle.name} is signed by '{found.name}' ({found.key[:16]}), who is not trusted here; "
+                f"{what} is signed by '{found.name}' ({found.key[:16]}), who is not trusted here; "
                 f"overcrank keys trust the key that its publisher shows."
             )
         if who.revoked:
-            raise IntegrityError(f"{bundle.name} is signed by '{who.name}', whose key was revoked {who.revoked}.")
-        if not _verifies(who, found, PURPOSE + read_small(bundle / MANIFEST)):
-            raise IntegrityError(f"{bundle.name}: the signature of '{who.name}' is not of this manifest; get it again.")
+            raise IntegrityError(f"{what} is signed by '{who.name}', whose key was revoked {who.revoked}.")
+        if not _verifies(who, found, content):
+            raise IntegrityError(f"{what}: the signature of '{who.name}' is not of this content; get it again.")
         return who
 
     def _add(self, name: str, public: str) -> Publisher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import SIXTEEN_BIT, serves
 from overcrank.engines.trust import Keyring
-from overcrank.errors import IntegrityError
+from overcrank.errors import IntegrityError, OvercrankError
 from overcrank.models import components, variant_from_manifest
 from overcrank.models.base import Variant
 from overcrank.runtime.session import CannotServe
+
+log = logging.getLogger("overcrank")
 
 
 def rebuild_command(variant: Variant, card: str) -> str:
@@ -93,3 +96,28 @@ def same_network(variant: Variant, manifest: Manifest) -> bool:
 
 def _plain(config: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
+
+
+def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring: Keyring) -> None:
+    """Fetch this network's bundle for the card here from `url`, unless the store has one that fits.
+
+    `precision`: a quantized one, or "auto" for the card's 16-bit type. What keeps it from being fetched is a
+    warning: the render falls back as without it.
+    """
+    from overcrank.engines.remote import Remote, fitting, pull, read_index
+    from overcrank.engines.targets import precision_for, targets_for
+
+    try:
+        (card,) = targets_for(["auto"], "tensorrt_rtx")
+        wanted = precision_for(card, precision)
+        try:
+            fitting_bundles([path for path, _ in store.list()], variant, card.name, wanted)
+            return
+        except CannotServe:
+            pass
+        remote = Remote(url)
+        listed = fitting(read_index(remote, ring, store), variant.name, card.name, wanted)
+        log.info("fetching %s from %s", listed.name, url)
+        pull(remote, listed, store, ring, lambda name, there, size: None)
+    except OvercrankError as error:
+        log.warning("--pull %s: %s", url, error)

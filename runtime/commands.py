@@ -62,7 +62,10 @@ def _run(
 
     prepare_folder(work[0][1].parent)
     import diffusers
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
     from overcrank.runtime import show
+    from overcrank.runtime.bundles import pull_missing
     from overcrank.runtime.driver import CANCELLED, FAILED, Driver, Job
     from overcrank.runtime.load import load
     from overcrank.runtime.stepcache import threshold_of
@@ -72,6 +75,9 @@ def _run(
     jobs = [Job(request, stem) for request, stem in work]
     started = time.monotonic()
     with show.watching(jobs, options["quiet"] or options["as_json"]) as watcher:
+        if options["pull"]:
+            precision = options["quantization"].precision if options["quantization"] else "auto"
+            pull_missing(options["pull"], variant, precision, Store(options["store"]), Keyring())
         pipe = load(
             options["model"],
             bundle=options["bundle"],

@@ -138,9 +138,9 @@ def removable(
     """
     now = time.time()
     found = {item.path: item for item in leavings(store)}
-    for path in store.bundles.glob(".building-*"):
+    for path in [*store.bundles.glob(".building-*"), *store.bundles.glob(".pulling-*")]:
         if now - _last_used(path) > UNFINISHED:
-            found[path] = Item(path, "a build that nobody resumed for a day")
+            found[path] = Item(path, "a build or a download that nobody resumed for a day")
     known = [(p, m) for p, m in store.list() if isinstance(m, Manifest)]
     engines = {entry.key.digest()[:16] for _, m in known for entry in m.components}
     for cache, _ in kept_caches(store):

@@ -138,15 +138,17 @@ def test_gc_removes_what_nobody_needs(store: Store, run: Any) -> None:
     orphan = kernel_cache(store, "ff" * 32, "580", "a card")
     orphan.write(b"kernels of an engine that was removed")
     unfinished, fresh = store.bundles / ".building-0123456789abcdef", store.bundles / ".building-fedcba9876543210"
-    for folder in (unfinished, fresh):
+    download = store.bundles / ".pulling-ltx-sm_89-bf16-0123456789abcdef"
+    for folder in (unfinished, fresh, download):
         folder.mkdir()
     age(unfinished, 2)
-    assert {item.path for item in removable(store)} == {orphan.path, unfinished}
+    age(download, 2)
+    assert {item.path for item in removable(store)} == {orphan.path, unfinished, download}
     result = run("overcrank", "engines", "gc", "--dry-run", "--store", store.root)
-    assert "2 things would go" in result.output
+    assert "3 things would go" in result.output
     assert orphan.path.exists()
     result = run("overcrank", "engines", "gc", "--yes", "--store", store.root)
-    assert "removed 2" in result.output
+    assert "removed 3" in result.output
     assert not orphan.path.exists()
     assert not unfinished.exists()
     assert fresh.exists()

@@ -1,0 +1,378 @@
+"""Publishing and pulling bundles: a folder, an HTTP server that cuts connections, and what an attacker there can do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from overcrank.engines.manifest import check_files, read_manifest
+from overcrank.engines.remote import PURPOSE, Index, Remote, fitting, pull, push, read_index
+from overcrank.engines.store import Store
+from overcrank.engines.trust import PULLED, Keyring
+from overcrank.errors import IntegrityError, OvercrankError, StoreError, UserError
+
+
+def silent(name: str, there: int, size: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle of the demo's denoiser."""
+    from click.testing import CliRunner
+    from overcrank import cli
+
+    out = tmp_path_factory.mktemp("remote")
+    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--out", str(out)]
+    result = CliRunner().invoke(cli.build_engine, [*words, "--store", str(out / "store")])
+    assert result.exit_code == 0, result.output
+    (found,) = (p.parent for p in out.glob("*/manifest.json"))
+    return found
+
+
+@pytest.fixture
+def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keyring:
+    monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "config"))
+    made = Keyring()
+    made.new("studio")
+    return made
+
+
+@pytest.fixture
+def place(built: Path, tmp_path: Path, ring: Keyring) -> Path:
+    """A folder where the bundle is published."""
+    folder = tmp_path / "a place"
+    push(Remote(str(folder)), [copied(built, tmp_path / "own")], "studio", ring, silent)
+    return folder
+
+
+def copied(bundle: Path, folder: Path, name: str = "", **fields: Any) -> Path:
+    """Under another name, and with a manifest that says something else."""
+    where = folder / (name or bundle.name)
+    shutil.copytree(bundle, where)
+    manifest = json.loads((where / "manifest.json").read_text())
+    (where / "manifest.json").write_text(json.dumps(manifest | fields))
+    return where
+
+
+def fetched(place: str | Path, store: Path, ring: Keyring) -> Path:
+    remote, where = Remote(str(place)), Store(store)
+    listed = fitting(read_index(remote, ring, where), "ltx-demo", "sm_89", "bf16")
+    return pull(remote, listed, where, ring, silent)
+
+
+def test_what_is_pushed_is_pulled_whole(place: Path, built: Path, tmp_path: Path, ring: Keyring) -> None:
+    path = fetched(place, tmp_path / "store", ring)
+    assert path.name == built.name
+    assert check_files(path, read_manifest(path)) == []
+    assert json.loads((path / PULLED).read_text()) == {"url": str(place)}
+    assert (path / "denoiser.engine").read_bytes() == (built / "denoiser.engine").read_bytes()
+    assert fetched(place, tmp_path / "store", ring) == path
+    assert not list((tmp_path / "store" / "bundles").glob(".*"))
+
+
+def test_a_render_uses_what_was_pulled_until_its_key_is_revoked(place: Path, tmp_path: Path, ring: Keyring) -> None:
+    from overcrank.models import resolve
+    from overcrank.runtime.bundles import bundle_of, fitting_bundles
+    from overcrank.runtime.session import CannotServe
+
+    path = fetched(place, tmp_path / "store", ring)
+    fits = fitting_bundles([path], resolve("ltx-demo"), "sm_89", "bf16")
+    assert bundle_of("denoiser", fits, "rebuild")[0] == path
+    ring.revoke("studio")
+    with pytest.raises(CannotServe, match="whose key was revoked"):
+        bundle_of("denoiser", fits, "rebuild")
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder, with ranges; `cuts` times it closes the connection in the middle of a large answer."""
+
+    cuts = 0
+    served: list[str]
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content, asked = path.read_bytes(), self.headers.get("Range")
+        start, end = 0, len(content)
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(len(content), int(last) + 1 if last else len(content))
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(end - start))
+        self.end_headers()
+        part = content[start:end]
+        if len(part) > 100_000 and start > 0 and type(self).cuts > 0:
+            type(self).cuts -= 1
+            self.wfile.write(part[: len(part) // 2])
+            self.wfile.flush()
+            self.connection.close()
+            return
+        self.served.append(f"{path.name} {start}")
+        self.wfile.write(part)
+
+    def do_HEAD(self) -> None:
+        path = Path(self.translate_path(self.path))
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+        self.end_headers()
+
+
+@pytest.fixture
+def server(place: Path) -> Iterator[tuple[str, type[Handler]]]:
+    handler = type("Own", (Handler,), {"served": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(place))) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{made.server_port}", handler
+        made.shutdown()
+
+
+def test_over_http(server: tuple[str, type[Handler]], tmp_path: Path, ring: Keyring) -> None:
+    path = fetched(server[0], tmp_path / "store", ring)
+    assert check_files(path, read_manifest(path)) == []
+
+
+def test_a_connection_that_is_cut_goes_on_where_it_ended(
+    server: tuple[str, type[Handler]], tmp_path: Path, ring: Keyring
+) -> None:
+    url, handler = server
+    handler.cuts = 10**6
+    with pytest.raises(StoreError, match="the same command goes on from there"):
+        fetched(url, tmp_path / "store", ring)
+    assert not [p for p in (tmp_path / "store" / "bundles").iterdir() if not p.name.startswith(".")]
+    (part,) = (tmp_path / "store" / "bundles").glob(".pulling-*/.*.part")
+    there = part.stat().st_size
+    assert there > 0
+    handler.cuts = 0
+    handler.served.clear()
+    path = fetched(url, tmp_path / "store", ring)
+    assert check_files(path, read_manifest(path)) == []
+    name = part.name.strip(".").removesuffix(".part")
+    starts = [int(s.split()[1]) for s in handler.served if s.startswith(name)]
+    assert min(starts) >= there
+
+
+def test_a_server_that_is_not_there(tmp_path: Path, ring: Keyring) -> None:
+    with pytest.raises(StoreError, match=r"cannot be read"):
+        fetched("http://127.0.0.1:9", tmp_path / "store", ring)
+    with pytest.raises(StoreError, match=r"has no index.json: nothing is published there"):
+        fetched(tmp_path / "empty", tmp_path / "store", ring)
+    with pytest.raises(UserError, match="need their fsspec package"):
+        Remote("gopher://somewhere/x")
+
+
+def _edited(place: Path, ring: Keyring, change: Callable[[dict[str, Any]], None]) -> None:
+    """The index changed and signed by the publisher, whose tools were deceived."""
+    envelope = json.loads((place / "index.json").read_text())
+    payload = json.loads(envelope["payload"])
+    change(payload)
+    text = json.dumps(payload)
+    signature = ring.signature_of(PURPOSE + text.encode(), "studio").model_dump()
+    (place / "index.json").write_text(json.dumps({"payload": text, "signature": signature}))
+
+
+def _unsigned_change(place: Path, ring: Keyring) -> None:
+    text = (place / "index.json").read_text()
+    (place / "index.json").write_text(text.replace("sm_89", "sm_86"))
+
+
+def _stranger(place: Path, ring: Keyring) -> None:
+    other = Keyring(place.parent / "stranger")
+    other.new("studio")
+    payload = json.loads((place / "index.json").read_text())["payload"]
+    signature = other.signature_of(PURPOSE + payload.encode(), "studio").model_dump()
+    (place / "index.json").write_text(json.dumps({"payload": payload, "signature": signature}))
+
+
+def _blob_changed(place: Path, ring: Keyring) -> None:
+    largest = max((place / "blobs").glob("*/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[1000] ^= 1
+    largest.write_bytes(content)
+
+
+def _blob_longer(place: Path, ring: Keyring) -> None:
+    largest = max((place / "blobs").glob("*/*"), key=lambda p: p.stat().st_size)
+    with largest.open("ab") as file:
+        file.truncate(10**11)  # sparse
+
+
+def _blob_gone(place: Path, ring: Keyring) -> None:
+    max((place / "blobs").glob("*/*"), key=lambda p: p.stat().st_size).unlink()
+
+
+def _name(value: str) -> Callable[[Path, Keyring], None]:
+    def change(place: Path, ring: Keyring) -> None:
+        def edit(payload: dict[str, Any]) -> None:
+            (listed,) = payload["bundles"].values()
+            listed["name"] = value
+
+        _edited(place, ring, edit)
+
+    return change
+
+
+def _file(field: str, value: Any) -> Callable[[Path, Keyring], None]:
+    def change(place: Path, ring: Keyring) -> None:
+        def edit(payload: dict[str, Any]) -> None:
+            (listed,) = payload["bundles"].values()
+            listed["files"][0][field] = value
+
+        _edited(place, ring, edit)
+
+    return change
+
+
+def _other_card(place: Path, ring: Keyring) -> None:
+    """An engine for another card offered as one for this."""
+
+    def edit(payload: dict[str, Any]) -> None:
+        (listed,) = payload["bundles"].values()
+        listed["target"], listed["model"] = "rtx", "ltx-demo"
+
+    _edited(place, ring, edit)
+
+
+ATTACKS: dict[str, Callable[[Path, Keyring], None]] = {
+    "index changed": _unsigned_change,
+    "index signed by a stranger of the same name": _stranger,
+    "a file's bit flipped": _blob_changed,
+    "a file without end": _blob_longer,
+    "a file gone": _blob_gone,
+    "bundle name with ..": _name("../outside"),
+    "bundle name absolute": _name("/tmp/outside"),
+    "bundle name hidden": _name(".outside"),
+    "file name with ..": _file("name", "../outside.engine"),
+    "file name absolute": _file("name", "/tmp/outside.engine"),
+    "file name is the manifest's": _file("name", "manifest.json"),
+    "hash with a path": _file("sha256", "../../../../etc/passwd"),
+    "a size of minus one": _file("bytes", -1),
+    "a size of an exabyte": _file("bytes", 10**18),
+    "engine offered for more cards": _other_card,
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_of_an_attack_is_accepted(attack: str, place: Path, tmp_path: Path, ring: Keyring) -> None:
+    ATTACKS[attack](place, ring)
+    with pytest.raises(OvercrankError):
+        fetched(place, tmp_path / "store", ring)
+    bundles = tmp_path / "store" / "bundles"
+    assert not bundles.exists() or not [p for p in bundles.iterdir() if not p.name.startswith(".")]
+    assert not list(tmp_path.glob("**/outside*"))
+
+
+def test_an_old_index_is_refused_once_a_newer_was_seen(place: Path, built: Path, tmp_path: Path, ring: Keyring) -> None:
+    old = (place / "index.json").read_bytes()
+    push(Remote(str(place)), [copied(built, tmp_path / "more", "second")], "studio", ring, silent)
+    remote, store = Remote(str(place)), Store(tmp_path / "store")
+    assert set(read_index(remote, ring, store).bundles) == {built.name, "second"}
+    (place / "index.json").write_bytes(old)
+    with pytest.raises(IntegrityError, match="is number 1 and number 2 was seen before"):
+        read_index(remote, ring, store)
+
+
+def test_pushes_at_once_lose_nothing(built: Path, tmp_path: Path, ring: Keyring) -> None:
+    own = [copied(built, tmp_path / f"machine{i}", f"bundle{i}") for i in range(6)]
+    place = str(tmp_path / "place")
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda bundle: push(Remote(place), [bundle], "studio", ring, silent), own))
+    index = read_index(Remote(place), ring, Store(tmp_path / "store"))
+    assert set(index.bundles) == {f"bundle{i}" for i in range(6)}
+    assert len(list((tmp_path / "place" / "blobs").glob("*/*"))) == 2 + 2 * 6 - 2 * 5  # the same bytes are there once
+    assert not list((tmp_path / "place").glob("**/.*.part"))
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "precision", "says"),
+    [
+        (
+            "svd",
+            "sm_89",
+            "bf16",
+            "no engine of svd is published there, but ltx-demo; build it: build-engine --model svd",
+        ),
+        ("ltx-demo", "sm_86", "bf16", "published for sm_89 bf16, not for sm_86 bf16; build it"),
+        ("ltx-demo", "sm_89", "fp8", "published for sm_89 bf16, not for sm_89 fp8"),
+    ],
+)
+def test_the_nearest_is_named(
+    model: str, card: str, precision: str, says: str, place: Path, tmp_path: Path, ring: Keyring
+) -> None:
+    index = read_index(Remote(str(place)), ring, Store(tmp_path / "store"))
+    with pytest.raises(UserError, match=says):
+        fitting(index, model, card, precision)
+
+
+def test_the_card_s_own_and_the_installed_version_come_first(place: Path, tmp_path: Path, ring: Keyring) -> None:
+    index = read_index(Remote(str(place)), ring, Store(tmp_path / "store"))
+    (own,) = index.bundles.values()
+    portable = own.model_copy(update={"name": "portable", "target": "rtx", "created": "2999"})
+    later = own.model_copy(update={"name": "later", "created": "2998"})
+    foreign = own.model_copy(update={"name": "foreign", "created": "2999", "flavour_version": "0.1"})
+
+    def chosen(*bundles: Any, card: str = "sm_89") -> str:
+        known = {b.name: b for b in bundles}
+        return fitting(Index(serial=1, updated="", bundles=known), "ltx", card, "bf16").name
+
+    assert chosen(own, portable, later, foreign) == "later"
+    assert chosen(own, portable, card="sm_120") == "portable"
+    with pytest.raises(UserError, match=r"is published for tensorrt_rtx 0\.1, which is not installed here"):
+        chosen(foreign)
+
+
+def test_commands(run: Any, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "publisher"))
+    line = run("overcrank", "keys", "new", "studio").stdout.strip().splitlines()[-1]
+    bundle, place = copied(built, tmp_path / "own"), tmp_path / "place"
+    pushed = run("overcrank", "engines", "push", place, bundle, "--key", "studio")
+    assert pushed.exit_code == 0, pushed.output
+    assert f"published {built.name}" in pushed.output
+    monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "customer"))
+    words = ["engines", "pull", place, "--model", "ltx-demo", "--gpu", "rtx4090", "--store", tmp_path / "store"]
+    refused = run("overcrank", *words)
+    assert refused.exit_code == 1
+    assert "is signed by 'studio'" in refused.output
+    run("overcrank", "keys", "trust", *line.split())
+    found = run("overcrank", "engines", "search", place, "--store", tmp_path / "store")
+    assert "ltx-demo  sm_89  bf16  tensorrt_rtx" in found.output
+    pulled = run("overcrank", *words)
+    assert pulled.exit_code == 0, pulled.output
+    assert Path(pulled.stdout.strip()) == tmp_path / "store" / "bundles" / built.name
+    assert "by studio, " in run("overcrank", "engines", "show", pulled.stdout.strip()).output
+
+
+def test_a_render_pulls_what_the_store_lacks(
+    place: Path, built: Path, tmp_path: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    from overcrank.engines import targets
+    from overcrank.engines.cards import Card
+
+    words = ["--prompt", "x", "--steps", 1, "--backend", "eager", "-o", tmp_path / "a.mp4"]
+    words += ["--store", tmp_path / "store"]
+    without = run("overcrank", "render", *words, "--pull", place)
+    assert without.exit_code == 0, without.output
+    assert f"warning: --pull {place}: --gpu auto needs an NVIDIA card" in without.output
+    cards = (Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 0, 0, "580"),)
+    monkeypatch.setattr(targets, "installed_cards", lambda: cards)
+    again = run("overcrank", "render", *words, "--pull", place)
+    assert again.exit_code == 0, again.output
+    assert f"note: fetching {built.name} from {place}" in again.output
+    store = Store(tmp_path / "store")
+    assert [p.name for p, _ in store.list()] == [built.name]
+    assert "fetching" not in run("overcrank", "render", *words, "--pull", tmp_path / "nowhere").output
