@@ -55,6 +55,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a real bundle of the demo's denoiser for sm_89; copy what you change."""
+    from overcrank import cli
+
+    store = tmp_path_factory.mktemp("demo_store")
+    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--store", str(store)]
+    result = CliRunner().invoke(cli.build_engine, words)
+    assert result.exit_code == 0, result.output
+    return store
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_store: Path) -> Path:
+    (found,) = (manifest.parent for manifest in demo_store.glob("bundles/*/manifest.json"))
+    return found
+
+
 SMALL = """--height 64 --width 64 --frames 17 --min-height 32 --min-width 32 --min-frames 1
 --max-height 96 --max-width 96 --max-frames 33 -j 2""".split()  # noqa: SIM905
 

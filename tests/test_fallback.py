@@ -20,18 +20,9 @@ from overcrank.runtime.trt import check_shape
 from overcrank.runtime.workspace import Workspace
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real engine of the demo's denoiser."""
-    from click.testing import CliRunner
-    from overcrank import cli
-
-    out = tmp_path_factory.mktemp("bundles")
-    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--out"]
-    result = CliRunner().invoke(cli.build_engine, [*words, str(out), "--store", str(out / "store")])
-    assert result.exit_code == 0, result.output
-    (found,) = (p.parent for p in out.glob("*/manifest.json"))
-    return found
+@pytest.fixture
+def bundle(demo_bundle: Path) -> Path:
+    return demo_bundle
 
 
 def refusal(*arguments: Any) -> CannotServe:

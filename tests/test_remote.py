@@ -23,20 +23,6 @@ from overcrank.errors import IntegrityError, OvercrankError, StoreError, UserErr
 def silent(name: str, there: int, size: int) -> None: ...
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle of the demo's denoiser."""
-    from click.testing import CliRunner
-    from overcrank import cli
-
-    out = tmp_path_factory.mktemp("remote")
-    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--out", str(out)]
-    result = CliRunner().invoke(cli.build_engine, [*words, "--store", str(out / "store")])
-    assert result.exit_code == 0, result.output
-    (found,) = (p.parent for p in out.glob("*/manifest.json"))
-    return found
-
-
 @pytest.fixture
 def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keyring:
     monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "config"))
@@ -46,10 +32,10 @@ def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keyring:
 
 
 @pytest.fixture
-def place(built: Path, tmp_path: Path, ring: Keyring) -> Path:
+def place(demo_bundle: Path, tmp_path: Path, ring: Keyring) -> Path:
     """A folder where the bundle is published."""
     folder = tmp_path / "a place"
-    push(Remote(str(folder)), [copied(built, tmp_path / "own")], "studio", ring, silent)
+    push(Remote(str(folder)), [copied(demo_bundle, tmp_path / "own")], "studio", ring, silent)
     return folder
 
 
@@ -68,12 +54,12 @@ def fetched(place: str | Path, store: Path, ring: Keyring) -> Path:
     return pull(remote, listed, where, ring, silent)
 
 
-def test_what_is_pushed_is_pulled_whole(place: Path, built: Path, tmp_path: Path, ring: Keyring) -> None:
+def test_what_is_pushed_is_pulled_whole(place: Path, demo_bundle: Path, tmp_path: Path, ring: Keyring) -> None:
     path = fetched(place, tmp_path / "store", ring)
-    assert path.name == built.name
+    assert path.name == demo_bundle.name
     assert check_files(path, read_manifest(path)) == []
     assert json.loads((path / PULLED).read_text()) == {"url": str(place)}
-    assert (path / "denoiser.engine").read_bytes() == (built / "denoiser.engine").read_bytes()
+    assert (path / "denoiser.engine").read_bytes() == (demo_bundle / "denoiser.engine").read_bytes()
     assert fetched(place, tmp_path / "store", ring) == path
     assert not list((tmp_path / "store" / "bundles").glob(".*"))
 
@@ -277,18 +263,20 @@ def test_nothing_of_an_attack_is_accepted(attack: str, place: Path, tmp_path: Pa
     assert not list(tmp_path.glob("**/outside*"))
 
 
-def test_an_old_index_is_refused_once_a_newer_was_seen(place: Path, built: Path, tmp_path: Path, ring: Keyring) -> None:
+def test_an_old_index_is_refused_once_a_newer_was_seen(
+    place: Path, demo_bundle: Path, tmp_path: Path, ring: Keyring
+) -> None:
     old = (place / "index.json").read_bytes()
-    push(Remote(str(place)), [copied(built, tmp_path / "more", "second")], "studio", ring, silent)
+    push(Remote(str(place)), [copied(demo_bundle, tmp_path / "more", "second")], "studio", ring, silent)
     remote, store = Remote(str(place)), Store(tmp_path / "store")
-    assert set(read_index(remote, ring, store).bundles) == {built.name, "second"}
+    assert set(read_index(remote, ring, store).bundles) == {demo_bundle.name, "second"}
     (place / "index.json").write_bytes(old)
     with pytest.raises(IntegrityError, match="is number 1 and number 2 was seen before"):
         read_index(remote, ring, store)
 
 
-def test_pushes_at_once_lose_nothing(built: Path, tmp_path: Path, ring: Keyring) -> None:
-    own = [copied(built, tmp_path / f"machine{i}", f"bundle{i}") for i in range(6)]
+def test_pushes_at_once_lose_nothing(demo_bundle: Path, tmp_path: Path, ring: Keyring) -> None:
+    own = [copied(demo_bundle, tmp_path / f"machine{i}", f"bundle{i}") for i in range(6)]
     place = str(tmp_path / "place")
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda bundle: push(Remote(place), [bundle], "studio", ring, silent), own))
@@ -336,13 +324,13 @@ def test_the_card_s_own_and_the_installed_version_come_first(place: Path, tmp_pa
         chosen(foreign)
 
 
-def test_commands(run: Any, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(run: Any, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "publisher"))
     line = run("overcrank", "keys", "new", "studio").stdout.strip().splitlines()[-1]
-    bundle, place = copied(built, tmp_path / "own"), tmp_path / "place"
+    bundle, place = copied(demo_bundle, tmp_path / "own"), tmp_path / "place"
     pushed = run("overcrank", "engines", "push", place, bundle, "--key", "studio")
     assert pushed.exit_code == 0, pushed.output
-    assert f"published {built.name}" in pushed.output
+    assert f"published {demo_bundle.name}" in pushed.output
     monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "customer"))
     words = ["engines", "pull", place, "--model", "ltx-demo", "--gpu", "rtx4090", "--store", tmp_path / "store"]
     refused = run("overcrank", *words)
@@ -353,12 +341,12 @@ def test_commands(run: Any, built: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "ltx-demo  sm_89  bf16  tensorrt_rtx" in found.output
     pulled = run("overcrank", *words)
     assert pulled.exit_code == 0, pulled.output
-    assert Path(pulled.stdout.strip()) == tmp_path / "store" / "bundles" / built.name
+    assert Path(pulled.stdout.strip()) == tmp_path / "store" / "bundles" / demo_bundle.name
     assert "by studio, " in run("overcrank", "engines", "show", pulled.stdout.strip()).output
 
 
 def test_a_render_pulls_what_the_store_lacks(
-    place: Path, built: Path, tmp_path: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch, run: Any
+    place: Path, demo_bundle: Path, tmp_path: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
     from overcrank.engines import targets
     from overcrank.engines.cards import Card
@@ -372,7 +360,7 @@ def test_a_render_pulls_what_the_store_lacks(
     monkeypatch.setattr(targets, "installed_cards", lambda: cards)
     again = run("overcrank", "render", *words, "--pull", place)
     assert again.exit_code == 0, again.output
-    assert f"note: fetching {built.name} from {place}" in again.output
+    assert f"note: fetching {demo_bundle.name} from {place}" in again.output
     store = Store(tmp_path / "store")
-    assert [p.name for p, _ in store.list()] == [built.name]
+    assert [p.name for p, _ in store.list()] == [demo_bundle.name]
     assert "fetching" not in run("overcrank", "render", *words, "--pull", tmp_path / "nowhere").output

@@ -21,20 +21,6 @@ from overcrank.runtime.session import CannotServe
 FLIPS = 200
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle of the demo's denoiser."""
-    from click.testing import CliRunner
-    from overcrank import cli
-
-    out = tmp_path_factory.mktemp("trust")
-    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--out", str(out)]
-    result = CliRunner().invoke(cli.build_engine, [*words, "--store", str(out / "store")])
-    assert result.exit_code == 0, result.output
-    (found,) = (p.parent for p in out.glob("*/manifest.json"))
-    return found
-
-
 @pytest.fixture(autouse=True)
 def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keyring:
     monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "config"))
@@ -42,10 +28,10 @@ def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keyring:
 
 
 @pytest.fixture
-def bundle(built: Path, tmp_path: Path, ring: Keyring) -> Path:
+def bundle(demo_bundle: Path, tmp_path: Path, ring: Keyring) -> Path:
     """From elsewhere, and signed by a publisher who is trusted."""
-    copied = tmp_path / built.name
-    shutil.copytree(built, copied)
+    copied = tmp_path / demo_bundle.name
+    shutil.copytree(demo_bundle, copied)
     (copied / PULLED).write_text("{}")
     ring.new("studio")
     ring.sign(copied, "studio")
@@ -227,15 +213,15 @@ def test_an_engine_of_another_bundle_is_refused_though_both_are_signed(bundle: P
     assert not accepted(bundle)
 
 
-def test_commands(run: Any, tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(run: Any, tmp_path: Path, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = run("overcrank", "keys", "new", "studio")
     assert made.exit_code == 0, made.output
     line = made.stdout.strip().splitlines()[-1]
     assert line.startswith("overcrank-ed25519 ")
     private = tmp_path / "config" / "studio.key"
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
-    bundle = tmp_path / built.name
-    shutil.copytree(built, bundle)
+    bundle = tmp_path / demo_bundle.name
+    shutil.copytree(demo_bundle, bundle)
     assert "signed ltx-demo" in run("overcrank", "engines", "sign", bundle, "--key", "studio").output
     assert "by studio, " in run("overcrank", "engines", "show", bundle).output
     monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "customer"))

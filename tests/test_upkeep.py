@@ -25,25 +25,12 @@ GONE = 2**22 + 1
 """A process number that Linux never gives."""
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle of the demo's denoiser, with its graph."""
-    from click.testing import CliRunner
-    from overcrank import cli
-
-    store = tmp_path_factory.mktemp("built")
-    words = ["--model", "ltx-demo", "--gpu", "sm_89", "--components", "denoiser", "--quiet", "--store", str(store)]
-    result = CliRunner().invoke(cli.build_engine, words)
-    assert result.exit_code == 0, result.output
-    return store
-
-
 @pytest.fixture
-def store(built: Path, tmp_path: Path) -> Store:
+def store(demo_store: Path, tmp_path: Path) -> Store:
     """That bundle, and one of everything else a store keeps."""
     import shutil
 
-    shutil.copytree(built, tmp_path / "store")
+    shutil.copytree(demo_store, tmp_path / "store")
     made = Store(tmp_path / "store")
     (bundle,) = (path for path, _ in made.list())
     key = read_manifest(bundle).components[0].key.digest()
