@@ -15,11 +15,13 @@ from overcrank.calibration.pack import Part, embed_pack
 from overcrank.calibration.quantize import layout_in, quantized
 from overcrank.calibration.recipe import ATTENTION, OPERANDS, LayerFormat, Range, default_recipe
 from overcrank.calibration.reference import quantized_layers, ranges_of_call
+from overcrank.engines.profiles import Profile, profile_for
 from overcrank.engines.targets import BY_NAME
 from overcrank.engines.worker import fallen_back
 from overcrank.export.graph import Exported, onnx_from_component
 from overcrank.export.module import random_module
 from overcrank.export.passes import products_in_fp16
+from overcrank.models import components, resolve
 from overcrank.models.base import Component
 from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.parameters import bound_parameters, packed_parameters
@@ -180,9 +182,11 @@ CLASSES = list({(c.cls, c.name): case for case in CASES if (c := component_of(*c
 NETWORKS = [case for case in CLASSES if component_of(*case).subfolder in ("transformer", "unet")]
 
 
-def _delivered(graph: Path, exported: Exported, name: str, component: Component, form: LayerFormat, target: str) -> Any:
+def _delivered(
+    graph: Path, exported: Exported, profile: Profile, component: Component, form: LayerFormat, target: str
+) -> Any:
     """The graph quantized as `form`, which every card of `target` that has the format multiplies in."""
-    model, ranges = ir.load(graph), tiny.profile(name).ranges(component)
+    model, ranges = ir.load(graph), profile.ranges(component)
     if not BY_NAME[target].fp32_products:
         products_in_fp16(model)
     layout = layout_in(model, default_recipe(component, form), ranges)
@@ -205,7 +209,7 @@ def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) ->
     ir.save(exported.model, graph)
     module = random_module(component, component.config, "bf16").float()
     for form in (LayerFormat("fp8", "dynamic"), LayerFormat("int8", "static"), LayerFormat("nvfp4", "dynamic")):
-        model, layout, parameters = _delivered(graph, exported, name, component, form, "rtx")
+        model, layout, parameters = _delivered(graph, exported, tiny.profile(name), component, form, "rtx")
         sizes = {**component.free_axes, **component.sizes(tiny.TINY[name].minimum)}
         with torch.no_grad():
             call = component.sample(module, sizes, torch.Generator().manual_seed(3))
@@ -218,6 +222,21 @@ def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) ->
         assert check.relative_error < ROUNDING[form.format], (form, check)
 
 
+TOO_NARROW = {"tiny-ltx2": "ltx2"}
+"""Turing's compiler fuses a norm of 32 channels behind an int8 product, and fails; not at published widths."""
+
+
+def _published_width_in_int8(model: str, which: str, folder: Path) -> None:
+    """Three blocks of it."""
+    variant = resolve(model)
+    (whole,) = components(variant, (which,))
+    component = whole.at_depth({**whole.config, "num_layers": 3})
+    exported = onnx_from_component(component, "fp16")
+    ir.save(exported.model, folder / "wide.onnx")
+    form = LayerFormat("int8", "dynamic")
+    _delivered(folder / "wide.onnx", exported, profile_for(variant), component, form, "sm_75")
+
+
 @pytest.mark.parametrize(("name", "which"), CLASSES)
 def test_every_class_for_turing(name: str, which: str, tmp_path: Path) -> None:
     """In fp16 and without products in fp32; a denoiser in int8 too, and in fp16 on the other cards."""
@@ -226,7 +245,10 @@ def test_every_class_for_turing(name: str, which: str, tmp_path: Path) -> None:
     ir.save(exported.model, graph)
     if (name, which) in NETWORKS:
         compiled(graph, ("rtx",), tiny.profile(name).ranges(component), [])
-        _delivered(graph, exported, name, component, LayerFormat("int8", "dynamic"), "sm_75")
+        if name in TOO_NARROW:
+            _published_width_in_int8(TOO_NARROW[name], which, tmp_path)
+        else:
+            _delivered(graph, exported, tiny.profile(name), component, LayerFormat("int8", "dynamic"), "sm_75")
     products_in_fp16(exported.model)
     ir.save(exported.model, graph)
     cast = frozenset(p.input for p in exported.parameters if p.dtype == "float32")
