@@ -18,7 +18,7 @@ from overcrank.engines.build import Built, Progress, Request, build, key_of
 from overcrank.engines.profiles import profile_for
 from overcrank.engines.report import human_bytes, profile_line
 from overcrank.engines.store import Store, written_whole
-from overcrank.engines.targets import precision_for, targets_for
+from overcrank.engines.targets import PRECISIONS, precision_for, targets_for
 from overcrank.errors import BuildCancelled, OvercrankError, TargetError, UserError
 from overcrank.models import components, resolve
 
@@ -61,8 +61,8 @@ def expanded(cells: Sequence[Cell], static: bool = False, flavour: str = "tensor
             own = Cell(cell.model, target.name, cell.precision)
             try:
                 precision = precision_for(target, cell.precision)
-            except TargetError as error:
-                if "Unknown precision" in str(error):
+            except TargetError:
+                if cell.precision not in PRECISIONS:
                     raise
                 matrix.dropped[own] = f"{target.name} ({target.generation}) has no {cell.precision}"
                 continue

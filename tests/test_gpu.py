@@ -101,3 +101,29 @@ def test_a_portable_engine_renders(run: Any, tmp_path: Path) -> None:
     latents, about = rendered(run, tmp_path / "a.mp4", "--backend", "tensorrt", "--store", tmp_path)
     assert set(about["calls"]["denoiser"]) == {"tensorrt_rtx"}
     assert np.isfinite(latents).all()
+
+
+def test_parked_weights_come_back() -> None:
+    from overcrank.runtime.module import Parked
+
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).cuda()
+    before = module[1].weight.detach().clone()
+    parked = Parked(module)
+    parked.park(["0", "1"])
+    assert (module[0].weight.device.type, module[1].weight.device.type) == ("cuda", "cpu")
+    parked.fetch()
+    assert torch.equal(module[1].weight, before)
+
+
+def test_moved_parts_make_room() -> None:
+    from types import SimpleNamespace
+
+    from overcrank.runtime.memory import place
+
+    parts = {name: torch.nn.Linear(4, 4) for name in ("text_encoder", "vae", "transformer")}
+    place(SimpleNamespace(components=parts), ["text_encoder", "vae"], torch.device("cuda"))
+    x = torch.ones(1, 4, device="cuda")
+    for called, here in (("text_encoder", "text_encoder"), ("vae", "vae"), ("transformer", "")):
+        parts[called](x)
+        moved = {n for n in ("text_encoder", "vae") if parts[n].weight.device.type == "cuda"}
+        assert moved == ({here} if here else set())

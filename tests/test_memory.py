@@ -82,7 +82,8 @@ class Part_(torch.nn.Linear):
         return {name: p.weight.device.type for name, p in pipe.components.items()}
 
 
-def test_moved_parts_come_one_at_a_time_and_leave_before_those_that_stay_run() -> None:
+def test_moved_parts_start_in_host_memory_and_come_when_they_are_called() -> None:
+    """That they leave again needs a card whose contents can be copied back: test_gpu.py."""
     parts = {name: Part_() for name in ("text_encoder", "vae", "transformer")}
     pipe = SimpleNamespace(components={**parts, "scheduler": object()})
     pipe_parts = SimpleNamespace(components=parts)
@@ -144,8 +145,8 @@ def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(tmp_path:
         assert hook.calls == 2
 
 
-def test_parked_weights_come_back_for_pytorch() -> None:
-    """On the processor there is nowhere to park; "meta" stands for the card, where parking moves to the host."""
+def test_nothing_is_parked_on_the_processor_nor_of_a_module_that_is_moved() -> None:
+    """What is parked and fetched on a card, test_gpu.py looks at."""
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     parked = Parked(module)
     parked.park(["1", "2"])
