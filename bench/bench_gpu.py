@@ -56,7 +56,7 @@ def main() -> None:
     if options.part:
         _run_part(cases, ways, options, device)
         return
-    about = _about(device)
+    about = _about(device, options.seconds)
     name = re.sub(r"\W+", "-", str(about["card"])).strip("-").lower()
     folder: Path = options.out or RESULTS / f"{name}-{about['date']}"
     (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _cases(models: list[str] | None, device: str, parser: argparse.ArgumentParse
     return found
 
 
-def _about(device: str) -> dict[str, Any]:
+def _about(device: str, seconds: float) -> dict[str, Any]:
     import torch
 
     found = {"card": "no card", "date": datetime.now(UTC).date().isoformat(), "device": device, "dtype": "fp32"}
@@ -91,8 +91,9 @@ def _about(device: str) -> dict[str, Any]:
 
         card = card_of(torch.device("cuda"))
         found |= {"card": card.name, "driver": card.driver, "architecture": card.target, "dtype": "bf16"}
+    command = f"./build.sh bench-gpu --device {device} --seconds {seconds:g}"
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {**found, "machine": machine, "versions": versions(), "command": "./build.sh bench-gpu"}
+    return {**found, "machine": machine, "versions": versions(), "command": command}
 
 
 def _peak(folder: Path, device: str, again: bool) -> dict[str, float]:
