@@ -4,6 +4,7 @@
 #   ./build.sh --model ltx --gpu rtx5090         passes its arguments to build-engine
 #   ./build.sh render "a blue square moving up"  renders the demo model (more words go to overcrank render)
 #   ./build.sh test                              runs the tests
+#   ./build.sh test-all                          runs them for every network, format and pipeline (over an hour)
 #   ./build.sh lint                              ruff and mypy
 #   ./build.sh docs                              writes docs/models.md
 #   ./build.sh bench                             repeats the benchmark of bench/results
@@ -36,6 +37,7 @@ PATH="$PWD/$VENV/bin:$PATH"
 
 case "${1:-}" in
   test) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" "$@" ;;
+  test-all) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" -m '' "$@" ;;
   lint)
     ruff check .
     ruff format --check .

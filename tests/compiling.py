@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from overcrank.engines.plan import PlanReport
+from overcrank.export.cache import cached_graph, graph_digest
+from overcrank.export.graph import Exported
+from overcrank.models.base import Component
 
 Plans = list[tuple[int, PlanReport]]
+Graphs = Callable[[Component, str], Exported]
+
+
+def exported_once(component: Component, precision: str, folder: Path) -> Exported:
+    """The component's graph, exported by the first test of all workers that asks, and read anew for each."""
+    import onnx_ir as ir
+
+    own = folder / graph_digest(component, precision)
+    with FileLock(f"{own}.lock"):
+        graph = cached_graph(component, precision, own)
+    return Exported(ir.load(graph.onnx), graph.parameters)
 
 
 def _work(graph: Path, targets: tuple[str, ...], ranges: Any, names: list[str], precision: str) -> Plans:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from overcrank.models import components
 
-from tests import tiny
+from tests import compiling, tiny
 
 # A shell that starts the tests in the background ignores SIGINT, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,6 +54,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parts[component.subfolder] = ["diffusers", component.cls]
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline", **parts}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> compiling.Graphs:
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "graphs"
+    folder.mkdir(exist_ok=True)
+    return partial(compiling.exported_once, folder=folder)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.verify import compare
 
 from tests import tiny, without_torchvision
-from tests.compiling import compiled
+from tests.compiling import Graphs, compiled
 
 without_torchvision.install()
 # Components that two tiny variants share stand here once.
@@ -36,14 +36,20 @@ def component_of(name: str, which: str) -> Component:
     return components(tiny.variant(name), (which,))[0]
 
 
+CLASSES = list({(c.cls, c.name): case for case in CASES if (c := component_of(*case))}.values())
+"""One component for each class of network."""
+
+
 def test_every_family_has_a_tiny_variant() -> None:
     assert {tiny.variant(name).family for name in tiny.TINY} == set(families())
 
 
-@pytest.mark.parametrize(("name", "which"), CASES)
-def test_graph_and_engines(name: str, which: str, tmp_path: Path, record_property: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "which"), [pytest.param(*c, marks=() if c in CLASSES else pytest.mark.sweep) for c in CASES]
+)
+def test_graph_and_engines(name: str, which: str, graphs: Graphs, tmp_path: Path, record_property: Any) -> None:
     component = component_of(name, which)
-    exported = onnx_from_component(component, "bf16")
+    exported = graphs(component, "bf16")
     module = random_module(component, component.config, "bf16").float()  # stored buffers as the graph has them
     _parameters_are_inputs(component, exported, module)
     graph = tmp_path / "graph.onnx"
@@ -97,10 +103,8 @@ def _chained() -> list[tuple[str, str]]:
     return list({(c.cls, c.name): case for case in CASES if (c := component_of(*case)).repeats}.values())
 
 
-@pytest.mark.parametrize(("name", "which"), _chained())
-def test_repeated_blocks_give_the_graph_of_the_plain_path(
-    name: str, which: str, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(("name", "which"), tiny.thinned(_chained()))
+def test_repeated_blocks_give_the_graph_of_the_plain_path(name: str, which: str, caplog: Any) -> None:
     component = component_of(name, which)
     fast = onnx_from_component(component, "bf16")
     assert "one by one" not in caplog.text
@@ -114,7 +118,7 @@ def test_repeated_blocks_give_the_graph_of_the_plain_path(
 DEPTHS = ("num_layers", "num_single_layers")
 
 
-@pytest.mark.parametrize(("name", "which"), _chained())
+@pytest.mark.parametrize(("name", "which"), tiny.thinned(_chained()))
 def test_activation_memory_does_not_grow_with_depth(name: str, which: str, tmp_path: Path) -> None:
     """A tensor kept alive for each layer would show: the video is large and the network narrow.
 

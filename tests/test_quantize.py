@@ -29,8 +29,8 @@ from overcrank.runtime.session import run_each
 from overcrank.runtime.verify import ROUNDING, compare
 
 from tests import tiny
-from tests.compiling import compiled
-from tests.test_families import CASES, compiles, component_of
+from tests.compiling import Graphs, compiled
+from tests.test_families import CLASSES, compiles, component_of
 
 KINDS: dict[Any, tuple[Any, ...]] = {
     "fp8": ("static", "dynamic", "16bit"),
@@ -177,8 +177,6 @@ def test_attentions_are_in_fp8_where_the_compiler_fuses_them(fewest: int, tmp_pa
     assert set(fallen_back(every, plan)) == (set() if fewest == 32 else attentions)
 
 
-CLASSES = list({(c.cls, c.name): case for case in CASES if (c := component_of(*case))}.values())
-"""One component for each class of network."""
 NETWORKS = [case for case in CLASSES if component_of(*case).subfolder in ("transformer", "unet")]
 
 
@@ -201,11 +199,11 @@ def _delivered(
     return model, layout, parameters
 
 
-@pytest.mark.parametrize(("name", "which"), NETWORKS)
-def test_every_network_in_every_format(name: str, which: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "which"), tiny.thinned(NETWORKS))
+def test_every_network_in_every_format(name: str, which: str, graphs: Graphs, tmp_path: Path) -> None:
     """Plans of every target deliver the formats; the graph computes what the same arithmetic in PyTorch does."""
     component, graph = component_of(name, which), tmp_path / "plain.onnx"
-    exported = onnx_from_component(component, "bf16")
+    exported = graphs(component, "bf16")
     ir.save(exported.model, graph)
     module = random_module(component, component.config, "bf16").float()
     for form in (LayerFormat("fp8", "dynamic"), LayerFormat("int8", "static"), LayerFormat("nvfp4", "dynamic")):
@@ -237,7 +235,7 @@ def _published_width_in_int8(model: str, which: str, folder: Path) -> None:
     _delivered(folder / "wide.onnx", exported, profile_for(variant), component, form, "sm_75")
 
 
-@pytest.mark.parametrize(("name", "which"), CLASSES)
+@pytest.mark.parametrize(("name", "which"), tiny.thinned(CLASSES, every=4))
 def test_every_class_for_turing(name: str, which: str, tmp_path: Path) -> None:
     """In fp16 and without products in fp32; a denoiser in int8 too, and in fp16 on the other cards."""
     component, graph = component_of(name, which), tmp_path / "plain.onnx"

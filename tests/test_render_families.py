@@ -14,7 +14,7 @@ import pytest
 from overcrank.runtime.output import Video, write_mp4
 from PIL import Image
 
-from tests import pipelines, without_torchvision
+from tests import pipelines, tiny, without_torchvision
 
 STEPS, CLIP_RATE = 3, 9.0
 
@@ -63,7 +63,7 @@ def media_of(case: pipelines.Case, folder: Path) -> list[object]:
     return first + (["--last-image", folder / "last.png"] if case.media == "ends" else [])
 
 
-@pytest.mark.parametrize("name", pipelines.CASES)
+@pytest.mark.parametrize("name", tiny.thinned(pipelines.CASES, every=2))
 def test_engines_graphs_render_what_eager_renders(
     name: str, run: Any, tmp_path: Path, store: Path, record_property: Any
 ) -> None:

@@ -6,10 +6,11 @@ published ones and shrink the widths; chains stay long enough to be repeated in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from overcrank.engines.profiles import Profile
 from overcrank.models import resolve
 from overcrank.models.base import Variant, VideoShape
@@ -401,6 +402,15 @@ TINY = {
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
     ),
 }
+
+
+def thinned(cases: Iterable[Any], every: int = 3) -> list[Any]:
+    """Test cases of which each run takes one in `every`, and `./build.sh test-all` the others too."""
+    marks = (pytest.mark.sweep,)
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks if i % every else ())
+        for i, case in enumerate(cases)
+    ]
 
 
 def variant(name: str) -> Variant:
