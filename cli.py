@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from overcrank.cli_options import (
     quantization_of,
     quantization_options,
     quantized_layers,
+    ray_option,
     render_options,
     store_option,
 )
@@ -88,12 +90,13 @@ def build_engine(**options: Any) -> None:
     from overcrank.engines import report
     from overcrank.engines.build import build
     from overcrank.engines.store import Store
+    from overcrank.engines.workers import LocalWorkers
 
     started = time.monotonic()
     requests = _requests(options)
     store = Store(options["store"], options["out"])
     with report.progress_display(options["quiet"] or options["as_json"]) as progress:
-        built = build(requests, store, progress, options["jobs"])
+        built = build(requests, store, progress, partial(LocalWorkers, options["jobs"]))
     seconds = time.monotonic() - started
     if options["as_json"]:
         click.echo(report.as_json(built, seconds))
@@ -289,6 +292,7 @@ def render(**options: Any) -> None:
 @click.option(
     "--lanes", type=click.IntRange(1, 4), help="Jobs at a time [default: 2 on a GPU of 24 GB or more, else 1]."
 )
+@ray_option
 def batch(**options: Any) -> None:
     """Render every line of JOBS, a JSON Lines file; run it again to finish what was interrupted."""
     from overcrank.runtime.commands import render_batch

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from overcrank.cli_options import Command, Group, store_option
+from overcrank.cli_options import Command, Group, ray_option, store_option
+
+if TYPE_CHECKING:
+    from overcrank.engines.workers import Workers
 
 
 @click.group(cls=Group)
@@ -35,14 +41,16 @@ def engines_list(store: Path | None) -> None:
 @click.option("--retry-failed", is_flag=True, help="What the last such command did not manage, in place of --models.")
 @click.option("--index", type=click.Path(path_type=Path, dir_okay=False), help="Write a Markdown table of the bundles.")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
+@ray_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress; does not ask.")
 @store_option
 def engines_build(**options: Any) -> None:
     """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
     from overcrank.engines import matrix, report
-    from overcrank.engines.build import default_workers
+    from overcrank.engines.cluster import RayWorkers, connected
     from overcrank.engines.store import Store
+    from overcrank.engines.workers import LocalWorkers, default_workers
 
     store, jobs = Store(options["store"]), options["jobs"] or default_workers()
     lists = (options["models"], options["gpus"], options["precisions"])
@@ -52,8 +60,12 @@ def engines_build(**options: Any) -> None:
         click.echo(line, err=True)
     if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
         return
-    with report.progress_display(options["as_json"]) as progress:
-        result = matrix.run(wanted, store, progress, jobs)
+    with ExitStack() as stack:
+        hire: Callable[[], Workers] = partial(LocalWorkers, jobs)
+        if options["ray"]:
+            hire = partial(RayWorkers, stack.enter_context(connected(options["ray"])), options["jobs"])
+        progress = stack.enter_context(report.progress_display(options["as_json"]))
+        result = matrix.run(wanted, store, progress, hire)
     if options["index"] is not None:
         matrix.write_index(options["index"], result)
     click.echo(matrix.as_json(result) if options["as_json"] else "\n".join(matrix.result_lines(result)))

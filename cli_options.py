@@ -38,6 +38,12 @@ def store_option(function: Any) -> Any:
     )(function)
 
 
+def ray_option(function: Any) -> Any:
+    return click.option(
+        "--ray", metavar="ADDRESS", help="Work on this Ray cluster: host:port, or auto for the one of this machine."
+    )(function)
+
+
 def bounds_options(prefix: str) -> Callable[[Any], Any]:
     def add(function: Any) -> Any:
         for axis in ("frames", "width", "height"):
@@ -82,7 +88,7 @@ def quantized_layers(options: dict[str, Any], precision: str) -> tuple[Any, Any]
 def quantization_of(options: dict[str, Any]) -> Any:
     """What `--precision` of a render asks for; None for the pipeline's own 16-bit type."""
     from overcrank.calibration.recipe import QUANTIZED
-    from overcrank.runtime.accelerate import Quantization
+    from overcrank.runtime.sources import Quantization
 
     if options["precision"] not in ("auto", *QUANTIZED):
         raise UserError(f"--precision {options['precision']}: use auto, {', '.join(QUANTIZED)}.")

@@ -21,11 +21,11 @@ from overcrank.engines.targets import BY_NAME
 from overcrank.export.module import part, random_module
 from overcrank.models import components, local_folder, resolve
 from overcrank.models.base import Component
-from overcrank.runtime.accelerate import Quantization, ort_session
 from overcrank.runtime.card import card_of
 from overcrank.runtime.module import EngineModule, Slot
 from overcrank.runtime.parameters import compute_of, own_parameters, packed_parameters, parameters_of
 from overcrank.runtime.session import Ledger, Session
+from overcrank.runtime.sources import Quantization, graph_session
 from overcrank.runtime.workspace import Workspace
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -208,7 +208,7 @@ def _recipe(case: Case, way: Way) -> Recipe | None:
 def _session(case: Case, way: Way, component: Component, module: Any, at: Setting) -> tuple[Session, dict[str, Any]]:
     if way.kind == "onnxruntime":
         quantization = Quantization(_layers(way), _recipe(case, way)) if way.precision in QUANTIZED else None
-        return ort_session(component, component.subfolder, module, at.store, quantization), {}
+        return graph_session(component, component.subfolder, module, at.store, quantization), {}
     from overcrank.runtime.trt import TrtSession
 
     start = time.perf_counter()

@@ -12,12 +12,13 @@ from gpu_part import Setting, _layers, _recipe
 from gpu_ways import Case, Way
 from overcrank.calibration.recipe import QUANTIZED
 from overcrank.models import resolve
-from overcrank.runtime.accelerate import Quantization, main_module
+from overcrank.runtime.accelerate import main_module
 from overcrank.runtime.driver import Driver, Job, Outcome
 from overcrank.runtime.load import load
 from overcrank.runtime.metadata import timing
 from overcrank.runtime.request import RenderRequest
 from overcrank.runtime.show import Silent
+from overcrank.runtime.sources import Quantization
 from overcrank.runtime.stepcache import BACKEND, threshold_of
 from skimage.metrics import peak_signal_noise_ratio
 

@@ -29,9 +29,9 @@ from overcrank.calibration.reference import ranges_of_call
 from overcrank.engines.store import Store
 from overcrank.models import components, resolve
 from overcrank.models.demo.evaluate import Trial, prompts, scores, trials
-from overcrank.runtime.accelerate import Quantization
 from overcrank.runtime.calibrate import Wanted, calibrate, layout_of
 from overcrank.runtime.load import load
+from overcrank.runtime.sources import Quantization
 from skimage.metrics import peak_signal_noise_ratio
 
 RESULTS = Path(__file__).parent / "results" / "quantized-demo.json"

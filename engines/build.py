@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import queue
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from overcrank import __version__
 from overcrank.calibration.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
@@ -26,8 +20,9 @@ from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store, store_errors, sync_folder, written_whole
 from overcrank.engines.targets import Target, sixteen_bit
-from overcrank.engines.worker import Job, Report, compile_component, export_component, finished, has_graph
-from overcrank.errors import BuildCancelled, CompileError, UserError
+from overcrank.engines.worker import Job, compile_component, export_component, finished, has_graph
+from overcrank.engines.workers import LocalWorkers, Workers
+from overcrank.errors import BuildCancelled, OvercrankError, UserError
 from overcrank.export.cache import exporter_versions, graph_digest
 from overcrank.export.weights import weight_files, weights_digest
 from overcrank.models import components
@@ -35,7 +30,6 @@ from overcrank.models.base import Component, Variant, VideoShape
 
 RECIPE = "recipe.json"
 FLAGS = "strongly_typed,decomposable_attention,no_auxiliary_streams"
-RAM_PER_WORKER = 1_500_000_000
 
 Progress = Callable[[str, str], None]
 """Called with a job's title and what it does."""
@@ -72,42 +66,47 @@ class _Bundle:
     staging: Path = Path()
 
 
-def build(requests: list[Request], store: Store, progress: Progress, workers: int | None = None) -> list[Built]:
+def build(
+    requests: list[Request], store: Store, progress: Progress, hire: Callable[[], Workers] = LocalWorkers
+) -> list[Built]:
     """Build every request that the store does not hold yet; identical work is done once.
 
     Raises the first failure after cancelling the rest; finished components stay in staging,
     so the next run takes them up, unless the request itself was wrong.
     """
+    return [b for b in build_each(requests, store, progress, hire, stop_at_first=True) if isinstance(b, Built)]
+
+
+def build_each(
+    requests: list[Request],
+    store: Store,
+    progress: Progress,
+    hire: Callable[[], Workers] = LocalWorkers,
+    stop_at_first: bool = False,
+) -> list[Built | OvercrankError]:
+    """As `build`, but what fails does not stop the rest: it stands in the place of its bundle."""
     store.prepare()
-    started = time.monotonic()
     bundles = [_planned(r, store) for r in requests]
     missing = {b.key: b for b in bundles if store.find(b.key) is None}
     with ExitStack() as locks:
         for key in sorted(missing):
             locks.enter_context(store.lock(key[:16]))
-        fresh = [b for b in missing.values() if store.find(b.key) is None]  # another process may have built it
-        peak = _run(fresh, progress, workers)
-        for bundle in fresh:
-            _publish(bundle, store, time.monotonic() - started, peak)
-    built = []
+        fresh = {key: b for key, b in missing.items() if store.find(key) is None}  # another process may have built it
+        run = _Run(list(fresh.values()), store, progress, stop_at_first)
+        run.go(hire)
+    made: list[Built | OvercrankError] = []
     for bundle in bundles:
         path = store.find(bundle.key)
-        assert path is not None
-        built.append(Built(path, read_manifest(path), cached=bundle not in fresh))
-    return built
+        if path is None:
+            made.append(run.failures[bundle.staging])
+        else:
+            made.append(Built(path, read_manifest(path), cached=bundle.key not in fresh))
+    return made
 
 
 def key_of(request: Request, store: Store) -> str:
     """By which the store finds the request's bundle."""
     return _planned(request, store).key
-
-
-def default_workers() -> int:
-    """Worker processes by cores and by RAM that is free."""
-    import psutil
-
-    fitting = int(psutil.virtual_memory().available // RAM_PER_WORKER)
-    return max(1, min(os.cpu_count() or 1, fitting))
 
 
 def _planned(request: Request, store: Store) -> _Bundle:
@@ -149,6 +148,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
             staging=bundle.staging,
             store=store,
             allow_fallback=request.allow_fallback,
+            title=f"{request.variant.name} {request.target.name} {request.precision} {key.component}",
         )
         for key, files, recipe in drafts
     ]
@@ -162,106 +162,95 @@ def _weights(request: Request, component: Component) -> tuple[str, tuple[Path, .
     return f"embedded:{weights_digest(files)}", files
 
 
-def _run(bundles: list[_Bundle], progress: Progress, workers: int | None) -> int:
-    """All jobs of all bundles over worker processes; returns the process tree's peak RAM in bytes."""
-    jobs = [j for b in bundles for j in b.jobs]
-    todo = []
-    for bundle in bundles:
-        with store_errors(bundle.staging):
-            bundle.staging.mkdir(exist_ok=True)
-    for job in jobs:
-        if finished(job):
-            progress(_title(job), "done in an earlier run")
-        else:
-            todo.append(job)
-    if not todo:
-        return 0
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    pool = ProcessPoolExecutor(
-        workers or default_workers(),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(messages,),
-        max_tasks_per_child=1,  # an export's memory is gone before the next compilation needs it
-    )
-    try:
-        with _terminated_as_interrupt():
-            peak = _follow(pool, todo, messages, progress)
-        pool.shutdown()
-        return peak
-    except KeyboardInterrupt as error:
-        raise BuildCancelled("Cancelled; finished components are kept and the same command resumes.") from error
-    except UserError:
-        for bundle in bundles:
-            shutil.rmtree(bundle.staging, ignore_errors=True)
-        raise
-    except BrokenProcessPool as error:
-        raise CompileError(
-            "A build worker died (out of memory?); the same command resumes what is finished."
-        ) from error
-    finally:
-        _stop(pool)
+class _Run:
+    """One go over the jobs of some bundles: graphs are exported once, and each bundle is published when it is whole."""
 
+    def __init__(self, bundles: list[_Bundle], store: Store, progress: Progress, stop_at_first: bool) -> None:
+        self.bundles, self.store, self.progress, self.stop_at_first = bundles, store, progress, stop_at_first
+        self.failures: dict[Path, OvercrankError] = {}  # by staging folder
+        self._left: dict[Path, int] = {}  # jobs
+        self._exporting: dict[Future[None], list[Job]] = {}
+        self._compiling: dict[Future[None], Job] = {}
+        self._started, self._peak = time.monotonic(), 0
 
-def _follow(pool: ProcessPoolExecutor, jobs: list[Job], messages: Any, progress: Progress) -> int:
-    """Export each graph once, compile each job when its graph is there, return the peak RAM.
-
-    The first failure is raised.
-    """
-    import psutil
-
-    me, peak = psutil.Process(), 0
-    waiting: dict[Future[None], list[Job]] = {}
-    running: set[Future[None]] = set()
-    by_graph: dict[Path, list[Job]] = {}
-    for job in jobs:
-        by_graph.setdefault(job.graph_folder, []).append(job)
-    for same in by_graph.values():
-        if has_graph(same[0]):
-            running |= {pool.submit(_in_worker, compile_component, job) for job in same}
-        else:
-            waiting[pool.submit(_in_worker, export_component, same[0])] = same
-    while running or waiting:
-        done, _ = wait([*running, *waiting], timeout=0.25, return_when=FIRST_COMPLETED)
-        with suppress(queue.Empty):
-            while True:
-                progress(*messages.get_nowait())
-        peak = max(peak, _tree_ram(me))
-        for future in done:
-            future.result()
-            running.discard(future)
-            running |= {pool.submit(_in_worker, compile_component, job) for job in waiting.pop(future, [])}
-    return peak
-
-
-def _tree_ram(process: Any) -> int:
-    """Memory of a process tree in bytes, pages that processes share counted once (PSS)."""
-    import psutil
-
-    total = 0
-    for p in [process, *process.children(recursive=True)]:
+    def go(self, hire: Callable[[], Workers]) -> None:
+        todo = self._unfinished()
+        if not todo:
+            return
+        workers = hire()
         try:
-            full = p.memory_full_info()
-            total += getattr(full, "pss", full.uss)
-        except psutil.Error:
-            continue
-    return total
+            with _terminated_as_interrupt():
+                self._submit(todo, workers)
+                while self._exporting or self._compiling:
+                    self._watch(workers)
+        except KeyboardInterrupt as error:
+            raise BuildCancelled("Cancelled; finished components are kept and the same command resumes.") from error
+        finally:
+            workers.stop()
+            for bundle in self.bundles:
+                if isinstance(self.failures.get(bundle.staging), UserError):
+                    shutil.rmtree(bundle.staging, ignore_errors=True)
 
+    def _unfinished(self) -> list[Job]:
+        """Jobs to do; bundles of which an earlier run left nothing to do are published."""
+        todo = []
+        for bundle in self.bundles:
+            with store_errors(bundle.staging):
+                bundle.staging.mkdir(exist_ok=True)
+            _tidy(bundle.staging)
+            own = [job for job in bundle.jobs if not finished(job)]
+            self._left[bundle.staging] = len(own)
+            for job in bundle.jobs:
+                if job not in own:
+                    self.progress(job.title, "done in an earlier run")
+            todo += own
+            if not own:
+                self._publish(bundle.staging)
+        return todo
 
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """Workers are in native code that no exception reaches, so unfinished ones are killed.
+    def _submit(self, jobs: list[Job], workers: Workers) -> None:
+        by_graph: dict[Path, list[Job]] = {}
+        for job in jobs:
+            by_graph.setdefault(job.graph_folder, []).append(job)
+        for same in by_graph.values():
+            if has_graph(same[0]):
+                self._compile(same, workers)
+            else:
+                self._exporting[workers.submit(export_component, same[0])] = same
 
-    The pool's own thread then dies of a TypeError (it looks for workers that are gone);
-    that one thread's traceback is not shown.
-    """
-    manager, shown = getattr(pool, "_executor_manager_thread", None), threading.excepthook
-    threading.excepthook = lambda args: None if args.thread is manager else shown(args)
-    processes = list((getattr(pool, "_processes", None) or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.kill()
-        process.join()
+    def _compile(self, jobs: list[Job], workers: Workers) -> None:
+        for job in jobs:
+            self._compiling[workers.submit(compile_component, job)] = job
+
+    def _watch(self, workers: Workers) -> None:
+        """Wait a moment, and take up what has ended."""
+        done, _ = wait([*self._exporting, *self._compiling], timeout=0.25, return_when=FIRST_COMPLETED)
+        for message in workers.said():
+            self.progress(*message)
+        self._peak = max(self._peak, workers.ram())
+        for future in done:
+            waiting, job = self._exporting.pop(future, []), self._compiling.pop(future, None)
+            try:
+                future.result()
+            except OvercrankError as error:
+                self._failed(waiting if job is None else [job], error)
+                if self.stop_at_first:
+                    raise
+                continue
+            self._compile(waiting, workers)
+            if job is not None:
+                self._left[job.staging] -= 1
+                if not self._left[job.staging]:
+                    self._publish(job.staging)
+
+    def _failed(self, jobs: list[Job], error: OvercrankError) -> None:
+        for job in jobs:
+            self.failures.setdefault(job.staging, error)
+            self.progress(job.title, "done, failed")
+
+    def _publish(self, staging: Path) -> None:
+        (bundle,) = (b for b in self.bundles if b.staging == staging)
+        _publish(bundle, self.store, time.monotonic() - self._started, self._peak)
 
 
 @contextmanager
@@ -280,35 +269,6 @@ def _terminated_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
-
-
-_messages: Any = None
-
-
-def _start_worker(messages: Any) -> None:
-    global _messages
-    _messages = messages
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    _die_with_parent()
-
-
-def _die_with_parent() -> None:
-    """A killed build must not leave workers running (Linux; elsewhere they end with their job)."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    except (OSError, AttributeError):
-        pass
-
-
-def _in_worker(work: Callable[[Job, Report], None], job: Job) -> None:
-    work(job, lambda doing: _messages.put((_title(job), doing)))
-
-
-def _title(job: Job) -> str:
-    return f"{job.target.name} {job.key.component}"
 
 
 def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
@@ -345,10 +305,17 @@ def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
         part.write_text(manifest.model_dump_json(indent=1), "utf-8")
     for job in bundle.jobs:
         job.done.unlink(missing_ok=True)
+    _tidy(bundle.staging)
     name = f"{_safe(request.variant.name)}-{request.target.name}-{request.precision}-{bundle.key[:16]}"
     with store_errors(store.bundles):
         bundle.staging.rename(store.bundles / name)
         sync_folder(store.bundles)
+
+
+def _tidy(staging: Path) -> None:
+    """What workers that died were about to write."""
+    for part in staging.glob(".*"):
+        part.unlink(missing_ok=True)
 
 
 def _shape(shape: VideoShape) -> ShapeEntry:

@@ -126,7 +126,7 @@ class Manifest(_Model):
     versions: dict[str, str]
     created: str
     build_seconds: float
-    peak_ram_bytes: int
+    peak_ram_bytes: int  # of the process tree; 0 on a cluster, where nobody can tell
     components: list[ComponentEntry]
     recipe: File | None = None
 

@@ -1,25 +1,25 @@
 """`overcrank engines build`: bundles of many models for many cards at many precisions.
 
-One model after the other, its targets together, so that they share exported graphs. A combination that
-cannot be is dropped with its reason; one that fails does not stop the rest, and is remembered for
-`--retry-failed`.
+Targets and precisions of a model share its exported graphs. A combination that cannot be is dropped with its
+reason; one that fails does not stop the rest, and is remembered for `--retry-failed`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from overcrank.calibration.recipe import IN_16_BIT, QUANTIZED, LayerFormat
-from overcrank.engines.build import Built, Progress, Request, build, key_of
+from overcrank.engines.build import Built, Progress, Request, build_each, key_of
 from overcrank.engines.profiles import profile_for
 from overcrank.engines.report import human_bytes, profile_line
 from overcrank.engines.store import Store, written_whole
 from overcrank.engines.targets import PRECISIONS, precision_for, targets_for
-from overcrank.errors import BuildCancelled, OvercrankError, TargetError, UserError
+from overcrank.engines.workers import LocalWorkers, Workers
+from overcrank.errors import TargetError, UserError
 from overcrank.models import components, resolve
 
 EXPORT_SECONDS, COMPILE_SECONDS, ENGINE_BYTES = 14.0, 2.6, 12_000_000
@@ -84,36 +84,19 @@ def cells_of(models: str, gpus: str, precisions: str) -> list[Cell]:
     return [Cell(model, gpu, precision) for model in a for gpu in b for precision in c]
 
 
-def run(matrix: Matrix, store: Store, progress: Progress, workers: int | None = None) -> Result:
+def run(matrix: Matrix, store: Store, progress: Progress, hire: Callable[[], Workers] = LocalWorkers) -> Result:
     """Build all that the store does not hold; failures are collected, Ctrl-C stops (and the same command resumes)."""
     result = Result()
-    by_model: dict[str, list[Cell]] = {}
-    for cell in matrix.requests:
-        by_model.setdefault(cell.model, []).append(cell)
     try:
-        for cells in by_model.values():
-            _run_model(cells, matrix, store, progress, workers, result)
+        made = build_each(list(matrix.requests.values()), store, progress, hire)
+        for cell, found in zip(matrix.requests, made, strict=True):
+            if isinstance(found, Built):
+                result.built[cell] = found
+            else:
+                result.failed[cell] = str(found)
     finally:
         _remember(store, result.failed)
     return result
-
-
-def _run_model(
-    cells: Sequence[Cell], matrix: Matrix, store: Store, progress: Progress, workers: int | None, result: Result
-) -> None:
-    """All targets of a model together; if that fails, one by one, to find which."""
-    try:
-        made = build([matrix.requests[c] for c in cells], store, progress, workers)
-        result.built |= dict(zip(cells, made, strict=True))
-        return
-    except BuildCancelled:
-        raise
-    except OvercrankError as error:
-        if len(cells) == 1:
-            result.failed[cells[0]] = str(error)
-            return
-    for cell in cells:
-        _run_model([cell], matrix, store, progress, workers, result)
 
 
 def _remember(store: Store, failed: dict[Cell, str]) -> None:

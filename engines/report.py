@@ -118,7 +118,7 @@ def summary(built: list[Built], seconds: float) -> None:
         how = (
             f"cache hit (built {manifest.created} in {manifest.build_seconds:.0f} s)"
             if bundle.cached
-            else f"built in {manifest.build_seconds:.1f} s, peak RAM {human_bytes(manifest.peak_ram_bytes)}"
+            else f"built in {manifest.build_seconds:.1f} s, peak RAM {human_bytes(manifest.peak_ram_bytes or None)}"
         )
         console.print(f"{how}, this command took {seconds:.1f} s", highlight=False)
         console.print(f"path     {bundle.path}", highlight=False, soft_wrap=True)

@@ -50,7 +50,7 @@ def print_bundle(bundle: Path) -> bool:
         (
             "built",
             f"{manifest.created} by overcrank {manifest.overcrank} in {manifest.build_seconds:.1f} s, "
-            f"peak RAM {human_bytes(manifest.peak_ram_bytes)}",
+            f"peak RAM {human_bytes(manifest.peak_ram_bytes or None)}",
         ),
         ("with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
     ):

@@ -46,6 +46,7 @@ class Job:
     staging: Path
     store: Store
     allow_fallback: bool = False
+    title: str = ""  # for people
 
     @property
     def component(self) -> Component:

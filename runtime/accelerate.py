@@ -4,50 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.calibration.pack import read_pack
-from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Range, Recipe, read_recipe, recipe_of
-from overcrank.engines.build import RECIPE
 from overcrank.engines.cards import Card
 from overcrank.engines.store import Store
 from overcrank.errors import StoreError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
-from overcrank.runtime.bundles import Bundle, bundle_of, fitting_bundles, rebuild_command
+from overcrank.runtime.bundles import fitting_bundles, rebuild_command
 from overcrank.runtime.card import card_of
-from overcrank.runtime.measured import require_not_slower
 from overcrank.runtime.module import EngineModule, Slot
-from overcrank.runtime.pack import kept_pack
-from overcrank.runtime.parameters import bound_parameters, compute_of, own_parameters, packed_parameters, parameters_of
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
+from overcrank.runtime.sources import BundledGraphs, Engines, Quantization, graph_session, require_renderable
 from overcrank.runtime.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 log = logging.getLogger("overcrank")
+SessionMaker = Callable[[Component, str, "nn.Module"], Session]
 BACKENDS = ("auto", "tensorrt", "onnxruntime", EAGER)
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Engines of quantized layers: as a recipe says, or all that bear it alike."""
-
-    layers: LayerFormat
-    recipe: Recipe | None = None
-    pack: Path | None = None  # of the checkpoint; without one, packed when a session is made
-    source: str = ""  # digest of the weights the pipeline has, by which what is packed is kept
-
-    @property
-    def precision(self) -> str:
-        return self.layers.format
 
 
 @dataclass
@@ -114,10 +95,10 @@ def accelerate(
     `bundle` is a bundle's path or name [default: the newest in the store for this network
     and card]. `backend`: "auto" uses TensorRT and falls back to eager PyTorch with one
     warning for each reason, "tensorrt" raises BackendError in place of falling back,
-    "onnxruntime" runs the graphs in ONNX Runtime in fp32, "eager" uses no engine. `model` is the
-    name that rebuild commands show. `quantization`: the engines asked for, and the ranges of
-    their layers [default: engines in the pipeline's own 16-bit type]. `slow_engines`: also those
-    that were measured to be slower than eager PyTorch on this card.
+    "onnxruntime" runs the graphs in ONNX Runtime in fp32, those of `bundle` if one is named,
+    "eager" uses no engine. `model` is the name that rebuild commands show. `quantization`: the
+    engines asked for, and the ranges of their layers [default: engines in the pipeline's own 16-bit
+    type]. `slow_engines`: also those that were measured to be slower than eager PyTorch on this card.
 
     Raises UserError for an unknown backend or bundle, ModelError for a pipeline of no known family.
     """
@@ -131,7 +112,7 @@ def accelerate(
     found = Acceleration(variant, backend, ledger, [], quantization=quantization)
     where = Store(store)
     if backend == "onnxruntime":
-        found.modules = _install(pipe, variant, ledger, lambda c, p, m: ort_session(c, p, m, where, quantization))
+        found.modules = _install(pipe, variant, ledger, _in_onnx_runtime(found, where, bundle))
     elif backend != EAGER:
         _with_engines(pipe, found, where, bundle, slow_engines)
     found.source = str(pipe.config.get("_name_or_path", ""))
@@ -164,35 +145,13 @@ def denoisers(pipe: Any, variant: Variant) -> list[tuple[nn.Module, str]]:
     return [(m, serving[0].name) for part in parts if (m := getattr(pipe, part, None)) is not None]
 
 
-@dataclass
-class _Engines:
-    """Makes sessions of engines, with what is the same for all of them."""
-
-    found: Acceleration
-    store: Store
-    fitting: Sequence[Bundle]
-    card: Card
-    rebuild: str
-    slow: bool  # engines that were measured to be slower than eager are used too
-
-    def session(self, component: Component, part: str, module: nn.Module) -> Session:
-        from overcrank.runtime.trt import TrtSession
-
-        path, manifest = bundle_of(component.name, self.fitting, self.rebuild)
-        entry = manifest.component(component.name)
-        if not self.slow:
-            require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
-        self.found.bundles[component.name] = path.name
-        quantization = self.found.quantization
-        recipe = quantization.recipe if quantization else None
-        if recipe is None and manifest.recipe is not None:
-            recipe = read_recipe(path / RECIPE)
-        ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
-        formats, layout = entry.formats, entry.key.recipe
-        packs = _packs(quantization, component, part, module, formats, ranges, layout, compute_of(entry), self.store)
-        parameters: dict[str, Any] = {**own_parameters(module, component, parameters_of(entry)), **packs}
-        workspace = self.found.workspace
-        return TrtSession(manifest, path, entry, parameters, workspace, self.rebuild, self.store, self.card)
+def _in_onnx_runtime(found: Acceleration, store: Store, bundle: str | Path | None) -> SessionMaker:
+    """Sessions of the graphs in the bundle that is named, else of those in the store's cache."""
+    if bundle is None:
+        return lambda c, part, module: graph_session(c, part, module, store, found.quantization)
+    fitting = [require_renderable(store.resolve(str(bundle)), found.variant, found.quantization)]
+    rebuild = rebuild_command(found.variant, fitting[0][1].target)
+    return BundledGraphs(found.quantization, store, fitting, rebuild, found.bundles).session
 
 
 def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, slow: bool) -> None:
@@ -206,7 +165,8 @@ def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Pa
         names = [c.name for c in components(variant)]
         ledger.fall_back(names, error.reason, error.fix, standing=True)
         return
-    engines = _Engines(found, store, fitting, card, rebuild_command(variant, card.target), slow)
+    rebuild = rebuild_command(variant, card.target)
+    engines = Engines(quantization, store, fitting, rebuild, found.bundles, slow, card=card, workspace=found.workspace)
     found.modules = _install(pipe, variant, ledger, engines.session)
 
 
@@ -233,9 +193,7 @@ def _precision(pipe: Any) -> str:
     return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(dtype, dtype.removeprefix("torch."))
 
 
-def _install(
-    pipe: Any, variant: Variant, ledger: Ledger, session: Callable[[Component, str, nn.Module], Session]
-) -> list[EngineModule]:
+def _install(pipe: Any, variant: Variant, ledger: Ledger, session: SessionMaker) -> list[EngineModule]:
     """One EngineModule for each module that some component describes."""
     grouped: dict[tuple[str, str], list[Component]] = defaultdict(list)
     for component in family(variant.family).components(variant):
@@ -253,55 +211,3 @@ def _install(
 
         installed.append(EngineModule(module, [Slot(c, maker(c)) for c in serving], ledger))
     return installed
-
-
-def _packs(
-    quantization: Quantization | None,
-    component: Component,
-    part: str,
-    module: nn.Module,
-    formats: Mapping[str, LayerFormat],
-    ranges: Mapping[str, Range],
-    layout: str,
-    compute: str,
-    store: Store,
-) -> Mapping[str, Tensor]:
-    """Tensors of the quantized layers: from the pack that was given, else made of the module's weights.
-
-    Those of weights that are known are kept in the store.
-    """
-    if not formats:
-        return {}
-    device = next(module.parameters()).device
-    if quantization is None or quantization.pack is None:
-        make = partial(packed_parameters, module, formats, ranges, compute)
-        if quantization is None or not quantization.source:
-            return make()
-        described = {name: seen.model_dump() for name, seen in ranges.items()}
-        dtype = str(next(module.parameters()).dtype)  # a checkpoint read in 16 bit has other values
-        identity = [quantization.source, dtype, part, layout, sorted(formats.items()), described, compute]
-        return kept_pack(identity, store, make, device)
-    read = read_pack(quantization.pack, part, component.name, layout, compute)
-    return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
-
-
-def ort_session(
-    component: Component, part: str, module: nn.Module, store: Store, quantization: Quantization | None
-) -> Session:
-    """The component's graph from the store's cache, exported into it the first time, quantized as asked."""
-    import onnx_ir as ir
-    from overcrank.calibration.quantize import layout_in, quantized
-    from overcrank.runtime.ort import OrtSession
-
-    graph = store.graph(component, "bf16")
-    model, parameters = ir.load(graph.onnx), graph.parameters
-    packs: Mapping[str, Tensor] = {}
-    if quantization is not None:
-        recipe = recipe_of(quantization.recipe, component, quantization.layers)
-        layout = layout_in(model, recipe)
-        parameters, _ = quantized(model, parameters, layout)
-        ranges = recipe.ranges.get(part, {})
-        packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16", store)
-    views = bound_parameters(module, component, parameters)
-    device = next(module.parameters()).device.type
-    return OrtSession(model, {**views, **packs}, device)

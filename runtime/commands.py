@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RequestError
 from overcrank.models import packaged_model, resolve
 from overcrank.models.base import Variant
 from overcrank.runtime.request import FORMATS, RenderRequest, read_jobs, request_of
+
+if TYPE_CHECKING:
+    from overcrank.runtime.driver import Driver, Job, Outcome, Watcher
 
 REQUEST_OPTIONS = (
     *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
@@ -61,42 +64,63 @@ def _run(
     from overcrank.runtime.output import prepare_folder
 
     prepare_folder(work[0][1].parent)
-    import diffusers
-    from overcrank.engines.store import Store
-    from overcrank.engines.trust import Keyring
     from overcrank.runtime import show
-    from overcrank.runtime.bundles import pull_missing
-    from overcrank.runtime.driver import CANCELLED, FAILED, Driver, Job
-    from overcrank.runtime.load import load
+    from overcrank.runtime.driver import CANCELLED, FAILED, Job
     from overcrank.runtime.stepcache import threshold_of
 
-    threshold = threshold_of(options["cache"], variant)
-    diffusers.utils.logging.set_verbosity_error()
+    threshold_of(options["cache"], variant)
     jobs = [Job(request, stem) for request, stem in work]
     started = time.monotonic()
     with show.watching(jobs, options["quiet"] or options["as_json"]) as watcher:
-        if options["pull"]:
-            precision = options["quantization"].precision if options["quantization"] else "auto"
-            pull_missing(options["pull"], variant, precision, Store(options["store"]), Keyring())
-        pipe = load(
-            options["model"],
-            bundle=options["bundle"],
-            backend=options["backend"],
-            device=options["device"],
-            store=options["store"],
-            quantization=options["quantization"],
-            loras=options["loras"],
-            vram=options["vram"],
-            slow_engines=options["slow_engines"],
-        )
-        driver = Driver(
-            pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"), cache=threshold
-        )
-        outcomes = driver.run(jobs, resume=not again)
+        if options.get("ray"):
+            outcomes = _on_cluster(options, variant, watcher, jobs, resume=not again)
+        else:
+            outcomes = driver_of(options, variant, watcher).run(jobs, resume=not again)
     _print(outcomes, options["as_json"], many, time.monotonic() - started)
     if any(o.status == CANCELLED for o in outcomes):
         return 130
     return max((o.exit_code for o in outcomes if o.status == FAILED), default=0)
+
+
+def _on_cluster(
+    options: dict[str, Any], variant: Variant, watcher: Watcher, jobs: list[Job], resume: bool
+) -> list[Outcome]:
+    from overcrank.engines.cluster import connected
+    from overcrank.engines.store import Store
+    from overcrank.runtime.cluster import ClusterDriver
+
+    with connected(options["ray"]) as ray:
+        here = {"store": Store(options["store"]).root}  # which this machine's environment names
+        return ClusterDriver(ray, options | here, variant, watcher).run(jobs, resume)
+
+
+def driver_of(options: dict[str, Any], variant: Variant, watcher: Watcher) -> Driver:
+    """The pipeline of a command's options, loaded and accelerated in this process."""
+    import diffusers
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
+    from overcrank.runtime.bundles import pull_missing
+    from overcrank.runtime.driver import Driver
+    from overcrank.runtime.load import load
+    from overcrank.runtime.stepcache import threshold_of
+
+    diffusers.utils.logging.set_verbosity_error()
+    if options["pull"]:
+        precision = options["quantization"].precision if options["quantization"] else "auto"
+        pull_missing(options["pull"], variant, precision, Store(options["store"]), Keyring())
+    pipe = load(
+        options["model"],
+        bundle=options["bundle"],
+        backend=options["backend"],
+        device=options["device"],
+        store=options["store"],
+        quantization=options["quantization"],
+        loras=options["loras"],
+        vram=options["vram"],
+        slow_engines=options["slow_engines"],
+    )
+    threshold = threshold_of(options["cache"], variant)
+    return Driver(pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"), cache=threshold)
 
 
 def _print(outcomes: list[Any], as_json: bool, many: bool, seconds: float) -> None:

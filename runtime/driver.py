@@ -106,12 +106,16 @@ class Driver:
                 wait(running)
             except KeyboardInterrupt:
                 try:
-                    self._cancelled.set()
+                    self.cancel()
                     log.warning("cancelling after the current step; Ctrl-C again stops at once.")
                     wait(running)
                 except KeyboardInterrupt:
                     self._stop_at_once(jobs)
         return outcomes
+
+    def cancel(self) -> None:
+        """Jobs end after their current step; those not begun do not begin."""
+        self._cancelled.set()
 
     def _stop_at_once(self, jobs: Sequence[Job]) -> None:
         import os

@@ -23,7 +23,7 @@ from overcrank.runtime.memory import AUTO, parts_of, place, planned, vram_of
 
 if TYPE_CHECKING:
     import torch
-    from overcrank.runtime.accelerate import Quantization
+    from overcrank.runtime.sources import Quantization
 
 log = logging.getLogger("overcrank")
 

@@ -22,10 +22,11 @@ from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import Manifest, read_manifest
 from overcrank.errors import UserError
 from overcrank.models import local_folder, variant_from_manifest
-from overcrank.runtime.accelerate import Quantization, main_module
+from overcrank.runtime.accelerate import main_module
 from overcrank.runtime.output import Video
 from overcrank.runtime.parameters import compute_of
 from overcrank.runtime.request import RenderRequest, prompts_of
+from overcrank.runtime.sources import Quantization
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

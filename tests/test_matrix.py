@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from overcrank.engines import matrix
 from overcrank.engines.matrix import Cell, cells_of, expanded
+from overcrank.engines.worker import Job, compile_component
+from overcrank.engines.workers import LocalWorkers
 from overcrank.errors import CompileError, UserError
 
 
@@ -68,16 +71,17 @@ def test_a_matrix_is_built_resumed_and_indexed(run: Any, tmp_path: Path) -> None
 
 
 def test_one_that_fails_does_not_stop_the_rest(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, broken = matrix.build, ["sm_89"]
+    own, broken = LocalWorkers.submit, ["sm_89"]
 
-    def build(requests: list[Any], *rest: Any) -> Any:
+    def submit(self: LocalWorkers, work: Any, job: Job) -> Future[None]:
         """The real one, with a compiler that gives up for some cards."""
-        for request in requests:
-            if request.target.name in broken:
-                raise CompileError("the compiler gave up")
-        return own(requests, *rest)
+        if work is compile_component and job.target.name in broken:
+            given_up = Future[None]()
+            given_up.set_exception(CompileError("the compiler gave up"))
+            return given_up
+        return own(self, work, job)
 
-    monkeypatch.setattr(matrix, "build", build)
+    monkeypatch.setattr(LocalWorkers, "submit", submit)
     words = ["--models", "ltx-demo", "--gpus", "sm_86,sm_89", "--precisions", "bf16", "--store", tmp_path, "--yes"]
     result = run("overcrank", "engines", "build", *words)
     assert result.exit_code == 1
