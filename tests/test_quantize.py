@@ -235,7 +235,7 @@ def _published_width_in_int8(model: str, which: str, folder: Path) -> None:
     _delivered(folder / "wide.onnx", exported, profile_for(variant), component, form, "sm_75")
 
 
-@pytest.mark.parametrize(("name", "which"), tiny.thinned(CLASSES, every=4))
+@pytest.mark.parametrize(("name", "which"), tiny.thinned(CLASSES, every=8))
 def test_every_class_for_turing(name: str, which: str, tmp_path: Path) -> None:
     """In fp16 and without products in fp32; a denoiser in int8 too, and in fp16 on the other cards."""
     component, graph = component_of(name, which), tmp_path / "plain.onnx"

@@ -1,14 +1,13 @@
-"""Publishing and pulling bundles: a folder, an HTTP server that cuts connections, and what an attacker there can do."""
+"""Publishing and pulling bundles: a folder, nginx that is killed meanwhile, S3; and what an attacker there can do."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from overcrank.engines.remote import PURPOSE, Index, Remote, fitting, pull, push
 from overcrank.engines.store import Store
 from overcrank.engines.trust import PULLED, Keyring
 from overcrank.errors import IntegrityError, OvercrankError, StoreError, UserError
+
+from tests.servers import Nginx, s3
 
 
 def silent(name: str, there: int, size: int) -> None: ...
@@ -77,80 +78,65 @@ def test_a_render_uses_what_was_pulled_until_its_key_is_revoked(place: Path, tmp
         bundle_of("denoiser", fits, "rebuild")
 
 
-class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder, with ranges; `cuts` times it closes the connection in the middle of a large answer."""
-
-    cuts = 0
-    served: list[str]
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content, asked = path.read_bytes(), self.headers.get("Range")
-        start, end = 0, len(content)
-        if asked:
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            start, end = int(first), min(len(content), int(last) + 1 if last else len(content))
-        self.send_response(206 if asked else 200)
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(end - start))
-        self.end_headers()
-        part = content[start:end]
-        if len(part) > 100_000 and start > 0 and type(self).cuts > 0:
-            type(self).cuts -= 1
-            self.wfile.write(part[: len(part) // 2])
-            self.wfile.flush()
-            self.connection.close()
-            return
-        self.served.append(f"{path.name} {start}")
-        self.wfile.write(part)
-
-    def do_HEAD(self) -> None:
-        path = Path(self.translate_path(self.path))
-        self.send_response(200 if path.is_file() else 404)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
-        self.end_headers()
-
-
 @pytest.fixture
-def server(place: Path) -> Iterator[tuple[str, type[Handler]]]:
-    handler = type("Own", (Handler,), {"served": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(place))) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{made.server_port}", handler
-        made.shutdown()
+def nginx(place: Path, tmp_path: Path) -> Iterator[Nginx]:
+    made = Nginx(place, tmp_path / "nginx")
+    made.start()
+    yield made
+    made.kill()
 
 
-def test_over_http(server: tuple[str, type[Handler]], tmp_path: Path, ring: Keyring) -> None:
-    path = fetched(server[0], tmp_path / "store", ring)
+def test_over_http(nginx: Nginx, tmp_path: Path, ring: Keyring) -> None:
+    path = fetched(nginx.url, tmp_path / "store", ring)
     assert check_files(path, read_manifest(path)) == []
+    assert all(" 200 " in line or " 206 " in line for line in nginx.served())
 
 
-def test_a_connection_that_is_cut_goes_on_where_it_ended(
-    server: tuple[str, type[Handler]], tmp_path: Path, ring: Keyring
-) -> None:
-    url, handler = server
-    handler.cuts = 10**6
+def test_a_connection_that_is_cut_goes_on_where_it_ended(nginx: Nginx, tmp_path: Path, ring: Keyring) -> None:
+    """The server is killed while it sends a large file, and started again."""
+    bundles = tmp_path / "store" / "bundles"
+
+    def large() -> list[Path]:
+        return [p for p in bundles.glob(".pulling-*/.*.part") if p.stat().st_size > 2**20]
+
+    def cut() -> None:
+        while not large():
+            time.sleep(0.01)
+        nginx.kill()
+
+    nginx.kill()
+    nginx.start(rate="4m")
+    killer = threading.Thread(target=cut)
+    killer.start()
     with pytest.raises(StoreError, match="the same command goes on from there"):
-        fetched(url, tmp_path / "store", ring)
-    assert not [p for p in (tmp_path / "store" / "bundles").iterdir() if not p.name.startswith(".")]
-    (part,) = (tmp_path / "store" / "bundles").glob(".pulling-*/.*.part")
-    there = part.stat().st_size
-    assert there > 0
-    handler.cuts = 0
-    handler.served.clear()
-    path = fetched(url, tmp_path / "store", ring)
+        fetched(nginx.url, tmp_path / "store", ring)
+    killer.join()
+    assert not list(bundles.glob("[!.]*"))
+    (part,) = large()
+    there, seen = part.stat().st_size, len(nginx.served())
+    nginx.start()
+    path = fetched(nginx.url, tmp_path / "store", ring)
     assert check_files(path, read_manifest(path)) == []
     name = part.name.strip(".").removesuffix(".part")
-    starts = [int(s.split()[1]) for s in handler.served if s.startswith(name)]
-    assert min(starts) >= there
+    again = [line.split("bytes=")[1] for line in nginx.served()[seen:] if name in line and "bytes=" in line]
+    assert min(int(asked.partition("-")[0]) for asked in again) == there
+
+
+def test_over_s3(demo_bundle: Path, tmp_path: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s3" / "engines").mkdir(parents=True)
+    with s3(tmp_path / "s3") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        url = "s3://engines/some/prefix"
+        own = [copied(demo_bundle, tmp_path / f"machine{i}", f"bundle{i}") for i in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda bundle: push(Remote(url), [bundle], "studio", ring, silent), own))
+        index = read_index(Remote(url), ring, Store(tmp_path / "store"))
+        assert set(index.bundles) == {f"bundle{i}" for i in range(4)}
+        path = fetched(url, tmp_path / "store", ring)
+        assert check_files(path, read_manifest(path)) == []
+        with pytest.raises(StoreError, match=r"s3://nothing cannot be read|has no index\.json"):
+            fetched("s3://nothing", tmp_path / "store", ring)
 
 
 def test_a_server_that_is_not_there(tmp_path: Path, ring: Keyring) -> None:

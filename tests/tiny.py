@@ -404,7 +404,7 @@ TINY = {
 }
 
 
-def thinned(cases: Iterable[Any], every: int = 3) -> list[Any]:
+def thinned(cases: Iterable[Any], every: int = 6) -> list[Any]:
     """Test cases of which each run takes one in `every`, and `./build.sh test-all` the others too."""
     marks = (pytest.mark.sweep,)
     return [
