@@ -307,22 +307,22 @@ def _published(root: Path, bundle: Path) -> Iterator[Nginx]:
 
 
 def main(kills: int, seed: int, root: Path) -> dict[str, Any]:
-    rng, share = random.Random(seed), -(-kills // 4)
+    rng, share = random.Random(seed), -(-kills // 7)  # a build takes longest, and gets one share of seven
     os.environ["OVERCRANK_CONFIG"], os.environ["OVERCRANK_HOME"] = str(root / "config"), str(root / "home")
     Keyring().new("studio")
     build = Build(root)
     found = {"build": soak(build, share, rng)}
     print("build", found["build"], flush=True)
     (bundle,) = build.store.glob("bundles/[!.]*")
-    found["push"] = soak(Push(root, bundle), share, rng)
+    found["push"] = soak(Push(root, bundle), 2 * share, rng)
     print("push", found["push"], flush=True)
     build.gpu = "sm_89"
     _finished(_start(build.command()))
     (own,) = build.store.glob("bundles/*sm_89*")
     with _published(root, own) as server:
-        found["pull"] = soak(Pull(root, server.url, own.name), share, rng)
+        found["pull"] = soak(Pull(root, server.url, own.name), 2 * share, rng)
     print("pull", found["pull"], flush=True)
-    found["batch"] = soak(Batch(root), share, rng)
+    found["batch"] = soak(Batch(root), 2 * share, rng)
     print("batch", found["batch"], flush=True)
     for store in (Store(build.store), Store(root / "pulled")):
         remove(removable(store))
