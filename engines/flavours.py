@@ -13,10 +13,10 @@ DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
 def flavour_version(flavour: str) -> str | None:
-    """Exact version of an installed flavour, or None."""
+    """Exact version of an installed flavour, or None; also of one that only another overcrank knows."""
     try:
         return metadata.version(DISTRIBUTIONS[flavour])
-    except metadata.PackageNotFoundError:
+    except (KeyError, metadata.PackageNotFoundError):
         return None
 
 

@@ -8,7 +8,6 @@ private key (PKCS 8, readable by its owner alone), trusted.json the allow-list.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -100,7 +99,7 @@ class Keyring:
             assert len(words) == 3
             assert words[0] == WORD
             assert len(base64.b64decode(words[1], validate=True)) == 32
-        except (AssertionError, binascii.Error) as error:
+        except (AssertionError, ValueError) as error:
             raise UserError(f"'{line[:80]}' is no public key; it looks like '{WORD} BASE64 NAME'.") from error
         _check_name(words[2])
         return self._add(words[2], words[1])
@@ -204,7 +203,7 @@ def _verifies(who: Publisher, found: Signature, content: bytes) -> bool:
     try:
         signature = base64.b64decode(found.signature, validate=True)
         key.verify(signature, content)
-    except (InvalidSignature, binascii.Error):
+    except (InvalidSignature, ValueError):
         return False
     return base64.b64encode(signature).decode() == found.signature  # one spelling, not several
 

@@ -191,7 +191,9 @@ def _flavour_of(manifest: Manifest, rebuild: str) -> Any:
     found = flavour_version(flavour)
     if found != built_with:
         installed = f"{found} is installed" if found else "it is not installed"
-        raise CannotServe(f"the engine was built with {FLAVOUR_TITLES[flavour]} {built_with} and {installed}", rebuild)
+        raise CannotServe(
+            f"the engine was built with {FLAVOUR_TITLES.get(flavour, flavour)} {built_with} and {installed}", rebuild
+        )
     try:
         return load_flavour(flavour)
     except TargetError as error:

@@ -14,6 +14,7 @@ from overcrank import cli
 from overcrank.calibration.recipe import LayerFormat, Recipe, default_recipe, read_recipe
 from overcrank.engines.manifest import read_manifest
 from overcrank.models import components, resolve
+from PIL import Image
 
 from tests.test_bad_input import refused
 
@@ -24,6 +25,9 @@ def _run(*arguments: object) -> Any:
     result = CliRunner().invoke(cli.main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     return result
+
+
+FRAMES = ("clip-frames", "of-bundle-frames")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,13 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
     arguments = ["--precision", "fp8", "--recipe", recipe, "--backend", "onnxruntime", "--steps", STEPS]
     shown = run("overcrank", "render", "--prompt", "a red circle", *arguments, "--store", store, "-o", out)
     assert shown.exit_code == 0, shown.output
+    of_bundle = ["--bundle", bundle, "--backend", "onnxruntime", "--steps", STEPS, "--precision", "fp8"]
+    again = run("overcrank", "render", "--prompt", "a red circle", *of_bundle, "-o", tmp_path / "of-bundle.png")
+    assert again.exit_code == 0, again.output
+    about = json.loads((tmp_path / "of-bundle.json").read_text())
+    assert about["bundles"] == {"denoiser": bundle.name}
+    frames = [np.stack([np.asarray(Image.open(f)) for f in sorted((tmp_path / n).iterdir())]) / 255.0 for n in FRAMES]
+    assert np.square(frames[0] - frames[1]).mean() < 1e-5, "the recipe in the bundle gives other ranges"
 
 
 def test_what_is_not_finite_is_named(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

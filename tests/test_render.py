@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,39 @@ def test_a_non_finite_engine_result_is_rendered_again_eagerly(
     assert about["calls"]["denoiser"] == {"eager": 2, "onnxruntime": 2}
     assert run("overcrank", "render", *options, "-o", tmp_path / "y.png", "--backend", "eager").exit_code == 0
     assert np.array_equal(frames_of(tmp_path / "x-frames"), frames_of(tmp_path / "y-frames"))
+
+
+def test_a_named_bundle_s_graph_is_rendered(run: Any, demo_bundle: Path, tmp_path: Path) -> None:
+    """It is the bundle's: the store stays empty, and a changed byte is noticed."""
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    options = ["--prompt", PROMPT, "--steps", 2, "--formats", "png", "--backend", "onnxruntime", "--bundle", bundle]
+    rendered = run("overcrank", "render", *options, "-o", tmp_path / "x.png")
+    assert rendered.exit_code == 0, rendered.output
+    about = json.loads((tmp_path / "x.json").read_text())
+    assert about["bundles"] == {"denoiser": "bundle"}
+    assert about["calls"]["denoiser"] == {"onnxruntime": 2}
+    assert {f["reason"] for f in about["fallbacks"]} == {"no bundle has an engine of vae_decoder"}
+    assert not list((tmp_path / "home").glob("graphs/*"))
+    eager = run("overcrank", "render", *options[:-4], "--backend", "eager", "-o", tmp_path / "y.png")
+    assert eager.exit_code == 0
+    error = np.square(frames_of(tmp_path / "x-frames") - frames_of(tmp_path / "y-frames")).mean()
+    assert error < 1e-6
+    with (bundle / "denoiser.onnx").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"?!")
+    damaged = run("overcrank", "render", *options, "-o", tmp_path / "z.png")
+    assert "bundle bundle is damaged: denoiser.onnx does not match the manifest" in damaged.output
+    assert json.loads((tmp_path / "z.json").read_text())["calls"]["denoiser"] == {"eager": 2}
+
+
+def test_a_named_bundle_that_does_not_fit(run: Any, demo_bundle: Path, tmp_path: Path) -> None:
+    options = ["--prompt", PROMPT, "--backend", "onnxruntime", "--bundle", demo_bundle, "-o", tmp_path / "x.png"]
+    fp8 = run("overcrank", "render", *options, "--precision", "fp8", "--activations", "dynamic")
+    assert fp8.exit_code == 2
+    assert "is in bf16; leave --precision out, or name another bundle" in fp8.output
+    other = shutil.copytree(demo_bundle, tmp_path / "other")
+    text = (other / "manifest.json").read_text()
+    (other / "manifest.json").write_text(text.replace('"num_layers": ', '"num_layers": 1'))
+    refused = run("overcrank", "render", *options[:4], "--bundle", other, "-o", tmp_path / "x.png")
+    assert refused.exit_code == 2
+    assert "--bundle other is of ltx-demo, another network than ltx-demo" in refused.output
