@@ -17,6 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,6 +122,8 @@ class Remote:
                 self.fs.pipe_file(part, content)
             self.fs.mv(part, path, recursive=False)
         except Exception as error:
+            with suppress(Exception):  # the disk may be full, and should not stay so
+                self.fs.rm_file(part)
             raise StoreError(f"{self.url} cannot be written: {type(error).__name__}: {error}.") from error
 
     def size(self, *parts: str) -> int | None:

@@ -273,7 +273,9 @@ def soak(kind: Kind, kills: int, rng: random.Random) -> dict[str, Any]:
             process = _start(kind.command())
             if not _killed(kind, process, longest, rng):
                 _finished(process)
+                longest *= 0.8  # so that kills come while there is work
                 break
+            longest *= 1.1
             count["after writing" if kind.begun() else "first"] += 1
             kind.check()
             if beside is None:
