@@ -141,11 +141,11 @@ def edited(draw: st.DrawFn, valid: bytes) -> bytes:
             owner = owner[key]
         action = draw(st.sampled_from(["replace", "remove", "add"]))
         if action == "replace":
-            owner[last] = draw(VALUES)
+            owner[last] = copy.deepcopy(draw(VALUES))
         elif action == "remove":
             del owner[last]
         elif isinstance(owner, dict):
-            owner[draw(st.text(max_size=8))] = draw(VALUES)
+            owner[draw(st.text(max_size=8))] = copy.deepcopy(draw(VALUES))
     sys.set_int_max_str_digits(0)
     try:
         return json.dumps(document).encode("utf-8", "surrogatepass")
