@@ -209,8 +209,9 @@ def engines_push(url: str, bundles: tuple[str, ...], key: str, store: Path | Non
 @click.option("--model", required=True, help="Family or variant, as 'engines search' shows it.")
 @click.option("--gpu", default="auto", show_default=True, help="auto for the card in this machine, or as build-engine.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4.")
+@click.option("--allow-unsigned", is_flag=True, help="Also what nobody trusted has signed: you vouch for URL.")
 @store_option
-def engines_pull(url: str, model: str, gpu: str, precision: str, store: Path | None) -> None:
+def engines_pull(url: str, model: str, gpu: str, precision: str, allow_unsigned: bool, store: Path | None) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
     from overcrank.engines import remote, report
     from overcrank.engines.store import Store
@@ -219,10 +220,10 @@ def engines_pull(url: str, model: str, gpu: str, precision: str, store: Path | N
 
     where, ring, place = Store(store), Keyring(), remote.Remote(url)
     (target,) = targets_for([gpu], "tensorrt_rtx")
-    index = remote.read_index(place, ring, where)
+    index = remote.read_index(place, ring, where, allow_unsigned)
     listed = remote.fitting(index, model, target.name, precision_for(target, precision))
     with report.transfer_display() as progress:
-        click.echo(remote.pull(place, listed, where, ring, progress))
+        click.echo(remote.pull(place, listed, where, ring, progress, allow_unsigned))
 
 
 @engines.command("search", cls=Command)

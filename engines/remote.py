@@ -227,12 +227,13 @@ def _read_envelope(remote: Remote) -> _Envelope | None:
 # ── find and fetch ───────────────────────────────────────────────────────────────────
 
 
-def read_index(remote: Remote, ring: Keyring, store: Store) -> Index:
-    """The index, signed by a trusted publisher and no older than one that was seen before."""
+def read_index(remote: Remote, ring: Keyring, store: Store, unsigned: bool = False) -> Index:
+    """The index, signed by a trusted publisher (not if `unsigned`) and no older than one that was seen before."""
     envelope = _read_envelope(remote)
     if envelope is None:
         raise StoreError(f"{remote.url} has no index.json: nothing is published there.")
-    ring.who_signed(PURPOSE + envelope.payload.encode(), envelope.signature, f"the index of {remote.url}")
+    if not unsigned:
+        ring.who_signed(PURPOSE + envelope.payload.encode(), envelope.signature, f"the index of {remote.url}")
     try:
         index = Index.model_validate_json(envelope.payload)
     except ValidationError as error:
@@ -275,8 +276,13 @@ def fitting(index: Index, model: str, card: str, precision: str) -> Listed:
     return max(usable, key=lambda b: (b.target == card, b.created))
 
 
-def pull(remote: Remote, listed: Listed, store: Store, ring: Keyring, progress: Progress) -> Path:
-    """The bundle in the store, downloaded as far as it is not there; raises IntegrityError for anything that is off."""
+def pull(
+    remote: Remote, listed: Listed, store: Store, ring: Keyring, progress: Progress, unsigned: bool = False
+) -> Path:
+    """The bundle in the store, downloaded as far as it is not there; raises IntegrityError for anything that is off.
+
+    `unsigned`: the store's user vouches for the place, and takes what nobody trusted has signed.
+    """
     _check_listed(listed)
     store.prepare()
     path = store.bundles / listed.name
@@ -289,7 +295,7 @@ def pull(remote: Remote, listed: Listed, store: Store, ring: Keyring, progress: 
             for file in listed.files:
                 _download(remote, file, staging, lambda there, f=file: progress(f.name, there, f.bytes))  # type: ignore[misc]
             with written_whole(staging / PULLED) as part:
-                part.write_text(json.dumps({"url": remote.url}), "utf-8")
+                part.write_text(json.dumps({"url": remote.url} | ({"unsigned": True} if unsigned else {})), "utf-8")
         try:
             manifest = read_manifest(staging)
             wrong = check_files(staging, manifest)

@@ -7,7 +7,7 @@ from pathlib import Path
 from overcrank.engines.manifest import Manifest, check_files, read_manifest
 from overcrank.engines.report import human_bytes, profile_line
 from overcrank.engines.store import Store
-from overcrank.engines.trust import Keyring, fingerprint
+from overcrank.engines.trust import PULLED, Keyring, fingerprint
 from overcrank.errors import IntegrityError
 
 
@@ -79,7 +79,9 @@ def _signed(bundle: Path) -> str:
         who = Keyring().check(bundle)
     except IntegrityError as error:
         return f"NOT VALID: {error}"
-    return f"by {who.name}, {fingerprint(who.public)[:16]}" if who else "no; it was built here"
+    if who is None:
+        return "not asked for; pulled with --allow-unsigned" if (bundle / PULLED).exists() else "no; it was built here"
+    return f"by {who.name}, {fingerprint(who.public)[:16]}"
 
 
 def _product(shape: list[int]) -> int:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.cards import Card
 from overcrank.engines.store import Store
+from overcrank.engines.trust import Keyring
 from overcrank.errors import StoreError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
-from overcrank.runtime.bundles import fitting_bundles, rebuild_command
+from overcrank.runtime.bundles import fitting_bundles, pull_missing, rebuild_command
 from overcrank.runtime.card import card_of
 from overcrank.runtime.module import EngineModule, Slot
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
@@ -89,6 +90,7 @@ def accelerate(
     model: str = "",
     quantization: Quantization | None = None,
     slow_engines: bool = False,
+    pull: str = "",
 ) -> Any:
     """Let engines serve the calls of a diffusers pipeline's denoiser and VAE; returns the pipeline.
 
@@ -99,6 +101,7 @@ def accelerate(
     "eager" uses no engine. `model` is the name that rebuild commands show. `quantization`: the
     engines asked for, and the ranges of their layers [default: engines in the pipeline's own 16-bit
     type]. `slow_engines`: also those that were measured to be slower than eager PyTorch on this card.
+    `pull`: URL from which the bundle for this network and card is fetched if the store has none.
 
     Raises UserError for an unknown backend or bundle, ModelError for a pipeline of no known family.
     """
@@ -111,6 +114,8 @@ def accelerate(
     ledger = Ledger(strict=backend == "tensorrt")
     found = Acceleration(variant, backend, ledger, [], quantization=quantization)
     where = Store(store)
+    if pull:
+        pull_missing(pull, variant, quantization.precision if quantization else "auto", where, Keyring())
     if backend == "onnxruntime":
         found.modules = _install(pipe, variant, ledger, _in_onnx_runtime(found, where, bundle))
     elif backend != EAGER:

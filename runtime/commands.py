@@ -97,17 +97,11 @@ def _on_cluster(
 def driver_of(options: dict[str, Any], variant: Variant, watcher: Watcher) -> Driver:
     """The pipeline of a command's options, loaded and accelerated in this process."""
     import diffusers
-    from overcrank.engines.store import Store
-    from overcrank.engines.trust import Keyring
-    from overcrank.runtime.bundles import pull_missing
     from overcrank.runtime.driver import Driver
     from overcrank.runtime.load import load
     from overcrank.runtime.stepcache import threshold_of
 
     diffusers.utils.logging.set_verbosity_error()
-    if options["pull"]:
-        precision = options["quantization"].precision if options["quantization"] else "auto"
-        pull_missing(options["pull"], variant, precision, Store(options["store"]), Keyring())
     pipe = load(
         options["model"],
         bundle=options["bundle"],
@@ -118,6 +112,7 @@ def driver_of(options: dict[str, Any], variant: Variant, watcher: Watcher) -> Dr
         loras=options["loras"],
         vram=options["vram"],
         slow_engines=options["slow_engines"],
+        pull=options["pull"] or "",
     )
     threshold = threshold_of(options["cache"], variant)
     return Driver(pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"), cache=threshold)

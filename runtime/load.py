@@ -40,6 +40,7 @@ def load(
     loras: Sequence[str] = (),
     vram: str = AUTO,
     slow_engines: bool = False,
+    pull: str = "",
 ) -> Any:
     """The model's text-to-video pipeline, accelerated (see `accelerate`).
 
@@ -84,6 +85,7 @@ def load(
         model=variant.name,
         quantization=quantization,
         slow_engines=slow_engines,
+        pull=pull,
     )
     accelerated.overcrank.loras, accelerated.overcrank.moved = read, moved
     return accelerated

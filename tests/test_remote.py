@@ -331,6 +331,28 @@ def test_commands(run: Any, demo_bundle: Path, tmp_path: Path, monkeypatch: pyte
     assert "by studio, " in run("overcrank", "engines", "show", pulled.stdout.strip()).output
 
 
+def test_unsigned_only_when_its_user_vouches(
+    place: Path, demo_bundle: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "customer"))
+    words = ["engines", "pull", place, "--model", "ltx-demo", "--gpu", "sm_89", "--store", tmp_path / "store"]
+    assert "who is not trusted here" in run("overcrank", *words).output
+    blob = max((place / "blobs").glob("*/*"), key=lambda p: p.stat().st_size)
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-1] + b"?")
+    damaged = run("overcrank", *words, "--allow-unsigned")
+    assert damaged.exit_code == 1
+    assert "does not match its SHA-256" in damaged.output
+    blob.write_bytes(content)
+    pulled = run("overcrank", *words, "--allow-unsigned")
+    assert pulled.exit_code == 0, pulled.output
+    path = Path(pulled.stdout.strip())
+    assert Keyring().check(path) is None
+    (path / PULLED).write_text('{"url": "elsewhere"}')
+    with pytest.raises(IntegrityError, match="who is not trusted here"):
+        Keyring().check(path)
+
+
 def test_a_render_pulls_what_the_store_lacks(
     place: Path, demo_bundle: Path, tmp_path: Path, ring: Keyring, monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
