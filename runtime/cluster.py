@@ -165,6 +165,7 @@ class ClusterDriver:
         self._free = [a for a in self._free if a is not actor]
         if actor not in self._starting.values():
             self._starting[self._asked(actor)] = actor
+        remove_leavings(job.stem)
         if tried > RETRIES:
             self._outcomes[number] = _failure(job, f"its process was lost {tried} times (out of memory?)")
             self._watcher.ended(self._outcomes[number])
