@@ -71,7 +71,7 @@ def test_a_matrix_is_published_pulled_and_rendered(
         eager = frames_of(tmp_path / f"{name}-eager-frames")
         for precision, least in QUALITY.items():
             bundle = pulled[model, "sm_89", precision]
-            done("verify", bundle)
+            done("verify", bundle, "--tolerance", 1e-3)  # norms over two random channels amplify fp32's rounding
             quantized = ["--precision", precision, "--activations", "dynamic"] if precision == "int8" else []
             out = tmp_path / f"{name}-{precision}"
             done("render", *words, "--backend", "onnxruntime", "--bundle", bundle, *quantized, "-o", f"{out}.png")
