@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -236,4 +237,5 @@ if __name__ == "__main__":
     else:
         table = main(asked.minutes, _manifest())
         command = f"python -m tests.fuzz --minutes {asked.minutes:g}"
-        RESULT.write_text(json.dumps({"command": command, "documents": table}, indent=1) + "\n")
+        about = {"command": command, "date": date.today().isoformat(), "documents": table}
+        RESULT.write_text(json.dumps(about, indent=1) + "\n")

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -339,4 +340,5 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = main(asked.kills, asked.seed, Path(folder))
-    RESULT.write_text(json.dumps({"command": f"python -m tests.soak --kills {asked.kills}"} | table, indent=1) + "\n")
+    about = {"command": f"python -m tests.soak --kills {asked.kills}", "date": date.today().isoformat()}
+    RESULT.write_text(json.dumps(about | table, indent=1) + "\n")
