@@ -295,7 +295,7 @@ def soak(kind: Kind, kills: int, rng: random.Random) -> dict[str, Any]:
 
 
 @contextmanager
-def _published(root: Path, bundle: Path) -> Iterator[Nginx]:
+def published(root: Path, bundle: Path) -> Iterator[Nginx]:
     """The bundle in a place that nginx serves slowly, so that downloads are killed in the middle."""
     place = root / "served"
     subprocess.run(
@@ -322,7 +322,7 @@ def main(kills: int, seed: int, root: Path) -> dict[str, Any]:
     build.gpu = "sm_89"
     _finished(_start(build.command()))
     (own,) = build.store.glob("bundles/*sm_89*")
-    with _published(root, own) as server:
+    with published(root, own) as server:
         found["pull"] = soak(Pull(root, server.url, own.name), 2 * share, rng)
     print("pull", found["pull"], flush=True)
     found["batch"] = soak(Batch(root), 2 * share, rng)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -126,10 +127,9 @@ def test_documents_of_an_attacker(name: str, demo_bundle: Path, tmp_path: Path) 
     assert fuzz.by_hypothesis(targets, name, 200, 60) >= 200
 
 
-def test_the_soak_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERCRANK_HOME", "")
-    monkeypatch.setenv("OVERCRANK_CONFIG", "")
-    found = soak.main(7, 1, tmp_path)
-    assert {kind: f["kills"] >= 1 for kind, f in found.items()} == dict.fromkeys(
-        ("build", "push", "pull", "batch"), True
-    )
+def test_a_little_of_the_soak(keys: None, demo_bundle: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    bundle = shutil.copytree(demo_bundle, tmp_path / demo_bundle.name)
+    assert soak.soak(soak.Push(tmp_path, bundle), 4, rng)["kills"] >= 4
+    with soak.published(tmp_path, bundle) as server:
+        assert soak.soak(soak.Pull(tmp_path, server.url, bundle.name), 4, rng)["kills"] >= 4
