@@ -50,28 +50,16 @@ def load(
     `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. Raises
     ModelError when the checkpoint cannot be found or read, CheckpointError for a LoRA of another model.
     """
-    import diffusers
     import torch
-    import transformers
     from overcrank.runtime.accelerate import accelerate
 
     wanted = vram_of(vram)
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
     variant = resolve(model)
     folder = local_folder(model) or hub_folder(variant, whole=True)
     if quantization is not None:
         require_calibrated_on(folder, quantization.recipe, variant, Store(store))
     device = _usable_device(device)
-    name = next(iter(variant.tasks.values()))
-    try:
-        pipe = getattr(diffusers, name).from_pretrained(
-            folder, dtype=dtype or _default_dtype(device), local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _read(folder, variant, dtype or _default_dtype(device))
     hook(variant, "prepare")(pipe, variant)
     read = _merged(pipe, loras)
     if quantization is not None:
@@ -89,6 +77,22 @@ def load(
     )
     accelerated.overcrank.loras, accelerated.overcrank.moved = read, moved
     return accelerated
+
+
+def _read(folder: Path | str, variant: Variant, dtype: torch.dtype) -> Any:
+    """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    name = next(iter(variant.tasks.values()))
+    try:
+        pipe = getattr(diffusers, name).from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:
