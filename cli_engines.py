@@ -48,22 +48,18 @@ def engines_list(store: Path | None) -> None:
 def engines_build(**options: Any) -> None:
     """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
     from overcrank.engines import matrix, report
-    from overcrank.engines.cluster import RayWorkers, connected
     from overcrank.engines.store import Store
-    from overcrank.engines.workers import LocalWorkers, default_workers
 
-    store, jobs = Store(options["store"]), options["jobs"] or default_workers()
+    store = Store(options["store"])
     lists = (options["models"], options["gpus"], options["precisions"])
     cells = matrix.failed_before(store) if options["retry_failed"] else matrix.cells_of(*lists)
     wanted = matrix.expanded(cells, options["static"])
-    for line in matrix.plan_lines(wanted, store, jobs):
-        click.echo(line, err=True)
-    if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
-        return
     with ExitStack() as stack:
-        hire: Callable[[], Workers] = partial(LocalWorkers, jobs)
-        if options["ray"]:
-            hire = partial(RayWorkers, stack.enter_context(connected(options["ray"])), options["jobs"])
+        hire, count = _workers(options, stack)
+        for line in matrix.plan_lines(wanted, store, count):
+            click.echo(line, err=True)
+        if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
+            return
         progress = stack.enter_context(report.progress_display(options["as_json"]))
         result = matrix.run(wanted, store, progress, hire)
     if options["index"] is not None:
@@ -71,6 +67,19 @@ def engines_build(**options: Any) -> None:
     click.echo(matrix.as_json(result) if options["as_json"] else "\n".join(matrix.result_lines(result)))
     if result.failed:
         sys.exit(1)
+
+
+def _workers(options: dict[str, Any], stack: ExitStack) -> tuple[Callable[[], Workers], int]:
+    """Who builds, here or on a cluster that `stack` leaves, and how many at a time."""
+    from overcrank.engines.cluster import RayWorkers, connected
+    from overcrank.engines.workers import LocalWorkers, default_workers
+
+    if options["ray"]:
+        ray = stack.enter_context(connected(options["ray"]))
+        count = options["jobs"] or max(1, int(ray.cluster_resources().get("CPU", 0)))
+        return partial(RayWorkers, ray, count), count
+    count = options["jobs"] or default_workers()
+    return partial(LocalWorkers, count), count
 
 
 @engines.command("show", cls=Command)
