@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ CHUNK = 1_000_000
 PURPOSE = b"overcrank index 1\n"
 ROUNDS = 20
 """Attempts at an index that has every entry."""
+PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+"""Seconds between looks at an index that somebody is replacing."""
 Progress = Callable[[str, int, int], None]
 """Called with a file's name, the bytes that are there and those in all."""
 
@@ -185,16 +188,27 @@ def _listed(bundle: Path, manifest: Manifest) -> Listed:
 def _write_index(remote: Remote, key: str, ring: Keyring) -> None:
     for _ in range(ROUNDS):
         entries = _entries(remote)
-        known = _read_envelope(remote)
-        before = Index.model_validate_json(known.payload).serial if known else 0
+        known = _settled_index(remote)
+        before = known.serial if known else 0
         index = Index(serial=before + 1, updated=datetime.now(UTC).isoformat(timespec="seconds"), bundles=entries)
         payload = index.model_dump_json()
         envelope = _Envelope(payload=payload, signature=ring.signature_of(PURPOSE + payload.encode(), key))
         remote.write(envelope.model_dump_json(indent=1).encode(), "index.json")
-        written = _read_envelope(remote)
-        if written and set(Index.model_validate_json(written.payload).bundles) >= set(_entries(remote)):
+        written = _settled_index(remote)
+        if written and set(written.bundles) >= set(_entries(remote)):
             return
     raise StoreError(f"{remote.url}: others publish there without pause; push again.")
+
+
+def _settled_index(remote: Remote) -> Index | None:
+    """The index, whoever signed it; on a store that does not replace a file at once, when it is whole again."""
+    for pause in PAUSES:
+        try:
+            envelope = _read_envelope(remote)
+            return Index.model_validate_json(envelope.payload) if envelope else None
+        except (IntegrityError, ValidationError):
+            time.sleep(pause)
+    raise IntegrityError(f"{remote.url}/index.json is no index of bundles; remove it, and the next push makes it anew.")
 
 
 def _entries(remote: Remote) -> dict[str, Listed]:
