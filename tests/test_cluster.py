@@ -37,7 +37,7 @@ def cluster() -> Iterator[str]:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         address = f"127.0.0.1:{port}"
         try:
-            _wait_for(lambda: _answers(port), 60)
+            _wait_for(lambda: _answers(port), 120)
             yield address
         finally:
             family = [*psutil.Process(process.pid).children(recursive=True)]
@@ -66,7 +66,7 @@ def _kill_one(named: str, killed: list[int], ready: Callable[[], Any]) -> thread
     """Kill -9 a worker whose title has `named`, once `ready`."""
 
     def work() -> None:
-        _wait_for(ready, 120)
+        _wait_for(ready, 400)
         process = _wait_for(lambda: [p for p in psutil.process_iter() if named in _title(p)], 60)[0]
         os.kill(process.pid, signal.SIGKILL)
         killed.append(process.pid)
