@@ -1,6 +1,6 @@
 """Parity figures of a test run, for docs/models.md: every graph against its module, every pipeline against eager.
 
-    ./build.sh test --junitxml=report.xml
+    ./build.sh test-all --junitxml=report.xml
     python bench/parity.py report.xml …
 
 Writes bench/results/parity.json. The graphs are those of the tests' tiny networks, fp32 in ONNX Runtime, random;
@@ -32,9 +32,7 @@ def main() -> None:
         if "psnr" in found:
             pipelines.append({**found, "psnr": round(float(found["psnr"]), 1)})
     if not components or not pipelines:
-        raise SystemExit(
-            f"{sys.argv[1]} has no parity figures; run tests/test_families.py and test_render_families.py."
-        )
+        raise SystemExit(f"{sys.argv[1]} has no parity figures; ./build.sh test-all makes a report that has.")
     table = {
         "command": "python bench/parity.py",
         "date": datetime.now(UTC).date().isoformat(),

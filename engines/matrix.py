@@ -87,15 +87,13 @@ def cells_of(models: str, gpus: str, precisions: str) -> list[Cell]:
 def run(matrix: Matrix, store: Store, progress: Progress, hire: Callable[[], Workers] = LocalWorkers) -> Result:
     """Build all that the store does not hold; failures are collected, Ctrl-C stops (and the same command resumes)."""
     result = Result()
-    try:
-        made = build_each(list(matrix.requests.values()), store, progress, hire)
-        for cell, found in zip(matrix.requests, made, strict=True):
-            if isinstance(found, Built):
-                result.built[cell] = found
-            else:
-                result.failed[cell] = str(found)
-    finally:
-        _remember(store, result.failed)
+    made = build_each(list(matrix.requests.values()), store, progress, hire)
+    for cell, found in zip(matrix.requests, made, strict=True):
+        if isinstance(found, Built):
+            result.built[cell] = found
+        else:
+            result.failed[cell] = str(found)
+    _remember(store, result.failed)
     return result
 
 

@@ -54,7 +54,6 @@ class OfBundles:
     def checked(self, component: Component) -> tuple[Path, Manifest, ComponentEntry]:
         """The component in the first bundle that has it whole and signed as it must be; raises CannotServe."""
         path, manifest = bundle_of(component.name, self.fitting, self.rebuild)
-        self.used[component.name] = path.name
         return path, manifest, manifest.component(component.name)
 
     def packs(
@@ -88,7 +87,9 @@ class Engines(OfBundles):
             require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
         packs = self.packs(path, manifest, component, part, module)
         parameters = {**own_parameters(module, component, parameters_of(entry)), **packs}
-        return TrtSession(manifest, path, entry, parameters, self.workspace, self.rebuild, self.store, self.card)
+        made = TrtSession(manifest, path, entry, parameters, self.workspace, self.rebuild, self.store, self.card)
+        self.used[component.name] = path.name
+        return made
 
 
 class BundledGraphs(OfBundles):
@@ -102,7 +103,9 @@ class BundledGraphs(OfBundles):
         views = bound_parameters(module, component, parameters_of(entry))
         packs = self.packs(path, manifest, component, part, module)
         device = next(module.parameters()).device.type
-        return OrtSession(ir.load(path / entry.graph.name), {**views, **packs}, device)
+        made = OrtSession(ir.load(path / entry.graph.name), {**views, **packs}, device)
+        self.used[component.name] = path.name
+        return made
 
 
 def require_renderable(path: Path, variant: Variant, quantization: Quantization | None) -> Bundle:
