@@ -29,12 +29,12 @@ def described(variant: Variant) -> dict[str, Any]:
         "parameters": next(iter(counts.values()), 0),
         "native": str(variant.native),
         "fps": variant.fps,
-        "tasks": dict(variant.tasks),
+        "tasks": variant.tasks,
         "components": [c.name for c in family(variant.family).components(variant)],
         "default_components": [c.name for c in components(variant)],
         "checkpoint": variant.hub_id,
-        "steps": variant.steps,
-        "guidance": variant.guidance,
+        "steps": variant.rendering().steps,
+        "guidance": variant.rendering().guidance,
     }
 
 

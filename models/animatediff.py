@@ -12,7 +12,7 @@ from typing import Any
 
 from overcrank.errors import RequestError
 from overcrank.models import _freenoise, _kl_vae, _unet
-from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape
+from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape, renderings
 
 TITLE = "AnimateDiff"
 DEFAULT = "animatediff-sd15-v1.5.3"
@@ -60,10 +60,8 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(256, 256, 8),
         maximum=VideoShape(768, 768, 24),
         fps=8,
-        tasks=_TASKS,
+        renders=renderings(_TASKS, guidance=7.5, steps=25),
         text_length=TEXT_LENGTH,
-        guidance=7.5,
-        steps=25,
     ),
     Variant(
         name="animatediff-sdxl",
@@ -79,10 +77,8 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(512, 512, 8),
         maximum=VideoShape(1024, 1024, 16),
         fps=8,
-        tasks={"text-to-video": "AnimateDiffSDXLPipeline"},
+        renders=renderings({"text-to-video": "AnimateDiffSDXLPipeline"}, guidance=8.0, steps=20),
         text_length=TEXT_LENGTH,
-        guidance=8.0,
-        steps=20,
     ),
 )
 

@@ -128,11 +128,45 @@ class Media:
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """How the publisher renders one task: what a render does unless it is told otherwise.
+
+    `pipeline` is the diffusers class. `scheduler` is laid over the checkpoint's own scheduler configuration;
+    a `_class_name` in it is the scheduler's class. `timesteps` (falling, of 1000) or `sigmas` (falling, of 1,
+    without the last 0) take the place of the scheduler's own spacing of `steps`. `guidance_2` is that of the
+    low-noise expert of a model with two; `negative_prompt` None leaves it to the pipeline. `shape` and `fps`
+    are the variant's unless they are given. `arguments` are further ones of the pipeline's call. `source` says
+    where the publisher does so.
+    """
+
+    pipeline: str
+    steps: int = 30
+    guidance: float = 1.0
+    guidance_2: float | None = None
+    guidance_rescale: float = 0.0
+    negative_prompt: str | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+    sigmas: tuple[float, ...] = ()
+    shape: VideoShape | None = None
+    fps: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+def renderings(tasks: Mapping[str, str], **alike: Any) -> dict[str, Rendering]:
+    """Of tasks by their pipeline class, rendered alike."""
+    return {task: Rendering(pipeline, **alike) for task, pipeline in tasks.items()}
+
+
+@dataclass(frozen=True)
 class Variant:
     """One published checkpoint layout of a family.
 
-    `tasks` maps what the checkpoint can do to the diffusers pipeline that does it;
-    `text_length` is 0 for a model without text.
+    `renders` maps what the checkpoint can do to how that is done; `text_length` is 0 for a model without text.
+    `configs["scheduler"]` is the scheduler configuration that the checkpoint carries. `dtypes` maps a part of the
+    pipeline to its type on a card ("fp32", "fp16", "bf16"), "" standing for the parts that are not named.
+    `like` names the published variant that one of a user's own follows.
     """
 
     name: str
@@ -144,9 +178,18 @@ class Variant:
     minimum: VideoShape
     maximum: VideoShape
     fps: int
-    tasks: Mapping[str, str]
+    renders: Mapping[str, Rendering]
     text_length: int = 128
-    guidance: float = 1.0
-    steps: int = 30
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     hub_file: str = ""
     packaged: str = ""  # folder in this package that holds the checkpoint
+    like: str = ""
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Task → diffusers pipeline class."""
+        return {task: rendering.pipeline for task, rendering in self.renders.items()}
+
+    def rendering(self, task: str = "") -> Rendering:
+        """Of a task; of the first one without a name."""
+        return self.renders[task] if task else next(iter(self.renders.values()))

@@ -24,7 +24,18 @@ from overcrank.models._common import (
     sample_output,
     unpatched_first,
 )  # fmt: skip
-from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repeat,
+    Sizes,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -92,12 +103,11 @@ _TEXT = {"text-to-video": "CogVideoXPipeline", "video-to-video": "CogVideoXVideo
 _IMAGE = {"image-to-video": "CogVideoXImageToVideoPipeline"}
 
 
-def _variant(name: str, hub: str, title: str, dit: Config, tasks: Mapping[str, str], **more: Any) -> Variant:
+def _variant(name: str, hub: str, title: str, dit: Config, tasks: Mapping[str, str]) -> Variant:
     newer = dit["patch_size_t"] is not None
     native = VideoShape(768, 1360, 81) if newer else VideoShape(480, 720, 49)
     scale = 0.7 if newer or "5b" in name else 1.15258426
     kind = "CogVideoXDDIMScheduler" if "2b" in name else "CogVideoXDPMScheduler"
-    usual: dict[str, Any] = {"fps": 16 if newer else 8, "guidance": 6.0, "steps": 50}
     return Variant(
         name=name,
         family="cogvideox",
@@ -111,9 +121,9 @@ def _variant(name: str, hub: str, title: str, dit: Config, tasks: Mapping[str, s
         native=native,
         minimum=VideoShape(256, 256, 9),
         maximum=native,
-        tasks=tasks,
+        fps=16 if newer else 8,
+        renders=renderings(tasks, guidance=6.0, steps=50),
         text_length=TEXT_LENGTH,
-        **(usual | more),
     )
 
 

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import ShapeError
 from overcrank.models import _cosmos_vae, _wan_vae, wan
 from overcrank.models._common import Kept, attend, forwards, given, patches, product, sample_output
-from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repeat,
+    Sizes,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -75,9 +86,8 @@ _TO_WORLD_2 = dict.fromkeys(("image-to-video", "video-to-video"), "Cosmos2VideoT
 _ANY_2_5 = dict.fromkeys(("text-to-video", "image-to-video", "video-to-video"), "Cosmos2_5_PredictBasePipeline")
 
 
-def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str], **more: Any) -> Variant:
+def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str]) -> Variant:
     first = "predict1" in name
-    usual: dict[str, Any] = {"guidance": 7.0, "steps": 36 if first else 35, "fps": 30 if first else 16}
     native = VideoShape(704, 1280, 121 if first else 93)
     edm = {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True}
@@ -92,9 +102,9 @@ def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str], **more:
         native=native,
         minimum=VideoShape(256, 256, 9),
         maximum=native,
-        tasks=tasks,
+        fps=30 if first else 16,
+        renders=renderings(tasks, guidance=7.0, steps=36 if first else 35),
         text_length=TEXT_LENGTH,
-        **(usual | more),
     )
 
 

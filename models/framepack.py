@@ -12,7 +12,7 @@ from typing import Any
 
 from overcrank.models import _hunyuan_dit, _hunyuan_vae, hunyuan_video
 from overcrank.models._common import product
-from overcrank.models.base import Arguments, Component, Config, Media, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import Arguments, Component, Config, Media, Sizes, Tensor, Variant, VideoShape, renderings
 
 TITLE = "FramePack"
 DEFAULT = "framepack-i2v-13b"
@@ -43,10 +43,8 @@ def _variant(name: str, hub: str, title: str) -> Variant:
         minimum=VideoShape(256, 256, 5),
         maximum=VideoShape(640, 640, 1025),  # a section is as large whatever the video's length
         fps=30,
-        tasks=_TASKS,
+        renders=renderings(_TASKS, guidance=9.0, steps=30),
         text_length=256,
-        guidance=9.0,
-        steps=30,
     )
 
 

@@ -6,12 +6,24 @@ arXiv:2412.03603 (HunyuanVideo), arXiv:2511.18870 (HunyuanVideo 1.5).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from overcrank.models import _hunyuan_dit, _hunyuan_vae
 from overcrank.models._common import product
-from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repeat,
+    Sizes,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 TITLE = "HunyuanVideo"
 DEFAULT = "hunyuan-video-13b"
@@ -91,11 +103,21 @@ TEXT = {"text-to-video": "HunyuanVideoPipeline"}
 IMAGE = {"image-to-video": "HunyuanVideoImageToVideoPipeline"}
 _TEXT_NEWER = {"text-to-video": "HunyuanVideo15Pipeline"}
 _IMAGE_NEWER = {"image-to-video": "HunyuanVideo15ImageToVideoPipeline"}
+_129 = VideoShape(720, 1280, 129)
 
 
-def _variant(name: str, hub: str, title: str, dit: Config, vae: Config, shift: float, **more: Any) -> Variant:
-    native = more.pop("native", VideoShape(720, 1280, 129))
-    usual: dict[str, Any] = {"guidance": 6.0, "steps": 50, "fps": 24, "text_length": 256, "tasks": TEXT}
+def _variant(
+    name: str,
+    hub: str,
+    title: str,
+    dit: Config,
+    vae: Config,
+    shift: float,
+    tasks: Mapping[str, str] = TEXT,
+    native: VideoShape = _129,
+    text_length: int = 256,
+    guidance: float = 6.0,
+) -> Variant:
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
     return Variant(
         name=name,
@@ -106,13 +128,20 @@ def _variant(name: str, hub: str, title: str, dit: Config, vae: Config, shift: f
         native=native,
         minimum=VideoShape(256, 256, 5),
         maximum=native,
-        **(usual | more),
+        fps=24,
+        renders=renderings(tasks, guidance=guidance, steps=50),
+        text_length=text_length,
     )
 
 
-_PLACES = {"tasks": IMAGE, "text_length": 1024, "guidance": 1.0}  # the picture's tokens are among the text's
-_480P = {"native": VideoShape(480, 848, 121), "text_length": 1000}
-_720P = {"native": VideoShape(720, 1280, 121), "text_length": 1000}
+# The picture's tokens are among the text's.
+_PLACES: Mapping[str, Any] = {
+    "tasks": IMAGE,
+    "text_length": 1024,
+    "guidance": 1.0,
+}
+_480P: Mapping[str, Any] = {"native": VideoShape(480, 848, 121), "text_length": 1000}
+_720P: Mapping[str, Any] = {"native": VideoShape(720, 1280, 121), "text_length": 1000}
 _I2V: Config = _NEWER | {"task_type": "i2v"}
 _15 = "HunyuanVideo-1.5-Diffusers"
 

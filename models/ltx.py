@@ -13,7 +13,19 @@ from math import lcm
 from typing import Any
 
 from overcrank.models import _ltx, _ltx_upsampler
-from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
+from overcrank.models import _ltx_configs as configs
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repeat,
+    Sizes,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 TITLE = "LTX-Video"
 DEFAULT = "ltx-2b-0.9.5"
@@ -27,111 +39,12 @@ TRACED_BLOCKS, TRACED_RESNETS = 3, 2  # depth of a traced chain (export/repeat.p
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
-_DIT_2B = {
-    "in_channels": 128,
-    "out_channels": 128,
-    "patch_size": 1,
-    "patch_size_t": 1,
-    "num_attention_heads": 32,
-    "attention_head_dim": 64,
-    "cross_attention_dim": 2048,
-    "num_layers": 28,
-    "activation_fn": "gelu-approximate",
-    "qk_norm": "rms_norm_across_heads",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "caption_channels": 4096,
-    "attention_bias": True,
-    "attention_out_bias": True,
-}
-_DIT_13B = _DIT_2B | {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}
-
-_VAE_090 = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 128,
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("LTXVideoDownBlock3D",) * 4,
-    "decoder_block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": (4, 3, 3, 3, 4),
-    "decoder_layers_per_block": (4, 3, 3, 3, 4),
-    "spatio_temporal_scaling": (True, True, True, False),
-    "decoder_spatio_temporal_scaling": (True, True, True, False),
-    "decoder_inject_noise": (False,) * 5,
-    "downsample_type": ("conv",) * 4,
-    "upsample_residual": (False,) * 4,
-    "upsample_factor": (1, 1, 1, 1),
-    "timestep_conditioning": False,
-    "patch_size": 4,
-    "patch_size_t": 1,
-    "resnet_norm_eps": 1e-6,
-    "scaling_factor": 1.0,
-    "encoder_causal": True,
-    "decoder_causal": False,
-}
-_VAE_091 = _VAE_090 | {
-    "decoder_block_out_channels": (256, 512, 1024),
-    "decoder_layers_per_block": (5, 6, 7, 8),
-    "decoder_spatio_temporal_scaling": (True, True, True),
-    "decoder_inject_noise": (True, True, True, False),
-    "upsample_residual": (True, True, True),
-    "upsample_factor": (2, 2, 2),
-    "timestep_conditioning": True,
-}
-_VAE_095 = _VAE_091 | {
-    "block_out_channels": (128, 256, 512, 1024, 2048),
-    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
-    "layers_per_block": (4, 6, 6, 2, 2),
-    "decoder_layers_per_block": (5, 5, 5, 5),
-    "spatio_temporal_scaling": (True, True, True, True),
-    "decoder_inject_noise": (False, False, False, False),
-    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-    "spatial_compression_ratio": 32,
-    "temporal_compression_ratio": 8,
-}
-_DIT_DEMO = _DIT_2B | {
-    "in_channels": 32,
-    "out_channels": 32,
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "cross_attention_dim": 128,
-    "num_layers": 6,
-    "caption_channels": 64,
-}
-_VAE_DEMO = _VAE_095 | {
-    "latent_channels": 32,
-    "block_out_channels": (24, 48, 48),
-    "decoder_block_out_channels": (32, 48),
-    "layers_per_block": (1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1),
-    "spatio_temporal_scaling": (True, True),
-    "decoder_spatio_temporal_scaling": (True, True),
-    "decoder_inject_noise": (False, False, False),
-    "down_block_types": ("LTXVideo095DownBlock3D",) * 2,
-    "downsample_type": ("spatiotemporal",) * 2,
-    "upsample_residual": (True, True),
-    "upsample_factor": (1, 1),
-    "timestep_conditioning": False,
-    "spatial_compression_ratio": 16,
-    "temporal_compression_ratio": 4,
-}
-_SHIFTED = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "use_dynamic_shifting": True,
-    "base_shift": 0.95,
-    "max_shift": 2.05,
-    "base_image_seq_len": 1024,
-    "max_image_seq_len": 4096,
-    "shift_terminal": 0.1,
-}
-_UNIFORM = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": False}
-_STOCHASTIC = _UNIFORM | {"stochastic_sampling": True}
-
 
 def _variant(
     name: str, hub: str, dit: Config, vae: Config, scheduler: Config, guidance: float, steps: int, **more: Any
 ) -> Variant:
-    conditions = vae["spatio_temporal_scaling"] != _VAE_090["spatio_temporal_scaling"]
+    conditions = vae["spatio_temporal_scaling"] != configs.VAE_090["spatio_temporal_scaling"]
+    tasks = {k: v for k, v in TASKS.items() if conditions or k != "first-last-frame"}
     usual: dict[str, Any] = {
         "native": VideoShape(512, 768, 121),
         "minimum": VideoShape(256, 256, 1),
@@ -146,9 +59,7 @@ def _variant(
         hub_id=hub.partition(":")[0],
         hub_file=hub.partition(":")[2],
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
-        guidance=guidance,
-        steps=steps,
-        tasks={k: v for k, v in TASKS.items() if conditions or k != "first-last-frame"},
+        renders=renderings(tasks, guidance=guidance, steps=steps),
         **(usual | more),
     )
 
@@ -172,29 +83,39 @@ _096D = f"{_REPO}:ltxv-2b-0.9.6-distilled-04-25.safetensors"
 _098D = f"{_REPO}-0.9.8-13B-distilled"
 
 VARIANTS: tuple[Variant, ...] = (
-    _variant("ltx-2b-0.9.0", _REPO, _DIT_2B, _VAE_090, _SHIFTED, 3.0, 40),
-    _variant("ltx-2b-0.9.1", _091, _DIT_2B, _VAE_091, _SHIFTED, 3.0, 40),
-    _variant("ltx-2b-0.9.5", f"{_REPO}-0.9.5", _DIT_2B, _VAE_095, _UNIFORM, 3.0, 40),
-    _variant("ltx-2b-0.9.6-dev", _096, _DIT_2B, _VAE_095, _UNIFORM, 3.0, 40),
-    _variant("ltx-2b-0.9.6-distilled", _096D, _DIT_2B, _VAE_095, _STOCHASTIC, 1.0, 8),
-    _variant("ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", _DIT_13B, _VAE_095, _UNIFORM, 5.0, 30, **_BIG),
-    _variant("ltx-13b-0.9.7-distilled", f"{_REPO}-0.9.7-distilled", _DIT_13B, _VAE_095, _UNIFORM, 1.0, 8, **_BIG),
-    _variant("ltx-13b-0.9.8-distilled", _098D, _DIT_13B, _VAE_095, _UNIFORM, 1.0, 8, **_BIG),
+    _variant("ltx-2b-0.9.0", _REPO, configs.DIT_2B, configs.VAE_090, configs.SHIFTED, 3.0, 40),
+    _variant("ltx-2b-0.9.1", _091, configs.DIT_2B, configs.VAE_091, configs.SHIFTED, 3.0, 40),
+    _variant("ltx-2b-0.9.5", f"{_REPO}-0.9.5", configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
+    _variant("ltx-2b-0.9.6-dev", _096, configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
+    _variant("ltx-2b-0.9.6-distilled", _096D, configs.DIT_2B, configs.VAE_095, configs.STOCHASTIC, 1.0, 8),
+    _variant(
+        "ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", configs.DIT_13B, configs.VAE_095, configs.UNIFORM, 5.0, 30, **_BIG
+    ),
+    _variant(
+        "ltx-13b-0.9.7-distilled",
+        f"{_REPO}-0.9.7-distilled",
+        configs.DIT_13B,
+        configs.VAE_095,
+        configs.UNIFORM,
+        1.0,
+        8,
+        **_BIG,
+    ),
+    _variant("ltx-13b-0.9.8-distilled", _098D, configs.DIT_13B, configs.VAE_095, configs.UNIFORM, 1.0, 8, **_BIG),
     Variant(
         name="ltx-upsampler-0.9.7",
         family="ltx",
         title="LTX-Video spatial upsampler 0.9.7",
         hub_id="Lightricks/ltxv-spatial-upscaler-0.9.7",
-        configs={"latent_upsampler": _ltx_upsampler.CONFIG, "vae": _VAE_095},
+        configs={"latent_upsampler": _ltx_upsampler.CONFIG, "vae": configs.VAE_095},
         native=VideoShape(1024, 1536, 121),
         minimum=VideoShape(512, 512, 1),
         maximum=VideoShape(1408, 1536, 121),
         fps=24,
-        tasks={"video-to-video": "LTXLatentUpsamplePipeline"},
+        renders=renderings({"video-to-video": "LTXLatentUpsamplePipeline"}, steps=1),
         text_length=0,
-        steps=1,
     ),
-    _variant("ltx-demo", "", _DIT_DEMO, _VAE_DEMO, _UNIFORM, 3.0, 24, **_SMALL),
+    _variant("ltx-demo", "", configs.DIT_DEMO, configs.VAE_DEMO, configs.UNIFORM, 3.0, 24, **_SMALL),
 )
 
 # ── rendering ────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,18 @@ from typing import Any
 
 from overcrank.models import _ltx2, _video_vae
 from overcrank.models._common import product, random_call, tensors_named
-from overcrank.models.base import Arguments, Component, Config, Media, Repeat, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repeat,
+    Sizes,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 TITLE = "LTX-2"
 DEFAULT = "ltx2-19b"
@@ -110,6 +121,8 @@ _VOCODER: Config = {
     "leaky_relu_negative_slope": 0.1,
     "output_sampling_rate": 24000,
 }
+_TASKS = {"text-to-video": "LTX2Pipeline", "image-to-video": "LTX2ImageToVideoPipeline"}
+
 VARIANTS: tuple[Variant, ...] = (
     Variant(
         name="ltx2-19b",
@@ -127,10 +140,8 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(256, 256, 9),
         maximum=VideoShape(768, 768, 241),
         fps=24,
-        tasks={"text-to-video": "LTX2Pipeline", "image-to-video": "LTX2ImageToVideoPipeline"},
+        renders=renderings(_TASKS, guidance=4.0, steps=40),
         text_length=TEXT_LENGTH,
-        guidance=4.0,
-        steps=40,
     ),
 )
 

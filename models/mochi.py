@@ -24,7 +24,7 @@ from overcrank.models._common import (
     sample_output,
     unpatched,
 )
-from overcrank.models.base import Component, Config, Repeat, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import Component, Config, Repeat, Sizes, Tensor, Variant, VideoShape, renderings
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -77,10 +77,8 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(256, 256, 7),
         maximum=VideoShape(480, 848, 163),
         fps=30,
-        tasks={"text-to-video": "MochiPipeline"},
+        renders=renderings({"text-to-video": "MochiPipeline"}, guidance=4.5, steps=64),
         text_length=TEXT_LENGTH,
-        guidance=4.5,
-        steps=64,
     ),
 )
 

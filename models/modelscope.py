@@ -6,7 +6,7 @@ The configuration is that of the published checkpoint. Paper: arXiv:2308.06571.
 from __future__ import annotations
 
 from overcrank.models import _kl_vae, _unet
-from overcrank.models.base import Component, Config, Tensor, Variant, VideoShape
+from overcrank.models.base import Component, Config, Tensor, Variant, VideoShape, renderings
 
 TITLE = "ModelScope"
 DEFAULT = "modelscope-1.7b"
@@ -37,10 +37,8 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(256, 256, 8),
         maximum=VideoShape(512, 512, 32),
         fps=8,
-        tasks={"text-to-video": "TextToVideoSDPipeline"},
+        renders=renderings({"text-to-video": "TextToVideoSDPipeline"}, guidance=9.0, steps=50),
         text_length=TEXT_LENGTH,
-        guidance=9.0,
-        steps=50,
     ),
 )
 

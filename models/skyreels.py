@@ -12,7 +12,7 @@ from typing import Any
 
 from overcrank.errors import RequestError
 from overcrank.models import _clip, _wan_dit, _wan_vae, wan
-from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape
+from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape, renderings
 
 TITLE = "SkyReels V2"
 DEFAULT = "skyreels-v2-t2v-14b-540p"
@@ -52,10 +52,8 @@ def _variant(name: str, hub: str, dit: Config, tasks: Any, size: str) -> Variant
         minimum=VideoShape(256, 256, 5),
         maximum=_SIZE[size],
         fps=24,
-        tasks=tasks,
+        renders=renderings(tasks, guidance=5.0 if "i2v" in name else 6.0, steps=30 if "-df-" in name else 50),
         text_length=_wan_dit.TEXT_LENGTH,
-        guidance=5.0 if "i2v" in name else 6.0,
-        steps=30 if "-df-" in name else 50,
     )
 
 

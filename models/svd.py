@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from overcrank.models import _clip, _kl_vae, _unet
-from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape
+from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape, renderings
 
 TITLE = "Stable Video Diffusion"
 DEFAULT = "svd-xt-1.1"
@@ -58,10 +58,8 @@ def _variant(name: str, hub: str, title: str, frames: int) -> Variant:
         minimum=VideoShape(256, 256, 2),
         maximum=VideoShape(576, 1024, 25),
         fps=7,
-        tasks={"image-to-video": "StableVideoDiffusionPipeline"},
+        renders=renderings({"image-to-video": "StableVideoDiffusionPipeline"}, guidance=3.0, steps=25),
         text_length=0,
-        guidance=3.0,
-        steps=25,
     )
 
 
@@ -89,7 +87,7 @@ def components(variant: Variant) -> tuple[Component, ...]:
 
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipeline's call: guidance grows from 1 along the frames, there is no text."""
-    guidance = arguments.pop("guidance_scale", variant.guidance)
+    guidance = arguments.pop("guidance_scale", variant.rendering().guidance)
     return arguments | {
         "image": media.images[0],
         "fps": round(media.fps),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from overcrank.models import _clip, _wan_dit, _wan_vae
-from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape
+from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape, renderings
 
 TITLE = "Wan"
 DEFAULT = "wan-2.2-ti2v-5b"
@@ -92,7 +92,9 @@ _SIZE = {
 }
 
 
-def _variant(name: str, hub: str, dit: Config, does: str, size: str, shift: float, **more: Any) -> Variant:
+def _variant(
+    name: str, hub: str, dit: Config, does: str, size: str, shift: float, fps: int = 16, **more: Any
+) -> Variant:
     configs: dict[str, Config] = {
         "transformer": dit,
         "vae": VAE_22 if dit["in_channels"] == 48 else VAE_21,
@@ -100,7 +102,7 @@ def _variant(name: str, hub: str, dit: Config, does: str, size: str, shift: floa
     }
     if dit["image_dim"]:
         configs["image_encoder"] = _clip.VIT_H
-    usual: dict[str, Any] = {"fps": 16, "guidance": 5.0, "steps": 50}
+    usual: dict[str, Any] = {"guidance": 5.0, "steps": 50}
     return Variant(
         name=name,
         family="wan",
@@ -111,8 +113,8 @@ def _variant(name: str, hub: str, dit: Config, does: str, size: str, shift: floa
         minimum=VideoShape(256, 256, 1 if does in ("text", "both", "vace") else 5),
         maximum=_SIZE[size],
         text_length=_wan_dit.TEXT_LENGTH,
-        tasks=_TASKS[does],
-        **(usual | more),
+        fps=fps,
+        renders=renderings(_TASKS[does], **(usual | more)),
     )
 
 

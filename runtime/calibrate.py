@@ -81,7 +81,7 @@ def calibrate(wanted: Wanted) -> Recipe:
     about = Calibration(
         method=wanted.method,
         samples=len(requests),
-        steps=requests[0].steps or variant.steps,
+        steps=requests[0].steps or variant.rendering().steps,
         prompts=prompts,
         checkpoint=checkpoint,
         versions={name: metadata.version(name) for name in ("nvidia-modelopt", "torch", "diffusers")},

@@ -64,22 +64,23 @@ class RenderRequest(BaseModel):
         Raises ShapeError for a size the model cannot make, RequestError for a task it
         lacks or a file that is missing.
         """
-        native = variant.native
-        usual = {
-            "steps": variant.steps,
-            "guidance": variant.guidance,
-            "height": native.height,
-            "width": native.width,
-            "frames": native.frames,
-            "fps": float(variant.fps),
-        }
-        values = {k: v for k, v in usual.items() if getattr(self, k) is None}
         if variant.text_length and not self.prompt.strip():
             raise RequestError(f"prompt: {variant.name} needs one, and it is empty.")
         if self.video is not None and (self.image is not None or self.last_image is not None):
             raise RequestError("video and image both condition the render; give one of them.")
         if self.task not in variant.tasks:
             raise RequestError(f"{variant.name} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
+        rendering = variant.rendering(self.task)
+        native = rendering.shape or variant.native
+        usual = {
+            "steps": rendering.steps,
+            "guidance": rendering.guidance,
+            "height": native.height,
+            "width": native.width,
+            "frames": native.frames,
+            "fps": float(rendering.fps or variant.fps),
+        }
+        values = {k: v for k, v in usual.items() if getattr(self, k) is None}
         if self.guidance_until < 1 and not hook(variant, "guides_apart"):
             raise RequestError(
                 f"guidance_until: {variant.name} computes both sides of guidance in one call, so no call would be "

@@ -53,8 +53,8 @@ def trials(pipe: Any, chosen: list[tuple[str, Verdict]], batch: int = 8) -> list
             width=clips.SIZE,
             num_frames=clips.FRAMES,
             frame_rate=clips.FPS,
-            num_inference_steps=variant.steps,
-            guidance_scale=variant.guidance,
+            num_inference_steps=variant.rendering().steps,
+            guidance_scale=variant.rendering().guidance,
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
             output_type="np",
         ).frames
