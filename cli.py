@@ -108,13 +108,14 @@ def _requests(options: dict[str, Any]) -> list[Any]:
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
     from overcrank.engines.targets import precision_for, targets_for
+    from overcrank.engines.types import own_precision
     from overcrank.models import components, resolve
 
     words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
     targets = targets_for(words, options["flavour"])
-    precisions = [precision_for(t, options["precision"]) for t in targets]
-    recipe, layers = quantized_layers(options, options["precision"])
     variant = resolve(options["model"])
+    precisions = [precision_for(t, options["precision"], own_precision(variant)) for t in targets]
+    recipe, layers = quantized_layers(options, options["precision"])
     names = tuple(n for n in options["components"].replace(",", " ").split())
     components(variant, names)
     axes = ("height", "width", "frames")

@@ -11,6 +11,7 @@ OvercrankError            exit 1: something failed that the user could not have 
 ├── ExportError           module → ONNX failed
 ├── CompileError          ONNX → engine failed
 ├── IntegrityError        a bundle's files do not match its manifest
+│   └── OutdatedBundle    a bundle that another version of overcrank made
 ├── CalibrationError      a calibration run gave no ranges
 ├── BackendError          an engine cannot serve, and falling back was not allowed
 ├── RenderError           a render gave no video
@@ -68,6 +69,10 @@ class CompileError(OvercrankError):
 
 
 class IntegrityError(OvercrankError):
+    pass
+
+
+class OutdatedBundle(IntegrityError):
     pass
 
 

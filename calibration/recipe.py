@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from overcrank.errors import UserError
 from overcrank.models.base import Component
+from overcrank.models.network import differences, network
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 KEPT_ENDS = 3  # blocks at either end of a transformer that stay in 16 bit, of 24 or more
@@ -171,26 +173,17 @@ def recipe_of(recipe: Recipe | None, component: Component, form: LayerFormat) ->
 
 
 def _check_architecture(recipe: Recipe, found: ComponentRecipe, component: Component) -> None:
-    here = _described(component)
-    differing = sorted(k for k in {**here, **found.config} if here.get(k) != found.config.get(k))
+    differing = differences(network(component), network(replace(component, config=found.config)), "in the recipe")
     if found.cls != component.cls:
         raise UserError(
             f"the recipe's {component.name} is a {found.cls} (of {recipe.model}), this one a {component.cls}; "
             f"calibrate this model."
         )
     if differing:
-        field = differing[0]
         raise UserError(
-            f"the recipe is of another architecture: {field} of its {component.name} (of {recipe.model}) is "
-            f"{found.config.get(field)}, this one's is {here.get(field)}; calibrate this model."
+            f"the recipe is of another architecture: its {component.name} (of {recipe.model}) differs in "
+            f"{differing[0]}; calibrate this model."
         )
-
-
-def _described(component: Component) -> dict[str, object]:
-    """The configuration as JSON has it, without where it was loaded from."""
-    known = {k: v for k, v in component.config.items() if not k.startswith("_")}
-    plain: dict[str, object] = json.loads(json.dumps(known, default=list))
-    return plain
 
 
 def default_rules(component: Component, form: LayerFormat) -> list[Rule]:
@@ -213,4 +206,4 @@ def default_rules(component: Component, form: LayerFormat) -> list[Rule]:
 def default_recipe(component: Component, form: LayerFormat) -> ComponentRecipe:
     """All in 16 bit if `form` is, else the default rules; nothing measured."""
     rules = default_rules(component, form) if form.format != SIXTEEN else []
-    return ComponentRecipe(cls=component.cls, config=_described(component), rules=rules)
+    return ComponentRecipe(cls=component.cls, config=network(component), rules=rules)

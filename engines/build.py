@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,8 @@ from overcrank.engines.flavours import require_flavour
 from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, file_entry, read_manifest
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store, store_errors, sync_folder, written_whole
-from overcrank.engines.targets import Target, sixteen_bit
+from overcrank.engines.targets import Target
+from overcrank.engines.types import compute_of
 from overcrank.engines.worker import Job, compile_component, export_component, finished, has_graph
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import BuildCancelled, OvercrankError, UserError
@@ -49,6 +50,7 @@ class Request:
     layers: LayerFormat = IN_16_BIT  # how the quantized layers of the default recipe multiply
     recipe: Recipe | None = None
     allow_fallback: bool = False
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # part → fp32, bf16 or fp16, over the variant's own
 
 
 @dataclass
@@ -113,9 +115,9 @@ def _planned(request: Request, store: Store) -> _Bundle:
     version = require_flavour(request.flavour)
     bundle = _Bundle(request)
     digests: dict[str, tuple[str, tuple[Path, ...]]] = {}
-    compute = sixteen_bit(request.target, request.precision)
-    drafts: list[tuple[EngineKey, tuple[Path, ...], ComponentRecipe]] = []
+    drafts: list[tuple[EngineKey, tuple[Path, ...], ComponentRecipe, str]] = []
     for component in components(request.variant, request.components):
+        compute = compute_of(component, request.variant, request.target, request.precision, dict(request.dtypes))
         if component.subfolder not in digests:
             digests[component.subfolder] = _weights(request, component)
         weights, files = digests[component.subfolder]
@@ -131,7 +133,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
             flags=FLAGS,
             weights=weights,
         )
-        drafts.append((key, files, recipe))
+        drafts.append((key, files, recipe, compute))
     identity = "+".join([request.variant.name, *(k.digest() for k, *_ in drafts)])
     bundle.key = hashlib.sha256(identity.encode()).hexdigest()
     bundle.staging = store.staging(bundle.key)
@@ -139,7 +141,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
         Job(
             variant=request.variant,
             key=key,
-            precision=compute,
+            compute=compute,
             recipe=recipe,
             target=request.target.narrowed(request.precision),
             profile=request.profile,
@@ -150,7 +152,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
             allow_fallback=request.allow_fallback,
             title=f"{request.variant.name} {request.target.name} {request.precision} {key.component}",
         )
-        for key, files, recipe in drafts
+        for key, files, recipe, compute in drafts
     ]
     return bundle
 
@@ -283,6 +285,7 @@ def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
     manifest = Manifest(
         overcrank=__version__,
         model=request.variant.name,
+        like=request.variant.like,
         family=request.variant.family,
         hub_id=request.variant.hub_id,
         configs={k: dict(v) for k, v in request.variant.configs.items()},

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from overcrank.calibration.recipe import LayerFormat
-from overcrank.errors import IntegrityError
+from overcrank.errors import IntegrityError, OutdatedBundle
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST = 64_000_000
 """Bytes of a manifest; the largest that was built has 2 MB."""
 MANIFEST = "manifest.json"
@@ -93,7 +93,8 @@ class ComponentEntry(_Model):
     cls: str
     subfolder: str
     attribute: str
-    config: dict[str, object]
+    config: dict[str, object]  # the network: as the class sees it, without what no graph reads
+    compute: str  # type of its graph: bf16, fp16 or fp32
     key: EngineKey
     engine: File
     graph: File
@@ -109,9 +110,10 @@ class ComponentEntry(_Model):
 
 
 class Manifest(_Model):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     overcrank: str
     model: str
+    like: str  # the published variant that the model is, or follows
     family: str
     hub_id: str
     configs: dict[str, dict[str, object]]
@@ -138,16 +140,37 @@ class Manifest(_Model):
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """The bundle's manifest; raises IntegrityError naming file and field when it is not one."""
+    """The bundle's manifest; raises IntegrityError naming file and field when it is not one.
+
+    Raises OutdatedBundle, which is one, for a bundle of another schema version.
+    """
     file = bundle / MANIFEST
     try:
-        return Manifest.model_validate_json(read_small(file))
+        content = read_small(file)
+        _require_schema(bundle, content)
+        return Manifest.model_validate_json(content)
     except OSError as error:
         raise IntegrityError(f"{bundle} is not a bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise IntegrityError(f"{file}: {where}: {first['msg']}; rebuild the bundle.") from error
+
+
+def _require_schema(bundle: Path, content: bytes) -> None:
+    """What cannot be read at all is left to the schema's own complaint."""
+    try:
+        about = json.loads(content)
+        schema, made_by = int(about["schema_version"]), str(about["overcrank"])
+        words = [str(about[field]) for field in ("model", "target", "precision")]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return
+    if schema != SCHEMA:
+        model, target, precision = words
+        raise OutdatedBundle(
+            f"{bundle.name} was built by overcrank {made_by} in another format of bundles ({schema}; this version "
+            f"reads {SCHEMA}); build it again: build-engine --model {model} --gpu {target} --precision {precision}"
+        )
 
 
 def read_small(file: Path) -> bytes:

@@ -18,6 +18,7 @@ from overcrank.engines.profiles import profile_for
 from overcrank.engines.report import human_bytes, profile_line
 from overcrank.engines.store import Store, written_whole
 from overcrank.engines.targets import PRECISIONS, precision_for, targets_for
+from overcrank.engines.types import notes, own_precision
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import TargetError, UserError
 from overcrank.models import components, resolve
@@ -60,7 +61,7 @@ def expanded(cells: Sequence[Cell], static: bool = False, flavour: str = "tensor
         for target in targets_for([cell.gpu], flavour):
             own = Cell(cell.model, target.name, cell.precision)
             try:
-                precision = precision_for(target, cell.precision)
+                precision = precision_for(target, cell.precision, own_precision(variant))
             except TargetError:
                 if cell.precision not in PRECISIONS:
                     raise
@@ -120,6 +121,8 @@ def plan_lines(matrix: Matrix, store: Store, workers: int) -> Iterator[str]:
     """What is about to be done, and what it costs."""
     for cell, reason in matrix.dropped.items():
         yield f"dropped  {cell}: {reason}"
+    for note in dict.fromkeys(n for r in matrix.requests.values() for n in notes(r.variant, r.target, r.precision)):
+        yield f"note     {note}"
     todo = [r for r in matrix.requests.values() if store.find(key_of(r, store)) is None]
     engines = sum(len(components(r.variant)) for r in todo)
     graphs = {(r.variant.name, c.name, r.precision == "fp16") for r in todo for c in components(r.variant)}

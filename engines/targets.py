@@ -121,12 +121,15 @@ def serves(target: str, precision: str, card: str) -> bool:
     return target == card or (known is not None and card in known.narrowed(precision).members)
 
 
-def precision_for(target: Target, precision: str) -> str:
-    """`precision`, or for "auto" the target's 16-bit type. Raises TargetError for one it does not have."""
+def precision_for(target: Target, precision: str, own: str = "") -> str:
+    """`precision`, or for "auto" `own` if the target has it, else its 16-bit type.
+
+    Raises TargetError for a precision that the target does not have.
+    """
     if precision not in ("auto", *PRECISIONS):
         raise TargetError(f"Unknown precision '{precision}': use auto, {', '.join(PRECISIONS)}.")
     if precision == "auto":
-        return sixteen_bit(target)
+        return own if own in target.precisions else sixteen_bit(target)
     if precision not in target.precisions:
         have = [t.name for t in TARGETS if precision in t.precisions]
         raise TargetError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from overcrank.export.module import DTYPES
 from overcrank.export.weights import Parameter
 from overcrank.models import components
 from overcrank.models.base import Component, Tensor, Variant
+from overcrank.models.network import network
 
 Report = Callable[[str], None]
 """Called with what is being done."""
@@ -37,7 +37,7 @@ class Job:
 
     variant: Variant
     key: EngineKey
-    precision: str  # of the exported graph: "fp16" or "bf16"
+    compute: str  # type of the exported graph: "fp16", "bf16" or "fp32"
     recipe: ComponentRecipe
     target: Target
     profile: Profile
@@ -79,7 +79,7 @@ def export_component(job: Job, report: Report) -> None:
     """Put the component's graph into the store's cache; needs torch, and no TensorRT."""
     report("exporting")
     with job.store.lock(f"graph-{job.graph_folder.name}"), store_errors(job.store.graphs):
-        cached_graph(job.component, job.precision, job.graph_folder)
+        cached_graph(job.component, job.compute, job.graph_folder)
     report("exported")
 
 
@@ -173,7 +173,7 @@ def _part(job: Job, graph: _Graph, read: Callable[[str], Any]) -> Part:
         name=component.subfolder,
         component=component.name,
         layout=job.key.recipe,
-        compute=DTYPES[job.precision],
+        compute=DTYPES[job.compute],
         formats=graph.layout,
         packed=graph.packed,
         ranges=job.recipe.ranges.get(component.subfolder, {}),
@@ -211,7 +211,7 @@ def _with_weights(job: Job, graph: _Graph) -> Iterator[Path]:
 
 def _entry(job: Job, graph: _Graph, engine: Path, activation: int | None, seconds: float, lint: str) -> ComponentEntry:
     component, ranges = job.component, job.profile.ranges(job.component)
-    dtypes = {"compute": job.precision}
+    dtypes = {"compute": job.compute}
 
     def tensors(specs: tuple[Tensor, ...]) -> list[TensorEntry]:
         return [
@@ -229,7 +229,8 @@ def _entry(job: Job, graph: _Graph, engine: Path, activation: int | None, second
         cls=component.cls,
         subfolder=component.subfolder,
         attribute=component.attribute,
-        config=json.loads(json.dumps(dict(component.config))),
+        config=network(component),
+        compute=job.compute,
         key=job.key,
         engine=file_entry(engine),
         graph=file_entry(graph.onnx),

@@ -15,6 +15,7 @@ from typing import Any
 
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
+from overcrank.models.network import network
 
 EXPORTERS = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "accelerate")
 
@@ -30,7 +31,7 @@ def graph_digest(component: Component, precision: str) -> str:
         "component": component.name,
         "class": component.cls,
         "attribute": component.attribute,
-        "config": {k: v for k, v in component.config.items() if not k.startswith("_")},  # not where it was loaded from
+        "config": network(component),
         "inputs": [asdict(t) for t in component.inputs],
         "outputs": [asdict(t) for t in component.outputs],
         "repeats": [asdict(r) for r in component.repeats],

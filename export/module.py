@@ -109,13 +109,7 @@ def _construct(component: Component, config: Config) -> nn.Module:
     cls: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
     if cls is None:
         return _construct_transformers(component, config)
-    known = inspect.signature(cls.__init__).parameters
-    unknown = sorted(k for k in config if k not in known and not k.startswith("_"))
-    if unknown:
-        raise ModelError(
-            f"{component.subfolder}/config.json has field '{unknown[0]}', which {component.cls} of "
-            f"diffusers {diffusers.__version__} does not know; upgrade diffusers or correct the field."
-        )
+    known = inspect.signature(cls.__init__).parameters  # others are left out, as from_pretrained does
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

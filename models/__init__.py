@@ -1,24 +1,17 @@
-"""Families found by file name, and what `--model` means.
-
-A family is a module of this package with `TITLE`, `VARIANTS`, `DEFAULT`, `DENOISER_CLASSES`,
-`components(variant)`, `grid(variant)` and `latent(variant, shape)`; what else it may define for
-rendering has its defaults in _common.py. Its file name is its name. Names with an underscore are
-no families.
-"""
+"""What `--model` means: a family, a published variant, a diffusers folder, or a hub id."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import pkgutil
 from collections.abc import Mapping
-from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from overcrank.errors import ModelError, ShapeError
-from overcrank.models.base import Component, Config, Variant, VideoShape
+from overcrank.models.base import Config, Variant, VideoShape
+from overcrank.models.matching import completed_variant, variant_from_configs, variant_from_manifest
+from overcrank.models.registry import components, families, family, hook, main_part, published
 
 __all__ = [
     "check_shape",
@@ -35,40 +28,6 @@ __all__ = [
     "variant_from_configs",
     "variant_from_manifest",
 ]
-
-
-def families() -> tuple[str, ...]:
-    names = (m.name for m in pkgutil.iter_modules(__path__))
-    return tuple(sorted(n for n in names if n not in ("base", "demo") and not n.startswith("_")))
-
-
-def family(name: str) -> Any:
-    """The family's module; a broken import inside it surfaces as itself."""
-    return import_module(f"{__name__}.{name}")
-
-
-def hook(variant: Variant, name: str) -> Any:
-    """A function of the variant's family, or what families share where it has none of its own."""
-    from overcrank.models import _common
-
-    return getattr(family(variant.family), name, None) or getattr(_common, name)
-
-
-def components(variant: Variant, names: tuple[str, ...] = ()) -> tuple[Component, ...]:
-    """The variant's components: the default ones, or the named ones in the family's order."""
-    every: tuple[Component, ...] = family(variant.family).components(variant)
-    known = [c.name for c in every]
-    for name in names:
-        if name not in known:
-            raise ModelError(f"{variant.name} has no component '{name}'; it has {', '.join(known)}.")
-    return tuple(c for c in every if (c.name in names if names else c.default))
-
-
-def main_part(classes: Mapping[str, str]) -> str | None:
-    """Of a checkpoint's or pipeline's parts, by their class, the one that a family is known by."""
-    known = {cls for name in families() for cls in family(name).DENOISER_CLASSES}
-    named = [part for part in ("transformer", "unet") if part in classes]  # named in errors, if of no family
-    return next((part for part, cls in classes.items() if cls in known), named[0] if named else None)
 
 
 def parameter_counts(variant: Variant) -> dict[str, int]:
@@ -101,82 +60,20 @@ def resolve(model: str) -> Variant:
     Raises ModelError with the nearest names, or with what the folder lacks.
     """
     names = families()
-    known = _variants()
-    if model in names:
-        return known[family(model).DEFAULT]
-    if model in known:
-        return known[model]
+    known = published()
+    if model in names or model in known:
+        return completed_variant(known[family(model).DEFAULT if model in names else model])
     path = Path(model).expanduser()
     if path.exists():
         return _from_folder(path)
     by_hub = [v for v in known.values() if v.hub_id == model and not v.hub_file]
     if by_hub:
-        return by_hub[0]
+        return completed_variant(by_hub[0])
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_hub(model)
     close = difflib.get_close_matches(model, [*names, *known], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}."
     raise ModelError(f"Unknown model '{model}' (not a family, a variant, a folder or a hub id like owner/name): {hint}")
-
-
-def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config], pipeline: str = "") -> Variant:
-    """A variant of the family whose denoiser class is `denoiser`; `pipeline` is the checkpoint's pipeline class.
-
-    What configs cannot tell (native shape, guidance, steps) comes from the published
-    variant of the same architecture, else from the family's default.
-    """
-    for owner in families():
-        module = family(owner)
-        if denoiser not in module.DENOISER_CLASSES:
-            continue
-        nearest = _nearest(module, configs, pipeline)
-        filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
-        return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
-    raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
-
-
-def variant_from_manifest(manifest: Any) -> Variant:
-    """The variant a bundle was built from; a published one, or one made of the bundle's configs."""
-    known = _variants().get(manifest.model)
-    if known is not None and all(_same(known.configs[k], manifest.configs.get(k, {})) for k in known.configs):
-        return known
-    nearest = _nearest(family(manifest.family), manifest.configs, "")
-    return replace(nearest, name=manifest.model, title=manifest.model, configs=manifest.configs, hub_id=manifest.hub_id)
-
-
-def _nearest(module: Any, configs: Mapping[str, Config], pipeline: str) -> Variant:
-    """The family's published variant most like these; its default before equals."""
-    default: Variant = _variants()[module.DEFAULT]
-    found: Variant = max((default, *module.VARIANTS), key=lambda v: _likeness(v, configs, pipeline))
-    return found
-
-
-def _same(published: Config, given: Config) -> bool:
-    return all(_plain(published[k]) == _plain(given[k]) for k in published if k in given and not k.startswith("_"))
-
-
-def _likeness(variant: Variant, configs: Mapping[str, Config], pipeline: str) -> tuple[bool, bool, int, int]:
-    """(made for this pipeline, all that is given agrees, number of fields set alike, number that agree)."""
-    pairs = [(c, configs.get(k, {})) for k, c in variant.configs.items()]
-    both = [(c[f], given[f]) for c, given in pairs for f in c if f in given]
-    return (
-        pipeline in variant.tasks.values(),
-        all(_same(c, given) for c, given in pairs),
-        sum(bool(a) == bool(b) for a, b in both),
-        sum(_plain(a) == _plain(b) for a, b in both),
-    )
-
-
-def _defaults_like(config: Config) -> Config:
-    return {k: v for k, v in config.items() if not k.startswith("_")}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _variants() -> dict[str, Variant]:
-    return {v.name: v for name in families() for v in family(name).VARIANTS}
 
 
 def _from_folder(path: Path) -> Variant:
@@ -205,7 +102,8 @@ def _from_index(name: str, where: str, index: Config, configs: Mapping[str, Conf
         raise ModelError(f"{where}/model_index.json names neither a transformer nor a unet; it is no video model.")
     if part not in configs:
         raise ModelError(f"{where} lacks {part}/config.json, which model_index.json names.")
-    return variant_from_configs(name, str(index[part][1]), configs, str(index.get("_class_name", "")))
+    sources = (where, *(str(c["_name_or_path"]) for c in configs.values() if c.get("_name_or_path")))
+    return variant_from_configs(name, str(index[part][1]), configs, str(index.get("_class_name", "")), sources)
 
 
 def _main_part(index: Config) -> str | None:
@@ -233,12 +131,12 @@ def _from_hub(hub_id: str) -> Variant:
 
 def packaged_model() -> str:
     """The model whose checkpoint ships with this package."""
-    return next(v.name for v in _variants().values() if v.packaged)
+    return next(v.name for v in published().values() if v.packaged)
 
 
 def local_folder(model: str) -> Path | None:
     """The diffusers folder that `model` names: one on disk, or one that ships with this package."""
-    known = _variants().get(model)
+    known = published().get(model)
     if known is not None and known.packaged:
         return Path(__file__).parent / known.packaged
     path = Path(model).expanduser()

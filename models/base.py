@@ -166,7 +166,7 @@ class Variant:
     `renders` maps what the checkpoint can do to how that is done; `text_length` is 0 for a model without text.
     `configs["scheduler"]` is the scheduler configuration that the checkpoint carries. `dtypes` maps a part of the
     pipeline to its type on a card ("fp32", "fp16", "bf16"), "" standing for the parts that are not named.
-    `like` names the published variant that one of a user's own follows.
+    `like` names the published variant that one of a user's own follows, and `where` is what `--model` calls it.
     """
 
     name: str
@@ -184,11 +184,16 @@ class Variant:
     hub_file: str = ""
     packaged: str = ""  # folder in this package that holds the checkpoint
     like: str = ""
+    where: str = ""
 
     @property
     def tasks(self) -> dict[str, str]:
         """Task → diffusers pipeline class."""
         return {task: rendering.pipeline for task, rendering in self.renders.items()}
+
+    def dtype_of(self, part: str) -> str:
+        """The type of a part of the pipeline on a card."""
+        return self.dtypes.get(part, self.dtypes.get("", "bf16"))
 
     def rendering(self, task: str = "") -> Rendering:
         """Of a task; of the first one without a name."""

@@ -328,6 +328,6 @@ def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Argumen
     made = arguments | ({"image": media.images[0]} if media.images else {})
     if media.video:
         made["video"] = list(media.video)
-    if "use_crossattn_projection" not in variant.configs["transformer"]:
+    if not variant.configs["transformer"].get("use_crossattn_projection"):
         made["fps"] = int(media.fps)
     return made

@@ -133,7 +133,9 @@ def _variant_of(pipe: Any, model: str) -> Variant:
     every: dict[str, Any] = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
     read = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
     configs = {name: dict(config) for name, config in read.items() if isinstance(config, Mapping)}
-    return variant_from_configs(model or kind, type(denoiser).__name__, configs, kind)
+    read_from = [pipe.config.get("_name_or_path"), *(c.get("_name_or_path") for c in configs.values())]
+    sources = [str(source) for source in read_from if source]
+    return variant_from_configs(model or kind, type(denoiser).__name__, configs, kind, sources)
 
 
 def main_module(pipe: Any) -> Any:

@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from overcrank.engines.manifest import Manifest, check_files, read_manifest
+from overcrank.engines.manifest import ComponentEntry, Manifest, check_files, read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import SIXTEEN_BIT, serves
 from overcrank.engines.trust import Keyring
-from overcrank.errors import IntegrityError, OvercrankError
-from overcrank.models import components, variant_from_manifest
-from overcrank.models.base import Variant
+from overcrank.errors import IntegrityError, OutdatedBundle, OvercrankError, UserError
+from overcrank.models import components
+from overcrank.models.base import Component, Variant
+from overcrank.models.network import differences, network
 from overcrank.runtime.session import CannotServe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger("overcrank")
 
 
 def rebuild_command(variant: Variant, card: str) -> str:
-    return f"build-engine --model {variant.name} --gpu {card}"
+    return f"build-engine --model {variant.where} --gpu {card}"
 
 
 Bundle = tuple[Path, Manifest]
 
 
 def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, precision: str) -> list[Bundle]:
-    """Bundles of this network for this card whose weights the pipeline can bind, the newest first, portable ones last.
+    """Bundles with a network of this variant's, for this card, whose weights the pipeline can bind.
 
-    Raises CannotServe with the nearest miss: no bundle, other network, other card, another
-    precision than the pipeline's weights, weights embedded.
+    The newest come first, portable ones last. Raises CannotServe with the nearest miss: no bundle, other networks and
+    the field they differ in, other card, another precision than the pipeline's weights, weights embedded.
     """
     rebuild = rebuild_command(variant, card)
-    known = []
-    for path in candidates:
-        try:
-            known.append((path, read_manifest(path)))
-        except IntegrityError:
-            continue
-    alike = [(p, m) for p, m in known if m.family == variant.family and same_network(variant, m)]
+    known, outdated = _read(candidates)
+    own = components(variant)
+    alike = [(p, m) for p, m in known if m.family == variant.family and any(_entry(c, m) for c in own)]
     if not alike:
-        others = f"; {len(known)} of other networks" if known else ""
-        raise CannotServe(f"there is no engine of {variant.name}{others}", rebuild)
+        reasons = [_nearest_miss(own, [m for _, m in known if m.family == variant.family]), *map(str, outdated[:1])]
+        why = "".join(f"; {r}" for r in reasons if r)
+        raise CannotServe(f"there is no engine of {variant.name}{why}", rebuild)
     here = [(p, m) for p, m in alike if serves(m.target, m.precision, card)]
     if not here:
         have = ", ".join(sorted({m.target for _, m in alike}))
@@ -57,45 +59,106 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
     return sorted(bindable, key=lambda bundle: (bundle[1].target == card, bundle[1].created), reverse=True)
 
 
-def bundle_of(component: str, bundles: Sequence[Bundle], rebuild: str) -> Bundle:
-    """The first bundle that has the component, whose files are what its manifest says, and whose signature holds."""
-    damage: list[tuple[str, str]] = []
+def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle]]:
+    known: list[Bundle] = []
+    outdated = []
+    for path in candidates:
+        try:
+            known.append((path, read_manifest(path)))
+        except OutdatedBundle as error:
+            outdated.append(error)
+        except IntegrityError:
+            continue
+    return known, outdated
+
+
+def _entry(component: Component, manifest: Manifest) -> ComponentEntry | None:
+    """The bundle's engine of this very network, if it has one."""
+    return next((e for e in manifest.components if _is_of(e, component)), None)
+
+
+def _is_of(entry: ComponentEntry, component: Component) -> bool:
+    return (entry.name, entry.cls) == (component.name, component.cls) and entry.config == network(component)
+
+
+def _nearest_miss(own: Sequence[Component], others: Sequence[Manifest]) -> str:
+    """In what the most similar engine of the same class differs; empty if there is none."""
+    misses = [
+        (len(fields), f"the {c.name} of {m.model} differs in {fields[0]}")
+        for c in own
+        for m in others
+        for e in m.components
+        if (e.name, e.cls) == (c.name, c.cls) and (fields := differences(network(c), e.config, "in the engine"))
+    ]
+    return min(misses, default=(0, ""))[1]
+
+
+def bundle_of(
+    component: Component, bundles: Sequence[Bundle], rebuild: str, compute: str | None = None
+) -> tuple[Path, Manifest, ComponentEntry]:
+    """The first engine of this very network whose bundle is whole and signed as it must be.
+
+    `compute`: the type that the module's weights have; None for a session to which it does not matter.
+    """
+    misses: list[tuple[str, str]] = []
     for path, manifest in bundles:
-        if any(entry.name == component for entry in manifest.components):
-            wrong = check_files(path, manifest)
-            if wrong:
-                damage.append(
-                    (f"bundle {path.name} is damaged: {wrong[0]}", f"overcrank engines rm it, then {rebuild}")
-                )
-                continue
-            try:
-                Keyring().check(path)
-            except IntegrityError as error:
-                damage.append((str(error).rstrip("."), f"or {rebuild}"))
-                continue
-            return path, manifest
-    if damage:
-        raise CannotServe(*damage[0])
-    raise CannotServe(f"no bundle has an engine of {component}", f"{rebuild} --components {component}")
+        entry = _entry(component, manifest)
+        if entry is None:
+            continue
+        if compute is not None and entry.compute != compute:
+            part = component.subfolder
+            what = f"the engine of {component.name} computes in {entry.compute}, and the pipeline's {part} is {compute}"
+            fix = f"{rebuild} --dtype {part}={compute}, or render with --dtype {part}={entry.compute}"
+            misses.append((what, fix))
+            continue
+        wrong = check_files(path, manifest)
+        if wrong:
+            misses.append((f"bundle {path.name} is damaged: {wrong[0]}", f"overcrank engines rm it, then {rebuild}"))
+            continue
+        try:
+            Keyring().check(path)
+        except IntegrityError as error:
+            misses.append((str(error).rstrip("."), f"or {rebuild}"))
+            continue
+        return path, manifest, entry
+    if misses:
+        raise CannotServe(*misses[0])
+    why = _nearest_miss([component], [m for _, m in bundles])
+    raise CannotServe(
+        f"no bundle has an engine of {component.name}{f'; {why}' if why else ''}",
+        f"{rebuild} --components {component.name}",
+    )
+
+
+def compute_type(module: nn.Module) -> str:
+    """bf16, fp16 or fp32: the type that most of the module's weights have."""
+    import torch
+
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    ((dtype, _),) = sizes.most_common(1)
+    return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def activation_bytes(store: Store, variant: Variant) -> int:
     """The most that an engine of this network in the store takes for activations; 0 without one."""
     known = [m for _, m in store.list() if isinstance(m, Manifest) and m.family == variant.family]
-    entries = [entry for m in known if same_network(variant, m) for entry in m.components]
+    entries = [e for m in known for c in components(variant) if (e := _entry(c, m)) is not None]
     return max((entry.activation_bytes or 0 for entry in entries), default=0)
 
 
-def same_network(variant: Variant, manifest: Manifest) -> bool:
-    """Whether a bundle's configurations describe the same networks as the variant's."""
-    built = variant_from_manifest(manifest)
-    return all(
-        _plain(c.config) == _plain(b.config) for c, b in zip(components(variant), components(built), strict=True)
+def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> None:
+    """Raise UserError when a bundle that is named has no network of the variant's, with the field that differs."""
+    own = components(variant)
+    if manifest.family == variant.family and any(_entry(c, manifest) for c in own):
+        return
+    why = _nearest_miss(own, [manifest] if manifest.family == variant.family else [])
+    raise UserError(
+        f"--bundle {bundle} is of {manifest.model}, another network than {variant.name}{f': {why}' if why else ''}."
     )
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
 
 
 def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring: Keyring) -> None:
@@ -106,17 +169,18 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
     """
     from overcrank.engines.remote import Remote, fitting, pull, read_index
     from overcrank.engines.targets import precision_for, targets_for
+    from overcrank.engines.types import own_precision
 
     try:
         (card,) = targets_for(["auto"], "tensorrt_rtx")
-        wanted = precision_for(card, precision)
+        wanted = precision_for(card, precision, own_precision(variant))
         try:
             fitting_bundles([path for path, _ in store.list()], variant, card.name, wanted)
             return
         except CannotServe:
             pass
         remote = Remote(url)
-        listed = fitting(read_index(remote, ring, store), variant.name, card.name, wanted)
+        listed = fitting(read_index(remote, ring, store), variant.where, card.name, wanted)
         log.info("fetching %s from %s", listed.name, url)
         pull(remote, listed, store, ring, lambda name, there, size: None)
     except OvercrankError as error:

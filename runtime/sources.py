@@ -12,11 +12,11 @@ from overcrank.calibration.pack import read_pack
 from overcrank.calibration.recipe import IN_16_BIT, QUANTIZED, LayerFormat, Range, Recipe, read_recipe, recipe_of
 from overcrank.engines.build import RECIPE
 from overcrank.engines.cards import Card
-from overcrank.engines.manifest import ComponentEntry, Manifest, read_manifest
+from overcrank.engines.manifest import Manifest, read_manifest
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
 from overcrank.models.base import Component, Variant
-from overcrank.runtime.bundles import Bundle, bundle_of, same_network
+from overcrank.runtime.bundles import Bundle, bundle_of, compute_type, require_same_network
 from overcrank.runtime.measured import require_not_slower
 from overcrank.runtime.pack import kept_pack
 from overcrank.runtime.parameters import bound_parameters, compute_of, own_parameters, packed_parameters, parameters_of
@@ -51,11 +51,6 @@ class OfBundles:
     rebuild: str
     used: dict[str, str] = field(default_factory=dict)  # component → name of the bundle that runs it
 
-    def checked(self, component: Component) -> tuple[Path, Manifest, ComponentEntry]:
-        """The component in the first bundle that has it whole and signed as it must be; raises CannotServe."""
-        path, manifest = bundle_of(component.name, self.fitting, self.rebuild)
-        return path, manifest, manifest.component(component.name)
-
     def packs(
         self, path: Path, manifest: Manifest, component: Component, part: str, module: nn.Module
     ) -> Mapping[str, Tensor]:
@@ -82,7 +77,7 @@ class Engines(OfBundles):
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
         from overcrank.runtime.trt import TrtSession
 
-        path, manifest, entry = self.checked(component)
+        path, manifest, entry = bundle_of(component, self.fitting, self.rebuild, compute_type(module))
         if not self.slow:
             require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
         packs = self.packs(path, manifest, component, part, module)
@@ -99,7 +94,7 @@ class BundledGraphs(OfBundles):
         import onnx_ir as ir
         from overcrank.runtime.ort import OrtSession
 
-        path, manifest, entry = self.checked(component)
+        path, manifest, entry = bundle_of(component, self.fitting, self.rebuild)
         views = bound_parameters(module, component, parameters_of(entry))
         packs = self.packs(path, manifest, component, part, module)
         device = next(module.parameters()).device.type
@@ -114,8 +109,7 @@ def require_renderable(path: Path, variant: Variant, quantization: Quantization 
     Raises UserError when it is of another network or precision, or has its weights embedded.
     """
     manifest = read_manifest(path)
-    if manifest.family != variant.family or not same_network(variant, manifest):
-        raise UserError(f"--bundle {path.name} is of {manifest.model}, another network than {variant.name}.")
+    require_same_network(variant, manifest, path.name)
     if manifest.weights != "inputs":
         raise UserError(f"--bundle {path.name} has weights of its own; its graphs are not run in ONNX Runtime.")
     asked = quantization.precision if quantization else ""

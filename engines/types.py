@@ -1,0 +1,67 @@
+"""In which type each component of a bundle is built: that of its part of the pipeline."""
+
+from __future__ import annotations
+
+from overcrank.engines.targets import SIXTEEN_BIT, Target, sixteen_bit
+from overcrank.errors import TargetError
+from overcrank.models import components
+from overcrank.models.base import Component, Variant
+
+FP32 = "fp32"
+
+
+def own_precision(variant: Variant) -> str:
+    """The 16-bit type that the variant's denoiser is published for."""
+    return variant.dtype_of(components(variant)[0].subfolder)
+
+
+def compute_of(
+    component: Component, variant: Variant, target: Target, precision: str, dtypes: dict[str, str] | None = None
+) -> str:
+    """bf16, fp16 or fp32: the type of the component's graph.
+
+    It is that of the component's part of the pipeline, `dtypes` before the variant's own. A `precision` of 16 bit
+    that is not the denoiser's own moves the parts in 16 bit along. Raises TargetError for a part that was asked for
+    in a type that the target cannot multiply.
+    """
+    asked = (dtypes or {}).get(component.subfolder, "")
+    given = asked or variant.dtype_of(component.subfolder)
+    if given == FP32:
+        if target.fp32_products:
+            return FP32
+        if asked:
+            raise TargetError(
+                f"--dtype {component.subfolder}=fp32: TensorRT for RTX compiles no fp32 products for {target.name} "
+                f"({target.generation}); use --dtype {component.subfolder}={sixteen_bit(target)}."
+            )
+        given = sixteen_bit(target)
+    elif asked and given not in target.precisions:
+        raise TargetError(
+            f"--dtype {component.subfolder}={given}: {target.name} ({target.generation}) has no {given}; "
+            f"use {sixteen_bit(target)}."
+        )
+    if asked:
+        return given
+    usual = sixteen_bit(target, own_precision(variant) if own_precision(variant) in target.precisions else "auto")
+    sixteen = precision if precision in SIXTEEN_BIT else usual
+    moved = sixteen != usual or given not in target.precisions
+    return sixteen if moved or component.subfolder == components(variant)[0].subfolder else given
+
+
+def notes(variant: Variant, target: Target, precision: str, dtypes: dict[str, str] | None = None) -> list[str]:
+    """What to know before parts are built in fp32, or are not because the target cannot; one sentence each."""
+    said = {}
+    for component in components(variant):
+        part = component.subfolder
+        compute = compute_of(component, variant, target, precision, dtypes)
+        if compute == FP32:
+            said[part] = (
+                f"{variant.name}: {part} is built in fp32, as it is published; it takes twice the memory of 16 bit, "
+                f"which --dtype {part}={sixteen_bit(target)} saves (here and when rendering)."
+            )
+        elif variant.dtype_of(part) == FP32 and part not in (dtypes or {}):
+            said[part] = (
+                f"{variant.name}: {part} is published in fp32 and built in {compute} for {target.name}, for which "
+                f"TensorRT for RTX compiles no fp32 products; render with --dtype {part}={compute}."
+            )
+    return list(said.values())

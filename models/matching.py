@@ -1,0 +1,129 @@
+"""Which published variant a checkpoint or pipeline is, or follows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from overcrank.errors import ModelError
+from overcrank.models.base import Config, Variant
+from overcrank.models.network import as_class_sees, completed, network, unknown_fields
+from overcrank.models.registry import families, family, published
+
+log = logging.getLogger("overcrank")
+_warned: set[tuple[str, str]] = set()
+
+
+def variant_from_configs(
+    name: str, denoiser: str, configs: Mapping[str, Config], pipeline: str = "", sources: Iterable[str] = ()
+) -> Variant:
+    """The variant that a checkpoint's configurations describe; its denoiser is of class `denoiser`.
+
+    `pipeline` is the checkpoint's pipeline class, `sources` the folders or hub ids its parts were read from.
+    What configurations cannot tell (native shape, how it is rendered) comes from the published variant `like`:
+    the one that was published there, else the one most like it. Raises ModelError for a class of no family.
+    """
+    sources = tuple(sources)
+    for owner in families():
+        module = family(owner)
+        if denoiser not in module.DENOISER_CLASSES:
+            continue
+        alike = [v for v in _default_first(module) if denoiser in _classes(v).values()]
+        nearest = max(alike, key=lambda v: _likeness(v, configs, pipeline, (name, *sources)))
+        classes = _classes(nearest)
+        for part, cls in classes.items():
+            _warn_of_unknown(part, cls, configs.get(part, {}))
+        given = {
+            part: as_class_sees(classes[part], config) if part in classes else config
+            for part, config in configs.items()
+            if part in nearest.configs
+        }
+        made = replace(
+            nearest, like=nearest.name, where=nearest.name, configs={**completed_variant(nearest).configs, **given}
+        )
+        if same_networks(made, nearest) and published_at(nearest, (name, *sources)):
+            return made
+        where = nearest.name if same_networks(made, nearest) else next(iter(sources), name)
+        return replace(made, name=name, title=name, hub_id="", hub_file="", packaged="", where=where)
+    raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
+
+
+def variant_from_manifest(manifest: Any) -> Variant:
+    """The variant a bundle was built from: the published one it follows, with the bundle's configurations."""
+    known = published().get(manifest.like) or _default_first(family(manifest.family))[0]
+    return replace(
+        known,
+        name=manifest.model,
+        title=known.title if manifest.model == known.name else manifest.model,
+        configs=manifest.configs,
+        hub_id=manifest.hub_id,
+        like=known.name,
+    )
+
+
+def completed_variant(variant: Variant) -> Variant:
+    """The variant with configurations as the classes see them: every field, whatever the data leaves out."""
+    every = family(variant.family).components(variant)
+    name = variant.like or variant.name
+    return replace(completed(variant, every), like=name, where=variant.where or name)
+
+
+def same_networks(a: Variant, b: Variant) -> bool:
+    """Whether every component of both is one network."""
+    ours, theirs = ({c.name: (c.cls, network(c)) for c in family(v.family).components(v)} for v in (a, b))
+    return ours == theirs
+
+
+def _default_first(module: Any) -> list[Variant]:
+    return sorted(module.VARIANTS, key=lambda v: v.name != module.DEFAULT)
+
+
+def _classes(variant: Variant) -> dict[str, str]:
+    """Part of the pipeline → class, of the parts that components describe."""
+    every = family(variant.family).components(variant)
+    return {part: c.cls for c in every for part in (c.subfolder, *c.twins) if part in variant.configs}
+
+
+def _likeness(
+    variant: Variant, configs: Mapping[str, Config], pipeline: str, sources: tuple[str, ...]
+) -> tuple[bool, bool, bool, int, int, int]:
+    """(published there, the same networks, made for this pipeline, fields alike, of the scheduler too, set alike)."""
+    seen = [
+        (as_class_sees(cls, variant.configs[part]), as_class_sees(cls, configs[part]) if part in configs else {})
+        for part, cls in _classes(variant).items()
+    ]
+    known = {part for v in published().values() if v.family == variant.family for part in _classes(v)}
+    pairs = [(ours[f], given[f]) for ours, given in seen for f in ours if given]
+    scheduler = variant.configs.get("scheduler", {})
+    return (
+        published_at(variant, sources),
+        all(ours == given for ours, given in seen) and not (known & set(configs)) - set(_classes(variant)),
+        pipeline in variant.tasks.values(),
+        sum(a == b for a, b in pairs),
+        sum(configs.get("scheduler", {}).get(f) == v for f, v in scheduler.items()),
+        sum(bool(a) == bool(b) for a, b in pairs),
+    )
+
+
+def published_at(variant: Variant, sources: Iterable[str]) -> bool:
+    """Whether one of these names, folders or hub ids is where the variant is published, or is named after it."""
+    ids = {variant.name, variant.hub_id.lower(), variant.hub_id.rpartition("/")[2].lower()} - {""}
+    for source in sources:
+        words = source.lower().replace("\\", "/").rstrip("/").split("/")
+        cached = [w.removeprefix("models--").replace("--", "/") for w in words if w.startswith("models--")]
+        if ids & {source.lower(), words[-1], *cached}:
+            return True
+    return False
+
+
+def _warn_of_unknown(part: str, cls: str, config: Config) -> None:
+    """Once for each field; from_pretrained leaves them out too."""
+    for field in unknown_fields(cls, config):
+        if (cls, field) not in _warned:
+            _warned.add((cls, field))
+            log.warning(
+                "%s/config.json has the field '%s', which %s of the installed diffusers does not know; it is left out.",
+                part, field, cls.rpartition(".")[2],
+            )  # fmt: skip
