@@ -39,7 +39,7 @@ __all__ = [
 
 def families() -> tuple[str, ...]:
     names = (m.name for m in pkgutil.iter_modules(__path__))
-    return tuple(sorted(n for n in names if n not in ("base", "demo") and not n.startswith("_")))
+    return tuple(sorted(n for n in names if n not in ("base", "demo", "presets") and not n.startswith("_")))
 
 
 def family(name: str) -> Any:
@@ -131,7 +131,8 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
             continue
         nearest = _nearest(module, configs, pipeline)
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
-        return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
+        own = {"name": name, "title": name, "like": nearest.like or nearest.name}
+        return replace(nearest, **own, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
 

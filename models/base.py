@@ -133,7 +133,8 @@ class Rendering:
 
     `pipeline` is the diffusers class. `scheduler` is laid over the checkpoint's own scheduler configuration;
     a `_class_name` in it is the scheduler's class. `timesteps` (falling, of 1000) or `sigmas` (falling, of 1,
-    without the last 0) take the place of the scheduler's own spacing of `steps`. `guidance_2` is that of the
+    without the last 0) take the place of the scheduler's own spacing of `steps`; with both, the network is told
+    the one and the scheduler counts with the other. `guidance_2` is that of the
     low-noise expert of a model with two; `negative_prompt` None leaves it to the pipeline. `shape` and `fps`
     are the variant's unless they are given. `arguments` are further ones of the pipeline's call. `source` says
     where the publisher does so.
@@ -160,13 +161,43 @@ def renderings(tasks: Mapping[str, str], **alike: Any) -> dict[str, Rendering]:
 
 
 @dataclass(frozen=True)
+class PublishedLora:
+    """A LoRA on the hub: `file` of `repository`, merged into `part` of the pipeline times `strength`."""
+
+    part: str
+    repository: str
+    file: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published way to render a model in few steps.
+
+    `name` may stand for several, each for `variants` of its own. `tasks` are those it was published for, () being
+    all of the variant's. `changes` maps fields of `Rendering` to what they are here. `checkpoint` is the hub id of
+    the checkpoint that takes the place of the variant's own, where no LoRA makes one of the other. `source` says
+    where the publisher renders so.
+    """
+
+    name: str
+    title: str
+    variants: tuple[str, ...]
+    changes: Mapping[str, Any]
+    source: str
+    tasks: tuple[str, ...] = ()
+    loras: tuple[PublishedLora, ...] = ()
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
 class Variant:
     """One published checkpoint layout of a family.
 
     `renders` maps what the checkpoint can do to how that is done; `text_length` is 0 for a model without text.
     `configs["scheduler"]` is the scheduler configuration that the checkpoint carries. `dtypes` maps a part of the
     pipeline to its type on a card ("fp32", "fp16", "bf16"), "" standing for the parts that are not named.
-    `like` names the published variant that one of a user's own follows.
+    `like` names the published variant that one of a user's own follows, `preset` the preset that `renders` are of.
     """
 
     name: str
@@ -184,6 +215,7 @@ class Variant:
     hub_file: str = ""
     packaged: str = ""  # folder in this package that holds the checkpoint
     like: str = ""
+    preset: str = ""
 
     @property
     def tasks(self) -> dict[str, str]:
