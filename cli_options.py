@@ -126,7 +126,9 @@ def render_options(function: Any) -> Any:
             metavar="[PART=]FILE[:SCALE]",
             help="Merged into the weights, of one part (Wan 2.2: high=FILE, low=FILE) where it fits several; repeatable.",
         ),
-        click.option("--preset", default="", help="A published way to render in few steps: overcrank models show NAME."),
+        click.option(
+            "--preset", default="", help="A published way to render in few steps: overcrank models show NAME."
+        ),
         click.option(
             "--cache",
             default="off",

@@ -59,9 +59,7 @@ def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
     return made
 
 
-def _placed(
-    one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]
-) -> Contents:
+def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> Contents:
     """The contents under the part they are for."""
     said = said_by(one.file.name, experts)
     if one.part:

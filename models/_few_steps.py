@@ -76,11 +76,11 @@ WAN: tuple[Preset, ...] = (
         variants=("wan-2.2-ti2v-5b",),
         tasks=("text-to-video",),
         checkpoint="FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
-        # Told 1000, 757 and 522, the network is taken to have the nearest sigmas of a grid of 1000 at shift 8.
+        # The publisher looks their sigmas up in a grid of 1000 at shift 8: 0.75676 and 0.52174.
         changes={
             "steps": 3,
             "timesteps": (1000.0, 757.0, 522.0),
-            "sigmas": shifted(8, 1000, 280, 120),
+            "sigmas": (),
             "scheduler": {**_EULER, "stochastic_sampling": True},
             "guidance": 1.0,
             "guidance_rescale": 0.0,
@@ -131,7 +131,7 @@ LTX2: tuple[Preset, ...] = (
                 "audio_guidance_rescale": 0.0,
             },
         },
-        source="https://github.com/Lightricks/LTX-2: ltx_pipelines/utils/constants.py; the LoRA: diffusers, LTX-2",
+        source="https://github.com/Lightricks/LTX-2: utils/constants.py, dfr_pipeline.py; the LoRA: diffusers, LTX-2",
     ),
 )
 

@@ -133,8 +133,7 @@ class Rendering:
 
     `pipeline` is the diffusers class. `scheduler` is laid over the checkpoint's own scheduler configuration;
     a `_class_name` in it is the scheduler's class. `timesteps` (falling, of 1000) or `sigmas` (falling, of 1,
-    without the last 0) take the place of the scheduler's own spacing of `steps`; with both, the network is told
-    the one and the scheduler counts with the other. `guidance_2` is that of the
+    without the last 0) take the place of the scheduler's own spacing of `steps`. `guidance_2` is that of the
     low-noise expert of a model with two; `negative_prompt` None leaves it to the pipeline. `shape` and `fps`
     are the variant's unless they are given. `arguments` are further ones of the pipeline's call. `source` says
     where the publisher does so.
