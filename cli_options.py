@@ -124,7 +124,7 @@ def render_options(function: Any) -> Any:
             "loras",
             multiple=True,
             metavar="[PART=]FILE[:SCALE]",
-            help="Merged into the weights, of one part (Wan 2.2: high=FILE, low=FILE) where it fits several; repeatable.",
+            help="Merged into the weights; PART where it fits several (Wan 2.2: high, low); repeatable.",
         ),
         click.option(
             "--preset", default="", help="A published way to render in few steps: overcrank models show NAME."

@@ -83,7 +83,7 @@ def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, exp
         return contents  # of another model
     if len(said) != 1:
         raise UserError(
-            f"--lora {one.file}: {pipeline.__name__} has {len(fitting)} experts that it fits, and its name does not say "
+            f"--lora {one.file}: it fits {len(fitting)} experts of {pipeline.__name__}, and its name does not say "
             f"which it is for; write {_examples([one.file, one.file], experts)}, or one of the two."
         )
     return contents.moved(experts[said[0]])

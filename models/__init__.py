@@ -131,8 +131,8 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
             continue
         nearest = _nearest(module, configs, pipeline)
         filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
-        own = {"name": name, "title": name, "like": nearest.like or nearest.name}
-        return replace(nearest, **own, configs=filled, hub_id="", hub_file="", packaged="")
+        own = replace(nearest, name=name, title=name, like=nearest.like or nearest.name)
+        return replace(own, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
 

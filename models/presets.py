@@ -38,7 +38,7 @@ def with_preset(variant: Variant, name: str | None) -> tuple[Variant, Preset | N
     if others:
         raise RequestError(f"--preset {name} is for {', '.join(others)}; {has}.")
     known = dict.fromkeys(p.name for p in every_preset())
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise RequestError(f"--preset {name}: there is no such preset; {hint}{has}.")
 
@@ -47,8 +47,8 @@ def applied(variant: Variant, preset: Preset) -> Variant:
     """The variant with what the preset changes of each task's rendering; tasks it is not for are gone."""
     tasks = preset.tasks or tuple(variant.renders)
     renders = {task: _changed(r, preset) for task, r in variant.renders.items() if task in tasks}
-    own = {"hub_id": preset.checkpoint, "hub_file": ""} if preset.checkpoint else {}
-    return replace(variant, renders=renders, preset=preset.name, **own)
+    rendered = replace(variant, renders=renders, preset=preset.name)
+    return replace(rendered, hub_id=preset.checkpoint, hub_file="") if preset.checkpoint else rendered
 
 
 def fetched(preset: Preset) -> list[tuple[PublishedLora, Path]]:

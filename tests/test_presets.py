@@ -73,7 +73,10 @@ def test_each_expert_takes_two_steps() -> None:
 
 
 def test_diffusers_own_four_steps_are_not_these() -> None:
-    """Why the list is explicit: neither the checkpoint's solver nor Euler at the same shift spaces steps so."""
+    """Why the list is explicit: at the same shift Euler spaces steps otherwise, and the checkpoint's solver nearly so.
+
+    The solver also rounds the timesteps, and looks two steps back.
+    """
     import diffusers
     import numpy as np
 
@@ -83,8 +86,10 @@ def test_diffusers_own_four_steps_are_not_these() -> None:
     solver.set_timesteps(4)
     shifted_twice = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
     shifted_twice.set_timesteps(sigmas=SIGMAS["lightx2v-4step"][:-1])
-    for scheduler in (euler, solver, shifted_twice):
+    for scheduler in (euler, shifted_twice):
         assert not np.allclose(scheduler.sigmas.numpy(), SIGMAS["lightx2v-4step"], atol=1e-2)
+    assert solver.timesteps.tolist() == [999, 937, 833, 625]
+    assert solver.config.solver_order == 2
 
 
 def test_ltx2_lists_what_diffusers_lists() -> None:
