@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.lora import LoraFile, merge
 from overcrank.calibration.lora_parts import lora_of, read_loras
+from overcrank.calibration.pack import require_loras
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
 from overcrank.models import components, hook, hub_folder, local_folder, resolve
@@ -70,6 +71,8 @@ def load(
     hook(variant, "prepare")(pipe, variant)
     read = _merged(pipe, variant, files)
     if quantization is not None:
+        if quantization.pack is not None:
+            require_loras(quantization.pack, read)
         quantization = replace(quantization, source=_weights_of(folder, variant, read, Store(store)))
     moved = _placed(pipe, variant, torch.device(device), wanted, Store(store))
     accelerated = accelerate(
