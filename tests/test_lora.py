@@ -271,13 +271,17 @@ def test_halves_and_kinds_that_nothing_comes_of_are_named(module: Any, tmp_path:
             read_loras([lora_of(str(file))], LTXPipeline, {"transformer": module}, {})
 
 
-def test_a_pack_of_other_loras_is_refused(module: Any, tmp_path: Path, run: Any) -> None:
-    file, pack = lora_file(tmp_path / "l.safetensors", module), tmp_path / "pack"
-    store = ["--precision", "int8", "--activations", "16bit", "--store", tmp_path / "store", "--quiet"]
-    result = run("overcrank", "pack", "--model", "ltx-demo", *store, "--lora", f"transformer={file}", "-o", pack)
-    assert result.exit_code == 0, result.output
-    render = ["--prompt", "a red circle", "--steps", 1, "--backend", "eager", "--pack", pack, "-o", tmp_path / "r.mp4"]
-    assert run("overcrank", "render", *render, *store, "--lora", file).exit_code == 0
-    refused = run("overcrank", "render", *render, *store)
-    assert refused.exit_code == 2
-    assert "was packed with other LoRAs than this render merges (none); pack it again with them." in refused.output
+def test_a_pack_of_other_loras_is_refused(tmp_path: Path) -> None:
+    from overcrank.calibration.pack import require_loras
+
+    pack, merged = (
+        tmp_path / "pack",
+        [{"file": "l.safetensors", "sha256": "ab", "scale": 1.0, "parts": ["transformer"]}],
+    )
+    save_file({"x": torch.zeros(1)}, pack, {"loras": json.dumps([["ab", 1.0, ["transformer"]]])})
+    require_loras(pack, merged)
+    for others, said in (([], "none"), ([merged[0] | {"parts": ["transformer_2"]}], r"l\.safetensors")):
+        with pytest.raises(
+            UserError, match=rf"packed with other LoRAs than this render merges \({said}\); pack it again"
+        ):
+            require_loras(pack, others)
