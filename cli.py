@@ -245,7 +245,9 @@ def calibrate(**options: Any) -> None:
 @click.option(
     "--compute", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="Of the engine."
 )
-@click.option("--lora", "loras", multiple=True, help="FILE or FILE:SCALE, merged before packing; repeatable.")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="[PART=]FILE[:SCALE]", help="Merged before packing; repeatable."
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @store_option

@@ -119,7 +119,16 @@ def render_options(function: Any) -> Any:
         click.option(
             "--pack", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Made by overcrank pack."
         ),
-        click.option("--lora", "loras", multiple=True, help="FILE or FILE:SCALE, merged into the weights; repeatable."),
+        click.option(
+            "--lora",
+            "loras",
+            multiple=True,
+            metavar="[PART=]FILE[:SCALE]",
+            help="Merged into the weights; PART where it fits several (Wan 2.2: high, low); repeatable.",
+        ),
+        click.option(
+            "--preset", default="", help="A published way to render in few steps: overcrank models show NAME."
+        ),
         click.option(
             "--cache",
             default="off",

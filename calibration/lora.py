@@ -1,15 +1,19 @@
 """LoRA files merged into weights, tensor by tensor: W + scale · alpha / rank · B A (arXiv:2106.09685).
 
 diffusers turns the file's names into its own (`lora_state_dict` of the pipeline's class); the
-product is taken here, since a weight pack is made without the module.
+product is taken here, since a weight pack is made without the module. Distilled models come as
+LoRA files that also hold whole differences, of biases and norms: those are added as they are.
+Which part of the pipeline a file is for is settled in lora_parts.py.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,135 +22,271 @@ from overcrank.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_PAIR = re.compile(r"(?P<part>[^.]+)\.(?P<layer>.+?)\.(?:lora_|lora\.)(?P<half>A|B|down|up)(?:\.\w+)?\.weight")
+Parts = Mapping[str, "nn.Module"]
+Place = tuple[str, str]
+"""(part of the pipeline, layer or parameter)."""
+
+_HALF = re.compile(
+    r"(?P<part>[^.]+)\.(?P<layer>.+?)\.(?:lora_|lora\.)(?P<half>A|B|down|up)(?:\.\w+)?\.(?P<kind>weight|bias)"
+)
+_UNDERSTOOD = re.compile(r".*\.(?:lora_|lora\.)(?:A|B|down|up)(?:\.\w+)?\.(?:weight|bias)|.*\.alpha")
+_DIFFERENCE = re.compile(r"(?:(?:model\.)?diffusion_model|transformer|unet)\.(?P<name>.+)\.(?P<kind>diff|diff_b)")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as it is asked for.
+
+    `part` of the pipeline that it is for, "" where its names and the file's decide; `repository` on the hub that it
+    comes from, "" for a file of the user's own.
+    """
+
+    file: Path
+    scale: float = 1.0
+    part: str = ""
+    repository: str = ""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What a file adds: (part of the pipeline, layer) → A [r, in …], B [out, r …] and their factor."""
+    """What a file adds: (part of the pipeline, layer) → A [r, in …], B [out, r …] and their factor.
+
+    `differences` are added whole: (part, parameter) → a tensor of its shape.
+    """
 
     file: Path
     scale: float
-    pairs: Mapping[tuple[str, str], tuple[Tensor, Tensor, float]]
+    pairs: Mapping[Place, tuple[Tensor, Tensor, float]]
+    differences: Mapping[Place, Tensor] = field(default_factory=dict)
+    repository: str = ""
 
-    def delta(self, part: str, layer: str) -> Tensor | None:
-        """What is added to the layer's weight, fp32 [out, in × kernel]; None if nothing is."""
-        if (part, layer) not in self.pairs:
-            return None
-        a, b, factor = self.pairs[part, layer]
-        out: Tensor = b.float().flatten(1) @ a.float().flatten(1) * (factor * self.scale)
-        return out
+    @property
+    def parts(self) -> list[str]:
+        return sorted({part for part, _ in (*self.pairs, *self.differences)})
 
+    def parameters(self) -> Iterator[Place]:
+        """(part, parameter) of all that something is added to."""
+        yield from dict.fromkeys([*((p, f"{layer}.weight") for p, layer in self.pairs), *self.differences])
 
-def read_lora(argument: str, pipeline: type, parts: Mapping[str, nn.Module]) -> Lora:
-    """`argument`: FILE or FILE:SCALE, for a pipeline of class `pipeline` with these modules.
+    def delta(self, part: str, parameter: str) -> Tensor | None:
+        """What is added to a parameter, fp32, a weight's as [out, in × kernel]; None if nothing is."""
+        layer, _, kind = parameter.rpartition(".")
+        added: Tensor | None = None
+        if kind == "weight" and (part, layer) in self.pairs:
+            a, b, factor = self.pairs[part, layer]
+            added = b.float().flatten(1) @ a.float().flatten(1) * (factor * self.scale)
+        if (part, parameter) in self.differences:
+            whole = self.differences[part, parameter].float() * self.scale
+            added = whole if added is None else added + whole.reshape(added.shape)
+        return added
 
-    Raises UserError for a file that is missing or no LoRA, and CheckpointError for one of
-    another model, listing the keys that match nothing.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    def about(self) -> dict[str, Any]:
+        """What a sidecar says of it; reads the file for its SHA-256."""
+        from hashlib import sha256
 
-    file, scale = _parsed(argument)
-    reader: Any = getattr(pipeline, "lora_state_dict", None)
-    if reader is None:
-        raise UserError(f"--lora {file}: {pipeline.__name__} takes no LoRA.")
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora {file} cannot be read as safetensors: {error}.") from error
-    if any("dora_scale" in k or "magnitude_vector" in k for k in tensors):
-        raise UserError(f"--lora {file} is a DoRA, which cannot be merged here; merge it into the checkpoint first.")
-    alphas = {} if "return_alphas" not in inspect.signature(reader).parameters else {"return_alphas": True}
-    found = reader(dict(tensors), **alphas)
-    state, scales = found if isinstance(found, tuple) else (found, None)
-    return Lora(file, scale, _pairs(file, state, scales or {}, _adapter(file), parts))
+        digest = sha256(self.file.read_bytes()).hexdigest()
+        said = {"file": self.file.name, "sha256": digest, "scale": self.scale, "parts": self.parts}
+        return said | ({"repository": self.repository} if self.repository else {})
 
 
-def merge(loras: Sequence[Lora], parts: Mapping[str, nn.Module]) -> None:
+def merge(loras: Sequence[Lora], parts: Parts) -> None:
     """Add every LoRA to the weights of these modules, in place."""
     import torch
 
     with torch.no_grad():
         for lora in loras:
-            for part, layer in lora.pairs:
-                weight = parts[part].get_parameter(f"{layer}.weight")
-                added = lora.delta(part, layer)
+            for part, name in lora.parameters():
+                parameter = parts[part].get_parameter(name)
+                added = lora.delta(part, name)
                 assert added is not None
-                weight.add_(added.reshape(weight.shape).to(weight))
+                parameter.add_(added.reshape(parameter.shape).to(parameter))
 
 
-def _parsed(argument: str) -> tuple[Path, float]:
-    path, colon, scale = argument.rpartition(":")
+@dataclass
+class Contents:
+    """A file's content under the names diffusers has for its own part, `odd` being keys that nothing came of."""
+
+    pairs: dict[Place, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    differences: dict[Place, Tensor] = field(default_factory=dict)
+    odd: list[str] = field(default_factory=list)
+
+    def parts(self) -> list[str]:
+        return sorted({part for part, _ in (*self.pairs, *self.differences)})
+
+    def moved(self, part: str) -> Contents:
+        """The same of another part."""
+        pairs = {(part, name): value for (_, name), value in self.pairs.items()}
+        return Contents(pairs, {(part, name): value for (_, name), value in self.differences.items()}, self.odd)
+
+    def unmatched(self, parts: Parts) -> list[str]:
+        """Keys that fit no parameter of these modules."""
+        shapes = [(p, f"{n}.weight", _fits(a, b)) for (p, n), (a, b, _) in self.pairs.items()]
+        shapes += [(p, n, _alike(tensor)) for (p, n), tensor in self.differences.items()]
+        return self.odd + [f"{p}.{n}" for p, n, fits in shapes if not _found(parts, p, n, fits)]
+
+    def lora(self, asked: LoraFile) -> Lora:
+        return Lora(asked.file, asked.scale, self.pairs, self.differences, asked.repository)
+
+
+def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
+    """A LoRA file for a pipeline of class `pipeline` with these modules.
+
+    Raises UserError for a file that is no LoRA, or one of a kind that cannot be merged, and CheckpointError for one
+    whose names diffusers does not understand.
+    """
+    tensors, adapter = _loaded(file)
+    rest = {key: tensor for key, tensor in tensors.items() if not _DIFFERENCE.fullmatch(key)}
+    strange = [key for key in rest if not _UNDERSTOOD.fullmatch(key)]
+    if strange:
+        raise CheckpointError(
+            f"--lora {file} is for another model, or of a kind that is not merged here (LoHa, LoKr …): nothing here "
+            f"matches {listed(strange)}."
+        )
+    state, alphas = _named(file, pipeline, rest)
+    found = _paired(state, alphas, adapter, parts)
+    read, given = len(found.pairs) + len(found.odd), sum(".lora_A." in k or ".lora_down." in k for k in rest)
+    if read < given:
+        raise CheckpointError(f"--lora {file}: diffusers drops {given - read} of its {given} layers; it is not merged.")
+    own = next((p for p in ("transformer", "unet") if p in parts), "")
+    for key in tensors.keys() - rest.keys():
+        match = _DIFFERENCE.fullmatch(key)
+        assert match is not None
+        parameter = f"{match['name']}.{'bias' if match['kind'] == 'diff_b' else 'weight'}"
+        found.differences[own, _known(parameter, own, parts)] = tensors[key]
+    return found
+
+
+def listed(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def _loaded(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The file's tensors, and diffusers' own record of rank and alpha in its header."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
     try:
-        file, factor = (Path(path), float(scale)) if colon else (Path(argument), 1.0)
-    except ValueError:  # a colon of the path, as in C:\
-        file, factor = Path(argument), 1.0
-    if not file.expanduser().is_file():
-        raise UserError(f"--lora {argument}: {file} does not exist; give FILE or FILE:SCALE.")
-    return file.expanduser(), factor
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--lora {file} cannot be read as safetensors: {error}.") from error
+    if any("dora_scale" in k or "magnitude_vector" in k for k in tensors):
+        raise UserError(f"--lora {file} is a DoRA, which cannot be merged here; merge it into the checkpoint first.")
+    try:
+        adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        adapter = None
+    if not isinstance(adapter, dict):
+        raise UserError(f"--lora {file}: its lora_adapter_metadata is no JSON object; save the LoRA again.")
+    return tensors, adapter
 
 
-def _adapter(file: Path) -> dict[str, Any]:
-    """diffusers' own record of rank and alpha, in the file's header."""
-    import json
+def _named(file: Path, pipeline: type, rest: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
+    """The tensors under diffusers' names, and the alphas it does not multiply in."""
+    reader: Any = getattr(pipeline, "lora_state_dict", None)
+    if reader is None:
+        raise UserError(f"--lora {file}: {pipeline.__name__} takes no LoRA.")
+    if not rest:
+        return {}, {}
+    alphas = {} if "return_alphas" not in inspect.signature(reader).parameters else {"return_alphas": True}
+    try:
+        found = reader(dict(rest), **alphas)
+    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"--lora {file} is for another model: diffusers does not understand its names, such as "
+            f"{listed(sorted(rest)[:2])} ({type(error).__name__}: {str(error)[:160]})."
+        ) from error
+    state, scales = found if isinstance(found, tuple) else (found, None)
+    return state, scales or {}
 
-    from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata() or {}
-    known: dict[str, Any] = json.loads(header.get("lora_adapter_metadata", "{}"))
-    return known
-
-
-def _pairs(
-    file: Path,
-    state: Mapping[str, Tensor],
-    alphas: Mapping[str, float],
-    adapter: Mapping[str, Any],
-    parts: Mapping[str, nn.Module],
-) -> dict[tuple[str, str], tuple[Tensor, Tensor, float]]:
-    halves: dict[tuple[str, str], dict[str, Tensor]] = {}
-    unmatched = []
+def _paired(
+    state: Mapping[str, Tensor], alphas: Mapping[str, float], adapter: Mapping[str, Any], parts: Parts
+) -> Contents:
+    halves: dict[Place, dict[str, Tensor]] = {}
+    found = Contents()
     for key, tensor in state.items():
-        match = _PAIR.fullmatch(key)
-        place = (match["part"], match["layer"]) if match else None
-        if match is None or place is None or not _fits(parts, place):
-            if not key.endswith(".alpha"):
-                unmatched.append(key)
+        match = _HALF.fullmatch(key)
+        if match is None:
+            found.odd += [] if key.endswith(".alpha") else [key]
             continue
-        halves.setdefault(place, {})["A" if match["half"] in ("A", "down") else "B"] = tensor
-    whole = {place: (h["A"], h["B"]) for place, h in halves.items() if len(h) == 2}
-    unmatched += [f"{p}.{layer}" for (p, layer), (a, b) in whole.items() if not _shaped(parts, p, layer, a, b)]
-    if unmatched or not whole:
-        listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
-        raise CheckpointError(f"--lora {file} is for another model: nothing here matches {listed or 'it'}.")
-    return {
-        (part, layer): (a, b, _alpha(state, alphas, adapter, part, layer, a.shape[0]) / a.shape[0])
-        for (part, layer), (a, b) in whole.items()
-    }
+        half = "A" if match["half"] in ("A", "down") else "B"
+        halves.setdefault((match["part"], match["layer"]), {})[half + match["kind"]] = tensor
+    for (part, layer), own in halves.items():
+        if not {"Aweight", "Bweight"} <= own.keys():
+            found.odd += [f"{part}.{layer}.lora_{kind[0]}.{kind[1:]}" for kind in own]
+            continue
+        a, b = own["Aweight"], own["Bweight"]
+        factor = _factor(state, alphas, adapter, part, layer, a.shape[0])
+        name = _known(f"{layer}.weight", part, parts).removesuffix(".weight")
+        found.pairs[part, name] = (a, b, factor)
+        if "Bbias" in own:
+            found.differences[part, f"{name}.bias"] = own["Bbias"] * factor
+    return found
 
 
-def _fits(parts: Mapping[str, nn.Module], place: tuple[str, str]) -> bool:
-    part, layer = place
-    try:
-        return part in parts and parts[part].get_parameter(f"{layer}.weight") is not None
-    except AttributeError:
-        return False
-
-
-def _shaped(parts: Mapping[str, nn.Module], part: str, layer: str, a: Tensor, b: Tensor) -> bool:
-    shape = parts[part].get_parameter(f"{layer}.weight").shape
-    return tuple(a.shape[1:]) == tuple(shape[1:]) and b.shape[0] == shape[0]
-
-
-def _alpha(
+def _factor(
     state: Mapping[str, Any], alphas: Mapping[str, float], adapter: Mapping[str, Any], part: str, layer: str, rank: int
 ) -> float:
-    """alpha, wherever the file says it; else the rank, which makes the factor one."""
+    """alpha / rank, or by its root where the file says so; one where it says no alpha."""
     for key in (f"{part}.{layer}.alpha", f"{layer}.alpha"):
         for place in (state, alphas):
             if key in place:
-                return float(place[key])
-    given = adapter.get(f"{part}.alpha_pattern", {}).get(layer, adapter.get(f"{part}.lora_alpha", rank))
-    return float(given)
+                return float(place[key]) / rank
+    given = adapter.get(f"{part}.alpha_pattern", {}).get(layer, adapter.get(f"{part}.lora_alpha"))
+    if given is None:
+        return 1.0
+    return float(given) / (math.sqrt(rank) if adapter.get(f"{part}.use_rslora") else rank)
+
+
+# ── a file's names against a module's ────────────────────────────────────────────────
+
+
+def _known(parameter: str, part: str, parts: Parts) -> str:
+    """The module's name of a parameter that may go by its publisher's; as it is if it is neither."""
+    if part not in parts or _parameter(parts[part], parameter) is not None:
+        return parameter
+    renamed = _renamed(type(parts[part]).__name__, parameter)
+    bare = renamed.removesuffix(".weight")  # of a parameter that belongs to no layer
+    return bare if _parameter(parts[part], bare) is not None else renamed
+
+
+def _renamed(cls: str, parameter: str) -> str:
+    """What diffusers calls it when it reads a publisher's single file of that class."""
+    import torch
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    convert = SINGLE_FILE_LOADABLE_CLASSES.get(cls, {}).get("checkpoint_mapping_fn")
+    if convert is None:
+        return parameter
+    try:
+        names = list(convert(checkpoint={parameter: torch.empty(0)}, config={}))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+        return parameter  # it wants the whole file, or knows no such name
+    return str(names[0]) if len(names) == 1 else parameter
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        found: nn.Parameter = module.get_parameter(name)
+    except AttributeError:
+        return None
+    return found
+
+
+def _found(parts: Parts, part: str, name: str, fits: Callable[[nn.Parameter], bool]) -> bool:
+    parameter = _parameter(parts[part], name) if part in parts else None
+    return parameter is not None and fits(parameter)
+
+
+def _fits(a: Tensor, b: Tensor) -> Callable[[nn.Parameter], bool]:
+    def check(weight: nn.Parameter) -> bool:
+        shape = tuple(weight.shape)
+        return tuple(a.shape[1:]) == shape[1:] and b.shape[0] == shape[0] and b.shape[1] == a.shape[0]
+
+    return check
+
+
+def _alike(tensor: Tensor) -> Callable[[nn.Parameter], bool]:
+    return lambda parameter: tensor.shape == parameter.shape

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from overcrank.calibration.nodes import Packed
 from overcrank.calibration.numbers import packed_tensors
@@ -138,6 +138,25 @@ def read_pack(file: Path, part: str, component: str, layout: str, compute: str) 
             return {name.partition("/")[2]: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read as a weight pack: {error}; pack it again.") from error
+
+
+def require_loras(file: Path, merged: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError where the pack's layers were made with other LoRAs than those merged into the pipeline.
+
+    `merged`: what a sidecar says of them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            packed = json.loads((opened.metadata() or {}).get("loras", "[]"))
+    except (OSError, SafetensorError, ValueError):
+        return  # read_pack says what is wrong with it
+    if packed != [[x["sha256"], x["scale"], x["parts"]] for x in merged]:
+        names = ", ".join(str(x["file"]) for x in merged) or "none"
+        raise UserError(
+            f"--pack {file} was packed with other LoRAs than this render merges ({names}); pack it again with them."
+        )
 
 
 def _check(file: Path, about: Mapping[str, str], component: str, layout: str, compute: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from overcrank.engines.targets import TARGETS
 from overcrank.models import components, families, family, parameter_counts, resolve
-from overcrank.models.base import Variant
+from overcrank.models.base import Preset, Variant
+from overcrank.models.presets import applied, presets, schedule_of
 
 
 def variants() -> Iterator[Variant]:
@@ -35,6 +36,7 @@ def described(variant: Variant) -> dict[str, Any]:
         "checkpoint": variant.hub_id,
         "steps": variant.rendering().steps,
         "guidance": variant.rendering().guidance,
+        "presets": [preset.name for preset in presets(variant)],
     }
 
 
@@ -91,7 +93,21 @@ def print_model(name: str) -> None:
             console.print(f"    {tensor.name} [{', '.join(map(str, tensor.dims))}]", markup=False)
         if len(component.inputs) > 8:
             console.print(f"    and {len(component.inputs) - 8} more inputs")
+    for preset in presets(variant):
+        for line in _preset_lines(variant, preset):
+            console.print(line, markup=False)
     console.print(f"\nbuild-engine --model {row['name']} --gpu rtx4090", markup=False)
+
+
+def _preset_lines(variant: Variant, preset: Preset) -> list[str]:
+    """What `--preset NAME` does: its schedule, what it fetches, and where the publisher says so."""
+    rendered = applied(variant, preset)
+    lines = [f"--preset {preset.name}  {preset.title}: {', '.join(rendered.tasks)}"]
+    lines.append(f"    {schedule_of(rendered.rendering())}")
+    if preset.checkpoint:
+        lines.append(f"    in place of the checkpoint: {preset.checkpoint}")
+    lines += [f"    {x.part} + {x.strength:g} × {x.repository}: {x.file}" for x in preset.loras]
+    return [*lines, f"    {preset.source}"]
 
 
 def _billions(count: int) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
-from overcrank.models.base import Arguments, Media, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import Arguments, Media, Preset, Sizes, Tensor, Variant, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -219,6 +219,10 @@ def cache_levels(variant: Variant) -> dict[str, float]:
     return {"safe": 0.05, "fast": 0.1}
 
 
+PRESETS: tuple[Preset, ...] = ()
+"""Published ways to render in few steps."""
+PART_WORDS: Mapping[str, str] = {}
+"""What people call the parts of the pipeline that share one architecture, and write in the names of files."""
 guides_apart = False
 """Whether the pipelines call the denoiser once more for guidance, at each step in which it is on."""
 preview = None

@@ -160,6 +160,36 @@ def renderings(tasks: Mapping[str, str], **alike: Any) -> dict[str, Rendering]:
 
 
 @dataclass(frozen=True)
+class PublishedLora:
+    """A LoRA on the hub: `file` of `repository`, merged into `part` of the pipeline times `strength`."""
+
+    part: str
+    repository: str
+    file: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published way to render a model in few steps.
+
+    `name` may stand for several, each for `variants` of its own. `tasks` are those it was published for, () being
+    all of the variant's. `changes` maps fields of `Rendering` to what they are here. `checkpoint` is the hub id of
+    the checkpoint that takes the place of the variant's own, where no LoRA makes one of the other. `source` says
+    where the publisher renders so.
+    """
+
+    name: str
+    title: str
+    variants: tuple[str, ...]
+    changes: Mapping[str, Any]
+    source: str
+    tasks: tuple[str, ...] = ()
+    loras: tuple[PublishedLora, ...] = ()
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
 class Variant:
     """One published checkpoint layout of a family.
 
@@ -167,6 +197,7 @@ class Variant:
     `configs["scheduler"]` is the scheduler configuration that the checkpoint carries. `dtypes` maps a part of the
     pipeline to its type on a card ("fp32", "fp16", "bf16"), "" standing for the parts that are not named.
     `like` names the published variant that one of a user's own follows, and `where` is what `--model` calls it.
+    `like` names the published variant that one of a user's own follows, `preset` the preset that `renders` are of.
     """
 
     name: str
@@ -185,6 +216,7 @@ class Variant:
     packaged: str = ""  # folder in this package that holds the checkpoint
     like: str = ""
     where: str = ""
+    preset: str = ""
 
     @property
     def tasks(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from overcrank.models import _hunyuan_dit, _hunyuan_vae
+from overcrank.models import _few_steps, _hunyuan_dit, _hunyuan_vae
 from overcrank.models._common import product
 from overcrank.models.base import (
     Arguments,
@@ -28,6 +28,7 @@ from overcrank.models.base import (
 TITLE = "HunyuanVideo"
 DEFAULT = "hunyuan-video-13b"
 DENOISER_CLASSES = ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel")
+PRESETS = _few_steps.HUNYUAN_VIDEO
 TRACED_BLOCKS = 3
 
 # ── published checkpoints ────────────────────────────────────────────────────────────

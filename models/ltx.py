@@ -12,7 +12,7 @@ from functools import partial
 from math import lcm
 from typing import Any
 
-from overcrank.models import _ltx, _ltx_upsampler
+from overcrank.models import _few_steps, _ltx, _ltx_upsampler
 from overcrank.models import _ltx_configs as configs
 from overcrank.models.base import (
     Arguments,
@@ -35,6 +35,7 @@ TASKS = {
     "image-to-video": "LTXImageToVideoPipeline",
     "first-last-frame": "LTXConditionPipeline",
 }
+PRESETS = _few_steps.LTX
 TRACED_BLOCKS, TRACED_RESNETS = 3, 2  # depth of a traced chain (export/repeat.py)
 
 # ── published checkpoints ────────────────────────────────────────────────────────────

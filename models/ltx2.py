@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from overcrank.models import _ltx2, _video_vae
+from overcrank.models import _few_steps, _ltx2, _video_vae
 from overcrank.models._common import product, random_call, tensors_named
 from overcrank.models.base import (
     Arguments,
@@ -28,6 +28,7 @@ from overcrank.models.base import (
 TITLE = "LTX-2"
 DEFAULT = "ltx2-19b"
 DENOISER_CLASSES = ("LTX2VideoTransformer3DModel",)
+PRESETS = _few_steps.LTX2
 TRACED_BLOCKS, TEXT_LENGTH = 3, 1024
 
 # ── published checkpoints ────────────────────────────────────────────────────────────

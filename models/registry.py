@@ -19,7 +19,7 @@ from overcrank.errors import ModelError
 from overcrank.models.base import Component, Variant
 
 PACKAGE = "overcrank.models"
-NO_FAMILIES = ("base", "demo", "matching", "network", "registry", "hub")
+NO_FAMILIES = ("base", "demo", "hub", "matching", "network", "presets", "registry")
 
 
 @lru_cache

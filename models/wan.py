@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from overcrank.models import _clip, _wan_dit, _wan_vae
+from overcrank.models import _clip, _few_steps, _wan_dit, _wan_vae
 from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape, renderings
 
 TITLE = "Wan"
 DEFAULT = "wan-2.2-ti2v-5b"
 DENOISER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 guides_apart = True
+PRESETS = _few_steps.WAN
+PART_WORDS = {"high": "transformer", "low": "transformer_2"}  # experts of high and of low noise
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 

@@ -50,6 +50,8 @@ class Acceleration:
     def settings(self) -> dict[str, Any]:
         """What decides the frames beside model and request, of what is not the usual."""
         found: dict[str, Any] = {"loras": self.loras} if self.loras else {}
+        if self.variant.preset:
+            found["preset"] = self.variant.preset
         if self.quantization is not None:
             recipe = self.quantization.recipe
             found |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}

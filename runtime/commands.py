@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import RequestError
 from overcrank.models import packaged_model, resolve
 from overcrank.models.base import Variant
+from overcrank.models.presets import with_preset
 from overcrank.runtime.request import FORMATS, RenderRequest, read_jobs, request_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ REQUEST_OPTIONS = (
 def render_one(options: dict[str, Any]) -> int:
     """Exit status of `overcrank render`; everything about the request is checked before the model is loaded."""
     options["model"] = options["model"] or packaged_model()
-    variant = resolve(options["model"])
+    variant, _ = with_preset(resolve(options["model"]), options["preset"])
     stem, formats = _output(options["out"], options["formats"])
     values = {k: options[k] for k in REQUEST_OPTIONS if options[k] is not None}
     request = request_of({**values, "formats": formats, "output": stem.name}).completed(variant)
@@ -34,7 +35,7 @@ def render_one(options: dict[str, Any]) -> int:
 def render_batch(options: dict[str, Any]) -> int:
     """Exit status of `overcrank batch`: 0 when every job is done, else the worst failure's, 130 when cancelled."""
     options["model"] = options["model"] or packaged_model()
-    variant = resolve(options["model"])
+    variant, _ = with_preset(resolve(options["model"]), options["preset"])
     jobs = read_jobs(options["jobs"], variant)
     folder: Path = options["out"].expanduser().absolute()
     return _run(options, variant, [(r, folder / r.output) for r in jobs], again=options["again"], many=True)
@@ -110,6 +111,7 @@ def driver_of(options: dict[str, Any], variant: Variant, watcher: Watcher) -> Dr
         store=options["store"],
         quantization=options["quantization"],
         loras=options["loras"],
+        preset=options["preset"],
         vram=options["vram"],
         slow_engines=options["slow_engines"],
         pull=options["pull"] or "",

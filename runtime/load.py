@@ -13,11 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.calibration.lora import merge, read_lora
+from overcrank.calibration.lora import LoraFile, merge
+from overcrank.calibration.lora_parts import lora_of, read_loras
+from overcrank.calibration.pack import require_loras
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
 from overcrank.models import components, hook, hub_folder, local_folder, resolve
-from overcrank.models.base import Variant
+from overcrank.models.base import Preset, Variant
+from overcrank.models.presets import fetched, with_preset
 from overcrank.runtime.checkpoint import checkpoint_digest, require_calibrated_on
 from overcrank.runtime.memory import AUTO, parts_of, place, planned, vram_of
 
@@ -38,6 +41,7 @@ def load(
     store: Path | None = None,
     quantization: Quantization | None = None,
     loras: Sequence[str] = (),
+    preset: str = "",
     vram: str = AUTO,
     slow_engines: bool = False,
     pull: str = "",
@@ -46,7 +50,9 @@ def load(
 
     `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
     is a card, else cpu]; `dtype` [default: on a card bfloat16, or float16 where the card has
-    none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE.
+    none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline
+    PART=FILE:SCALE, the experts of Wan 2.2 being high and low. `preset`: a published way to render in few steps
+    (`overcrank models show`); its own LoRAs are merged before those.
     `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. Raises
     ModelError when the checkpoint cannot be found or read, CheckpointError for a LoRA of another model.
     """
@@ -54,15 +60,19 @@ def load(
     from overcrank.runtime.accelerate import accelerate
 
     wanted = vram_of(vram)
-    variant = resolve(model)
+    variant, chosen = with_preset(resolve(model), preset)
+    files = [lora_of(argument) for argument in loras]
+    files = _of_preset(chosen) + files
     folder = local_folder(model) or hub_folder(variant, whole=True)
     if quantization is not None:
         require_calibrated_on(folder, quantization.recipe, variant, Store(store))
     device = _usable_device(device)
     pipe = _read(folder, variant, dtype or _default_dtype(device))
     hook(variant, "prepare")(pipe, variant)
-    read = _merged(pipe, loras)
+    read = _merged(pipe, variant, files)
     if quantization is not None:
+        if quantization.pack is not None:
+            require_loras(quantization.pack, read)
         quantization = replace(quantization, source=_weights_of(folder, variant, read, Store(store)))
     moved = _placed(pipe, variant, torch.device(device), wanted, Store(store))
     accelerated = accelerate(
@@ -70,12 +80,15 @@ def load(
         bundle,
         backend=backend,
         store=store,
-        model=variant.name,
+        model=chosen.checkpoint if chosen and chosen.checkpoint else variant.name,
         quantization=quantization,
         slow_engines=slow_engines,
         pull=pull,
     )
     accelerated.overcrank.loras, accelerated.overcrank.moved = read, moved
+    if chosen is not None:
+        served = accelerated.overcrank.variant
+        accelerated.overcrank.variant = replace(served, renders=variant.renders, preset=variant.preset)
     return accelerated
 
 
@@ -114,12 +127,18 @@ def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int
     return plan.moved
 
 
-def _merged(pipe: Any, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Merge LoRA files, FILE or FILE:SCALE, into the pipeline's weights; returns what a sidecar says of them."""
+def _of_preset(preset: Preset | None) -> list[LoraFile]:
+    if preset is None:
+        return []
+    return [LoraFile(file, lora.strength, lora.part, lora.repository) for lora, file in fetched(preset)]
+
+
+def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
+    """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
     parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = [read_lora(argument, type(pipe), parts) for argument in arguments]
+    loras = read_loras(files, type(pipe), parts, hook(variant, "PART_WORDS"))
     merge(loras, parts)
-    return [{"file": x.file.name, "sha256": sha256(x.file.read_bytes()).hexdigest(), "scale": x.scale} for x in loras]
+    return [lora.about() for lora in loras]
 
 
 def _weights_of(folder: Path, variant: Variant, loras: Sequence[dict[str, Any]], store: Store) -> str:
@@ -128,7 +147,7 @@ def _weights_of(folder: Path, variant: Variant, loras: Sequence[dict[str, Any]],
         digest = checkpoint_digest(folder, components(variant), store)
     except CheckpointError:
         return ""
-    return sha256(json.dumps([digest, [[x["sha256"], x["scale"]] for x in loras]]).encode()).hexdigest()
+    return sha256(json.dumps([digest, [[x["sha256"], x["scale"], x["parts"]] for x in loras]]).encode()).hexdigest()
 
 
 def _usable_device(device: str | None) -> str:

@@ -11,7 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.calibration.lora import Lora, read_lora
+from overcrank.calibration.lora import Lora
+from overcrank.calibration.lora_parts import lora_of, read_loras
 from overcrank.calibration.pack import Part, write_pack
 from overcrank.calibration.quantize import layout_in, quantized
 from overcrank.calibration.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
@@ -19,7 +20,7 @@ from overcrank.engines.store import Store, store_errors, written_whole
 from overcrank.errors import UserError
 from overcrank.export.module import DTYPES, abstract_module
 from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
-from overcrank.models import components, hub_folder, local_folder, resolve
+from overcrank.models import components, hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.checkpoint import require_calibrated_on
 
@@ -49,7 +50,7 @@ def pack(
     require_calibrated_on(folder, recipe, variant, store)
     parts: list[Part] = []
     files: list[Path] = []
-    merged = _loras(variant, loras)
+    merged = _loras(variant, folder, loras)
     for component in components(variant):
         own = recipe_of(recipe, component, layers)
         for name in (component.subfolder, *component.twins):
@@ -66,7 +67,7 @@ def pack(
         "precision": layers.format,
         "recipe": recipe.digest() if recipe else "",
         "checkpoint": weights_digest(dict.fromkeys(files)),
-        "loras": json.dumps([[sha256(x.file.read_bytes()).hexdigest(), x.scale] for x in merged]),
+        "loras": json.dumps([[x.about()["sha256"], x.scale, x.parts] for x in merged]),
     }
     with written_whole(out) as partial, partial.open("wb") as stream:
         write_pack(stream, parts, about, progress)
@@ -90,7 +91,7 @@ def _part(
     def read(layer: str) -> Tensor:
         weight: Tensor = values(weights[layer].name)
         for lora in loras:
-            added = lora.delta(name, layer)
+            added = lora.delta(name, f"{layer}.weight")
             weight = weight if added is None else weight.float() + added.reshape(weight.shape)
         return weight
 
@@ -145,18 +146,20 @@ def _graph(component: Component, compute: str, store: Store) -> tuple[ir.Model, 
     return ir.load(graph.onnx), graph.parameters
 
 
-def _loras(variant: Variant, arguments: Sequence[str]) -> list[Lora]:
+def _loras(variant: Variant, folder: Path, arguments: Sequence[str]) -> list[Lora]:
     if not arguments:
         return []
     import diffusers
 
+    asked = [lora_of(argument) for argument in arguments]
     known: dict[str, Any] = {}
     for component in components(variant):
         if not component.attribute:
             module = abstract_module(component, component.config, "bf16")
-            known |= dict.fromkeys((component.subfolder, *component.twins), module)
+            there = [part for part in (component.subfolder, *component.twins) if (folder / part).is_dir()]
+            known |= dict.fromkeys(there, module)
     pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
-    return [read_lora(argument, pipeline, known) for argument in arguments]
+    return read_loras(asked, pipeline, known, hook(variant, "PART_WORDS"))
 
 
 def shown(out: Path, seconds: float) -> None:

@@ -69,7 +69,8 @@ class RenderRequest(BaseModel):
         if self.video is not None and (self.image is not None or self.last_image is not None):
             raise RequestError("video and image both condition the render; give one of them.")
         if self.task not in variant.tasks:
-            raise RequestError(f"{variant.name} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
+            what = variant.name + (f" with --preset {variant.preset}" if variant.preset else "")
+            raise RequestError(f"{what} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
         rendering = variant.rendering(self.task)
         native = rendering.shape or variant.native
         usual = {
