@@ -160,13 +160,33 @@ def renderings(tasks: Mapping[str, str], **alike: Any) -> dict[str, Rendering]:
 
 
 @dataclass(frozen=True)
+class Repository:
+    """A hub repository that a render's checkpoint, or a part of it, is fetched from.
+
+    `parts` are the parts of the pipeline taken from it; none are all that its model_index.json names. `top` is the
+    part whose files lie at the top of the repository, where parts usually have folders. `files` is the file variant
+    to take where a part has it ("fp16"), in place of the plain one. `former` are ids that lead to it: older
+    addresses, and other places of the same files.
+    """
+
+    id: str
+    revision: str = "main"
+    parts: tuple[str, ...] = ()
+    top: str = ""
+    files: str = ""
+    former: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Variant:
     """One published checkpoint layout of a family.
 
     `renders` maps what the checkpoint can do to how that is done; `text_length` is 0 for a model without text.
     `configs["scheduler"]` is the scheduler configuration that the checkpoint carries. `dtypes` maps a part of the
     pipeline to its type on a card ("fp32", "fp16", "bf16"), "" standing for the parts that are not named.
-    `like` names the published variant that one of a user's own follows.
+    `like` names the published variant that one of a user's own follows. `repositories` are those that a render
+    needs, the one that the variant is known by first; none are the one of `hub_id`. `hub_file` is the single file
+    of a checkpoint that is published in no other form.
     """
 
     name: str
@@ -182,6 +202,7 @@ class Variant:
     text_length: int = 128
     dtypes: Mapping[str, str] = field(default_factory=dict)
     hub_file: str = ""
+    repositories: tuple[Repository, ...] = ()
     packaged: str = ""  # folder in this package that holds the checkpoint
     like: str = ""
 
@@ -189,6 +210,11 @@ class Variant:
     def tasks(self) -> dict[str, str]:
         """Task → diffusers pipeline class."""
         return {task: rendering.pipeline for task, rendering in self.renders.items()}
+
+    @property
+    def sources(self) -> tuple[Repository, ...]:
+        """The repositories that a render needs."""
+        return self.repositories or ((Repository(self.hub_id),) if self.hub_id else ())
 
     def rendering(self, task: str = "") -> Rendering:
         """Of a task; of the first one without a name."""
