@@ -10,6 +10,7 @@ from typing import Any
 from overcrank.engines.targets import TARGETS
 from overcrank.models import components, families, family, parameter_counts, resolve
 from overcrank.models.base import Variant
+from overcrank.models.hub import published, size_of
 
 
 def variants() -> Iterator[Variant]:
@@ -73,7 +74,8 @@ def print_model(name: str) -> None:
     row, counts = described(variant), parameter_counts(variant)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{row['title']}[/bold] ({row['name']}, family {row['family']})")
-    console.print(f"checkpoint   {row['checkpoint'] or '(local)'}")
+    for line in _checkpoint(variant):
+        console.print(line, markup=False)
     console.print(
         f"native       {row['native']} at {row['fps']} fps, {row['steps']} steps, guidance {row['guidance']:g}"
     )
@@ -92,6 +94,24 @@ def print_model(name: str) -> None:
         if len(component.inputs) > 8:
             console.print(f"    and {len(component.inputs) - 8} more inputs")
     console.print(f"\nbuild-engine --model {row['name']} --gpu rtx4090", markup=False)
+
+
+def _checkpoint(variant: Variant) -> Iterator[str]:
+    """Where a render's checkpoint comes from, how large it is, and under which licence."""
+    if not variant.sources:
+        yield "checkpoint   (local)"
+        return
+    for i, source in enumerate(variant.sources):
+        revision = f", revision {source.revision}" if source.revision != "main" else ""
+        parts = f" ({', '.join(source.parts)})" if source.parts else ""
+        yield f"{'' if i else 'checkpoint':<13}{source.id}{revision}{parts}"
+    if variant.hub_file:
+        yield f"             {variant.hub_file} (one file: convert it first)"
+    about = published(variant)
+    size = f"{'about ' if about.get('about') else ''}{size_of(about['bytes'])}" if "bytes" in about else "size not known"
+    yield f"download     {size}" + (", gated: accept the licence and log in first" if about.get("gated") else "")
+    page = f"https://huggingface.co/{variant.sources[0].id}"
+    yield f"licence      {about['licence']}, {page}" if "licence" in about else f"licence      see {page}"
 
 
 def _billions(count: int) -> str:

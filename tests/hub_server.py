@@ -33,6 +33,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)  # METHOD path [range]
     sent: dict[str, int] = field(default_factory=dict)  # path in a repository → bytes sent
     url: str = ""
+    store: str = ""  # address of large files: another host, to the client
     stalled: threading.Event = field(default_factory=threading.Event)
 
     def fetched(self) -> set[str]:
@@ -130,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         if file.stat().st_size < LARGE:
             return self._send(file, body, about)
         about |= {"X-Linked-Etag": about["ETag"], "X-Linked-Size": str(file.stat().st_size)}
-        return self._redirect(302, f"{self.hub.url}/blob/{quote(str(file.relative_to(self.hub.root)))}", about)
+        return self._redirect(302, f"{self.hub.store}/blob/{quote(str(file.relative_to(self.hub.root)))}", about)
 
     def _send(self, file: Path, body: bool, headers: dict[str, str] | None = None) -> None:
         size, key = file.stat().st_size, str(file.relative_to(self.hub.root))
@@ -187,6 +188,7 @@ def serve(root: Path) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.store = hub.url.replace("127.0.0.1", "localhost")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
