@@ -108,7 +108,9 @@ def _checkpoint(variant: Variant) -> Iterator[str]:
     if variant.hub_file:
         yield f"             {variant.hub_file} (one file: convert it first)"
     about = published(variant)
-    size = f"{'about ' if about.get('about') else ''}{size_of(about['bytes'])}" if "bytes" in about else "size not known"
+    size = (
+        f"{'about ' if about.get('about') else ''}{size_of(about['bytes'])}" if "bytes" in about else "size not known"
+    )
     yield f"download     {size}" + (", gated: accept the licence and log in first" if about.get("gated") else "")
     page = f"https://huggingface.co/{variant.sources[0].id}"
     yield f"licence      {about['licence']}, {page}" if "licence" in about else f"licence      see {page}"

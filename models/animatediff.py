@@ -15,7 +15,17 @@ from typing import Any
 from overcrank.errors import ModelError, RequestError
 from overcrank.models import _freenoise, _kl_vae, _unet
 from overcrank.models._hub_files import weight_names
-from overcrank.models.base import Arguments, Component, Config, Media, Repository, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repository,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 from overcrank.models.hub import read_json
 
 TITLE = "AnimateDiff"
@@ -70,9 +80,7 @@ VARIANTS: tuple[Variant, ...] = (
         family="animatediff",
         title="AnimateDiff SD 1.5, motion module v1.5.3",
         hub_id="guoyww/animatediff-motion-adapter-v1-5-3",
-        repositories=_repositories(
-            "guoyww/animatediff-motion-adapter-v1-5-3", "SG161222/Realistic_Vision_V5.1_noVAE"
-        ),
+        repositories=_repositories("guoyww/animatediff-motion-adapter-v1-5-3", "SG161222/Realistic_Vision_V5.1_noVAE"),
         configs={"unet": _SD15, "vae": _kl_vae.SD, "scheduler": _DDIM},
         native=VideoShape(512, 512, 16),
         minimum=VideoShape(256, 256, 8),

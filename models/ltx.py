@@ -86,7 +86,13 @@ _098D = f"{_REPO}-0.9.8-13B-distilled"
 VARIANTS: tuple[Variant, ...] = (
     _variant("ltx-2b-0.9.0", _REPO, configs.DIT_2B, configs.VAE_090, configs.SHIFTED, 3.0, 40),
     _variant(
-        "ltx-2b-0.9.1", _091, configs.DIT_2B, configs.VAE_091, configs.SHIFTED, 3.0, 40,
+        "ltx-2b-0.9.1",
+        _091,
+        configs.DIT_2B,
+        configs.VAE_091,
+        configs.SHIFTED,
+        3.0,
+        40,
         repositories=(Repository(_091, former=("Lightricks/LTX-Video-0.9.1",)),),
     ),  # fmt: skip
     _variant("ltx-2b-0.9.5", f"{_REPO}-0.9.5", configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),

@@ -33,9 +33,7 @@ VARIANTS: tuple[Variant, ...] = (
         title="ModelScope 1.7B",
         hub_id="ali-vilab/text-to-video-ms-1.7b",
         repositories=(
-            Repository(
-                "ali-vilab/text-to-video-ms-1.7b", files="fp16", former=("damo-vilab/text-to-video-ms-1.7b",)
-            ),
+            Repository("ali-vilab/text-to-video-ms-1.7b", files="fp16", former=("damo-vilab/text-to-video-ms-1.7b",)),
         ),
         configs={"unet": _UNET, "vae": _kl_vae.SD, "scheduler": {"_class_name": "DDIMScheduler"}},
         native=VideoShape(256, 256, 16),

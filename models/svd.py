@@ -8,7 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from overcrank.models import _clip, _kl_vae, _unet
-from overcrank.models.base import Arguments, Component, Config, Media, Repository, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repository,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 TITLE = "Stable Video Diffusion"
 DEFAULT = "svd-xt-1.1"

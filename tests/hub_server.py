@@ -68,7 +68,11 @@ def commit_of(folder: Path) -> str:
 def tag_of(file: Path) -> str:
     """SHA-256 of a large file, git's hash of another."""
     data = file.read_bytes()
-    return hashlib.sha256(data).hexdigest() if len(data) >= LARGE else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return (
+        hashlib.sha256(data).hexdigest()
+        if len(data) >= LARGE
+        else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    )
 
 
 def described(folder: Path) -> list[dict[str, Any]]:

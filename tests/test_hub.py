@@ -219,7 +219,9 @@ def test_a_disk_that_is_too_small(hub: hub_server.Hub, tmp_path: Path) -> None:
     """Its size is told by a stand-in: a disk that is really full would be everybody's here."""
     wan(hub.root)
     words, own = command(hub, tmp_path, "wan-2.2-t2v-a14b")
-    small = "import shutil\nfrom types import SimpleNamespace\nshutil.disk_usage = lambda f: SimpleNamespace(free=10**6)\n"
+    small = (
+        "import shutil\nfrom types import SimpleNamespace\nshutil.disk_usage = lambda f: SimpleNamespace(free=10**6)\n"
+    )
     words[2] = small + FETCH
     done = subprocess.run(words, env=own, capture_output=True, text=True, check=False, timeout=120)
     refused(done, "needs 3.0 MB more in", str(tmp_path / "hf"), "where 1.0 MB are free")
