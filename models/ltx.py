@@ -94,7 +94,7 @@ VARIANTS: tuple[Variant, ...] = (
         3.0,
         40,
         repositories=(Repository(_091, former=("Lightricks/LTX-Video-0.9.1",)),),
-    ),  # fmt: skip
+    ),
     _variant("ltx-2b-0.9.5", f"{_REPO}-0.9.5", configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
     _variant("ltx-2b-0.9.6-dev", _096, configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
     _variant("ltx-2b-0.9.6-distilled", _096D, configs.DIT_2B, configs.VAE_095, configs.STOCHASTIC, 1.0, 8),

@@ -83,7 +83,7 @@ def load(
 
 
 def checkpoint_folder(model: str, variant: Variant, store: Path | None, quiet: bool = False) -> Path:
-    """The diffusers folder that `model` names, or that of the variant, downloaded where it is not in the hub's cache."""
+    """The diffusers folder that `model` names, or the variant's, downloaded where the hub's cache lacks it."""
     from overcrank.runtime.show import downloading
 
     own = local_folder(model)
