@@ -278,7 +278,8 @@ def _without(source: Repository) -> str:
     """What works with no download at all."""
     from overcrank.models import closest_family
 
-    return f"To build engines, --model {closest_family(source.id)} needs no download; to render the demo, leave --model out."
+    family = closest_family(source.id)
+    return f"To build engines, --model {family} needs no download; to render the demo, leave --model out."
 
 
 def _said(error: Exception, source: Repository, file: str) -> ModelError | StoreError:
