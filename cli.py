@@ -127,7 +127,7 @@ def _requests(options: dict[str, Any]) -> list[Any]:
         maximum=bounds["max"],
         static=options["static"],
     )
-    checkpoint = _checkpoint(options["model"], variant) if options["weights"] == "embedded" else None
+    checkpoint = _checkpoint(options, variant) if options["weights"] == "embedded" else None
     return [
         Request(
             variant,
@@ -145,11 +145,14 @@ def _requests(options: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _checkpoint(model: str, variant: Any) -> Path:
+def _checkpoint(options: dict[str, Any], variant: Any) -> Path:
     """The diffusers folder whose weights are embedded: the one named or packaged, or the hub's copy."""
+    from overcrank.engines.store import Store
     from overcrank.models import hub_folder, local_folder
+    from overcrank.runtime.show import downloading
 
-    return local_folder(model) or hub_folder(variant)
+    watch = partial(downloading, quiet=options["quiet"] or options["as_json"])
+    return local_folder(options["model"]) or hub_folder(variant, home=Store(options["store"]).root, watch=watch)
 
 
 @click.group(cls=Group)

@@ -10,6 +10,7 @@ from typing import Any
 from overcrank.engines.targets import TARGETS
 from overcrank.models import components, families, family, parameter_counts, resolve
 from overcrank.models.base import Preset, Variant
+from overcrank.models.hub import published, size_of
 from overcrank.models.presets import applied, presets, schedule_of
 
 
@@ -75,7 +76,8 @@ def print_model(name: str) -> None:
     row, counts = described(variant), parameter_counts(variant)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{row['title']}[/bold] ({row['name']}, family {row['family']})")
-    console.print(f"checkpoint   {row['checkpoint'] or '(local)'}")
+    for line in _checkpoint(variant):
+        console.print(line, markup=False)
     console.print(
         f"native       {row['native']} at {row['fps']} fps, {row['steps']} steps, guidance {row['guidance']:g}"
     )
@@ -108,6 +110,26 @@ def _preset_lines(variant: Variant, preset: Preset) -> list[str]:
         lines.append(f"    in place of the checkpoint: {preset.checkpoint}")
     lines += [f"    {x.part} + {x.strength:g} × {x.repository}: {x.file}" for x in preset.loras]
     return [*lines, f"    {preset.source}"]
+
+
+def _checkpoint(variant: Variant) -> Iterator[str]:
+    """Where a render's checkpoint comes from, how large it is, and under which licence."""
+    if not variant.sources:
+        yield "checkpoint   (local)"
+        return
+    for i, source in enumerate(variant.sources):
+        revision = f", revision {source.revision}" if source.revision != "main" else ""
+        parts = f" ({', '.join(source.parts)})" if source.parts else ""
+        yield f"{'' if i else 'checkpoint':<13}{source.id}{revision}{parts}"
+    if variant.hub_file:
+        yield f"             {variant.hub_file} (one file: convert it first)"
+    about = published(variant)
+    size = (
+        f"{'about ' if about.get('about') else ''}{size_of(about['bytes'])}" if "bytes" in about else "size not known"
+    )
+    yield f"download     {size}" + (", gated: accept the licence and log in first" if about.get("gated") else "")
+    page = f"https://huggingface.co/{variant.sources[0].id}"
+    yield f"licence      {about['licence']}, {page}" if "licence" in about else f"licence      see {page}"
 
 
 def _billions(count: int) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from overcrank.errors import ModelError, ShapeError
-from overcrank.models.base import Config, Variant, VideoShape
+from overcrank.models._hub_files import INDEX
+from overcrank.models.base import Config, Repository, Variant, VideoShape
+from overcrank.models.hub import hub_folder, hub_json, read_json
 from overcrank.models.matching import completed_variant, variant_from_configs, variant_from_manifest
 from overcrank.models.registry import components, families, family, hook, main_part, published
 
 __all__ = [
     "check_shape",
+    "closest_family",
     "components",
     "families",
     "family",
@@ -66,14 +69,23 @@ def resolve(model: str) -> Variant:
     path = Path(model).expanduser()
     if path.exists():
         return _from_folder(path)
-    by_hub = [v for v in known.values() if v.hub_id == model and not v.hub_file]
-    if by_hub:
-        return completed_variant(by_hub[0])
+    by_hub = _known_repository(model, known)
+    if by_hub is not None:
+        return completed_variant(by_hub)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_hub(model)
     close = difflib.get_close_matches(model, [*names, *known], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}."
     raise ModelError(f"Unknown model '{model}' (not a family, a variant, a folder or a hub id like owner/name): {hint}")
+
+
+def _known_repository(model: str, known: Mapping[str, Variant]) -> Variant | None:
+    """The published variant of a hub id; ids that differ only in case, and former ones, are the same model's."""
+    for variant in known.values():
+        source = variant.sources[0] if variant.sources and not variant.hub_file else None
+        if source is not None and model.lower() in (name.lower() for name in (source.id, *source.former)):
+            return variant
+    return None
 
 
 def _from_folder(path: Path) -> Variant:
@@ -86,9 +98,9 @@ def _from_folder(path: Path) -> Variant:
             f"{path} is not a diffusers checkpoint: it has no model_index.json. Save one with "
             f"pipe.save_pretrained(folder), or name a family: --model ltx needs no files."
         )
-    index = _read_json(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     configs = {
-        sub.name: _read_json(file)
+        sub.name: read_json(file)
         for sub in sorted(path.iterdir())
         for file in (sub / "config.json", sub / "scheduler_config.json")
         if file.is_file()
@@ -111,22 +123,14 @@ def _main_part(index: Config) -> str | None:
     return main_part({part: str(entry[1]) for part, entry in index.items() if isinstance(entry, list)})
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds no JSON object.")
-    return content
-
-
 def _from_hub(hub_id: str) -> Variant:
     """Only the configuration files are fetched, from the local hub cache or the network."""
-    index = _read_json(Path(_fetched(hub_id, "model_index.json")))
-    parts = [p for p in (_main_part(index), "vae") if p is not None and p in index]
-    configs = {p: _read_json(Path(_fetched(hub_id, f"{p}/config.json"))) for p in parts}
-    return _from_index(hub_id.split("/")[1], hub_id, index, configs)
+    source = Repository(hub_id)
+    index = hub_json(source, INDEX)
+    engines = {part for variant in published().values() for part in variant.configs if part != "scheduler"}
+    parts = [p for p, entry in index.items() if p in engines and isinstance(entry, list) and entry[0]]
+    configs = {p: hub_json(source, f"{p}/config.json") for p in parts}
+    return replace(_from_index(hub_id.split("/")[1], hub_id, index, configs), hub_id=hub_id)
 
 
 def packaged_model() -> str:
@@ -143,58 +147,8 @@ def local_folder(model: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def hub_folder(variant: Variant, whole: bool = False) -> Path:
-    """The variant's checkpoint as a diffusers folder, from the hub cache or the network.
-
-    Holds the folders of the components, or with `whole` all a pipeline needs.
-    """
-    if variant.hub_file:
-        raise ModelError(
-            f"{variant.name} is published as one file ({variant.hub_id}: {variant.hub_file}); convert it with "
-            f"diffusers (from_single_file, save_pretrained) and give the folder as --model."
-        )
-    try:
-        _fetched(variant.hub_id, "model_index.json")
-    except ModelError as error:
-        if not whole:
-            raise
-        raise ModelError(
-            f"The checkpoint of {variant.name} ('{variant.hub_id}') is not in the local hub cache and cannot be "
-            f"fetched; give its diffusers folder as --model, or leave --model out to render the demo."
-        ) from error
-    from huggingface_hub import snapshot_download
-
-    folders = sorted({c.subfolder for c in components(variant)})
-    if whole:
-        folders += ["text_encoder*", "tokenizer*", "image_encoder", "feature_extractor", "scheduler"]
-    return Path(snapshot_download(variant.hub_id, allow_patterns=["*.json", *(f"{f}/*" for f in folders)]))
-
-
-def _fetched(hub_id: str, file: str) -> str:
-    """Path of a hub file; the network is tried once, not for half a minute."""
-    import os
-    import socket
-    from urllib.parse import urlsplit
-
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(hub_id, file)
-    if isinstance(cached, str):
-        return cached
-    try:
-        if os.environ.get("HF_HUB_OFFLINE"):
-            raise OSError("HF_HUB_OFFLINE is set")
-        host = urlsplit(constants.ENDPOINT)
-        socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
-        return str(hf_hub_download(hub_id, file))
-    except Exception as error:
-        raise ModelError(
-            f"'{hub_id}' is not in the local hub cache and cannot be fetched ({error}). The architecture alone "
-            f"suffices for engines with weights as inputs: --model {_closest_family(hub_id)} needs no download."
-        ) from error
-
-
-def _closest_family(text: str) -> str:
+def closest_family(text: str) -> str:
+    """The family whose name is in the text, for advice."""
     names = families()
     hits = [n for n in names if n.replace("_", "") in text.lower().replace("-", "").replace("_", "")]
     return hits[0] if hits else names[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
@@ -192,6 +193,10 @@ def encode(pipe: Any, variant: Variant, prompt: str, negative_prompt: str, guide
 
 def prepare(pipe: Any, variant: Variant) -> None:
     """Called once when a checkpoint is loaded."""
+
+
+def join(folder: Path) -> None:
+    """Called when a checkpoint was put together of several repositories: a folder of links to their parts."""
 
 
 def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:

@@ -7,12 +7,26 @@ of their own. Paper: arXiv:2307.04725.
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from overcrank.errors import RequestError
+from overcrank.errors import ModelError, RequestError
 from overcrank.models import _freenoise, _kl_vae, _unet
-from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape, renderings
+from overcrank.models._hub_files import weight_names
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repository,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
+from overcrank.models.hub import read_json
 
 TITLE = "AnimateDiff"
 DEFAULT = "animatediff-sd15-v1.5.3"
@@ -47,6 +61,17 @@ _SDXL: Config = _SD15 | {
     "motion_max_seq_length": 32,
 }
 _DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "clip_sample": False}
+# The motion adapter's files lie at the top of its repository; the image model is the one of diffusers' documentation.
+_IMAGE_MODEL = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+
+def _repositories(adapter: str, image_model: str, *more: str, files: str = "") -> tuple[Repository, ...]:
+    return (
+        Repository(adapter, parts=("motion_adapter",), top="motion_adapter"),
+        Repository(image_model, parts=(*_IMAGE_MODEL, *more), files=files),
+    )
+
+
 _TASKS = {"text-to-video": "AnimateDiffPipeline", "video-to-video": "AnimateDiffVideoToVideoPipeline"}
 
 VARIANTS: tuple[Variant, ...] = (
@@ -55,6 +80,7 @@ VARIANTS: tuple[Variant, ...] = (
         family="animatediff",
         title="AnimateDiff SD 1.5, motion module v1.5.3",
         hub_id="guoyww/animatediff-motion-adapter-v1-5-3",
+        repositories=_repositories("guoyww/animatediff-motion-adapter-v1-5-3", "SG161222/Realistic_Vision_V5.1_noVAE"),
         configs={"unet": _SD15, "vae": _kl_vae.SD, "scheduler": _DDIM},
         native=VideoShape(512, 512, 16),
         minimum=VideoShape(256, 256, 8),
@@ -68,6 +94,12 @@ VARIANTS: tuple[Variant, ...] = (
         family="animatediff",
         title="AnimateDiff SDXL beta",
         hub_id="guoyww/animatediff-motion-adapter-sdxl-beta",
+        repositories=_repositories(
+            "guoyww/animatediff-motion-adapter-sdxl-beta",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            *("text_encoder_2", "tokenizer_2"),
+            files="fp16",
+        ),
         configs={
             "unet": _SDXL,
             "vae": _kl_vae.SD | {"scaling_factor": 0.13025, "sample_size": 1024},
@@ -118,3 +150,72 @@ def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Argumen
     if not media.video:
         return arguments
     return arguments | {"video": list(media.video), "strength": media.strength}
+
+
+# ── motion adapter and image model, joined ───────────────────────────────────────────
+
+
+def join(folder: Path) -> None:
+    """Make `unet` the UNet with the motion module in it: a configuration, and an index over both repositories' files.
+
+    As diffusers' UNetMotionModel.from_unet2d does, whose tensors are those of both under the same names. Raises
+    ModelError for a part that has no safetensors.
+    """
+    image, motion = (folder / part for part in ("unet", "motion_adapter"))
+    config = _with_motion(*(read_json(f / "config.json") for f in (image, motion)))
+    files = [(f"{part.name}-{file.name}", file) for part in (image, motion) for file in _weights_in(part.resolve())]
+    image.unlink()
+    image.mkdir()
+    weights: dict[str, str] = {}
+    for name, file in files:
+        (image / name).symlink_to(file)
+        weights |= dict.fromkeys(_tensors_of(file), name)
+    index = {"metadata": {"total_size": sum(f.stat().st_size for _, f in files)}, "weight_map": weights}
+    (image / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    (image / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
+
+
+_SHARED = (  # fields that both kinds of UNet have
+    *("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "downsample_padding"),
+    *("mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps", "cross_attention_dim"),
+    *("transformer_layers_per_block", "reverse_transformer_layers_per_block", "use_linear_projection"),
+    *("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type", "addition_time_embed_dim"),
+    *("projection_class_embeddings_input_dim", "time_cond_proj_dim"),
+)
+
+
+def _with_motion(image: Config, motion: Config) -> Config:
+    """Configuration of the UNet with the motion module."""
+    made = {k: v for k, v in image.items() if k in _SHARED} | {"_class_name": DENOISER_CLASSES[0]}
+    for side in ("down", "up"):
+        cross = ["CrossAttn" * ("CrossAttn" in kind) for kind in image[f"{side}_block_types"]]
+        made[f"{side}_block_types"] = [f"{prefix}{side.title()}BlockMotion" for prefix in cross]
+    made["num_attention_heads"] = image.get("num_attention_heads") or image.get("attention_head_dim", 8)
+    made["layers_per_block"] = motion["motion_layers_per_block"]
+    for where in ("block", "mid_block"):
+        made[f"temporal_transformer_layers_per_{where}"] = motion.get(f"motion_transformer_layers_per_{where}", 1)
+    kept = ("motion_num_attention_heads", "motion_max_seq_length", "use_motion_mid_block")
+    return made | {key: motion[key] for key in kept}
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    here = {f.name for f in folder.iterdir()}
+
+    def read(name: str) -> Config:
+        return read_json(folder / name)
+
+    names = weight_names(here, "", read) or weight_names(here, "fp16", read)
+    files = [folder / n for n in names if n.endswith(".safetensors")]
+    if not files:
+        raise ModelError(
+            f"{folder} has no .safetensors file: motion adapter and image model are joined of those alone; convert it "
+            f"with diffusers (save_pretrained), and give the folder of the whole pipeline as --model."
+        )
+    return files
+
+
+def _tensors_of(file: Path) -> list[str]:
+    """Names of a safetensors file's tensors: its header is their description in JSON."""
+    with file.open("rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return [name for name in header if name != "__metadata__"]

@@ -190,14 +190,34 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Repository:
+    """A hub repository that a render's checkpoint, or a part of it, is fetched from.
+
+    `parts` are the parts of the pipeline taken from it; none are all that its model_index.json names. `top` is the
+    part whose files lie at the top of the repository, where parts usually have folders. `files` is the file variant
+    to take where a part has it ("fp16"), in place of the plain one. `former` are ids that lead to it: older
+    addresses, and other places of the same files.
+    """
+
+    id: str
+    revision: str = "main"
+    parts: tuple[str, ...] = ()
+    top: str = ""
+    files: str = ""
+    former: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Variant:
     """One published checkpoint layout of a family.
 
     `renders` maps what the checkpoint can do to how that is done; `text_length` is 0 for a model without text.
     `configs["scheduler"]` is the scheduler configuration that the checkpoint carries. `dtypes` maps a part of the
     pipeline to its type on a card ("fp32", "fp16", "bf16"), "" standing for the parts that are not named.
-    `like` names the published variant that one of a user's own follows, and `where` is what `--model` calls it.
-    `like` names the published variant that one of a user's own follows, `preset` the preset that `renders` are of.
+    `like` names the published variant that one of a user's own follows, `where` is what `--model` calls it, and
+    `preset` names the preset that `renders` are of. `repositories` are those that a render needs, the one that the
+    variant is known by first; none are the one of `hub_id`. `hub_file` is the single file of a checkpoint that is
+    published in no other form.
     """
 
     name: str
@@ -213,6 +233,7 @@ class Variant:
     text_length: int = 128
     dtypes: Mapping[str, str] = field(default_factory=dict)
     hub_file: str = ""
+    repositories: tuple[Repository, ...] = ()
     packaged: str = ""  # folder in this package that holds the checkpoint
     like: str = ""
     where: str = ""
@@ -226,6 +247,11 @@ class Variant:
     def dtype_of(self, part: str) -> str:
         """The type of a part of the pipeline on a card."""
         return self.dtypes.get(part, self.dtypes.get("", "bf16"))
+
+    @property
+    def sources(self) -> tuple[Repository, ...]:
+        """The repositories that a render needs."""
+        return self.repositories or ((Repository(self.hub_id),) if self.hub_id else ())
 
     def rendering(self, task: str = "") -> Rendering:
         """Of a task; of the first one without a name."""

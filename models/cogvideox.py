@@ -30,6 +30,7 @@ from overcrank.models.base import (
     Config,
     Media,
     Repeat,
+    Repository,
     Sizes,
     Tensor,
     Variant,
@@ -112,7 +113,8 @@ def _variant(name: str, hub: str, title: str, dit: Config, tasks: Mapping[str, s
         name=name,
         family="cogvideox",
         title=title,
-        hub_id=f"THUDM/{hub}",
+        hub_id=f"zai-org/{hub}",
+        repositories=(Repository(f"zai-org/{hub}", former=(f"THUDM/{hub}",)),),
         configs={
             "transformer": dit,
             "vae": _VAE | {"scaling_factor": scale},

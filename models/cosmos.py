@@ -20,6 +20,7 @@ from overcrank.models.base import (
     Config,
     Media,
     Repeat,
+    Repository,
     Sizes,
     Tensor,
     Variant,
@@ -85,6 +86,8 @@ _TO_WORLD = dict.fromkeys(("image-to-video", "video-to-video"), "CosmosVideoToWo
 _TO_WORLD_2 = dict.fromkeys(("image-to-video", "video-to-video"), "Cosmos2VideoToWorldPipeline")
 _ANY_2_5 = dict.fromkeys(("text-to-video", "image-to-video", "video-to-video"), "Cosmos2_5_PredictBasePipeline")
 
+_REVISION_25 = "diffusers/base/post-trained"  # main holds the original checkpoints alone
+
 
 def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str]) -> Variant:
     first = "predict1" in name
@@ -98,6 +101,7 @@ def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str]) -> Vari
         family="cosmos",
         title=name.replace("cosmos-p", "Cosmos P").replace("-", " ").title().replace("2B", "2B"),
         hub_id=f"nvidia/{hub}",
+        repositories=(Repository(f"nvidia/{hub}", revision=_REVISION_25),) if "predict2.5" in name else (),
         configs={"transformer": dit, "vae": _VAE if first else wan.VAE_21, "scheduler": scheduler},
         native=native,
         minimum=VideoShape(256, 256, 9),

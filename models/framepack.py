@@ -12,7 +12,18 @@ from typing import Any
 
 from overcrank.models import _hunyuan_dit, _hunyuan_vae, hunyuan_video
 from overcrank.models._common import product
-from overcrank.models.base import Arguments, Component, Config, Media, Sizes, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repository,
+    Sizes,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 TITLE = "FramePack"
 DEFAULT = "framepack-i2v-13b"
@@ -27,6 +38,15 @@ _DIT: Config = hunyuan_video.DIT | {
 }
 _TASKS = {"image-to-video": "HunyuanVideoFramepackPipeline", "first-last-frame": "HunyuanVideoFramepackPipeline"}
 
+# The publisher's repositories hold the transformer alone; the other parts are HunyuanVideo's, and FLUX Redux's SigLIP.
+_OTHER_PARTS = (
+    Repository(
+        "hunyuanvideo-community/HunyuanVideo",
+        parts=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler"),
+    ),
+    Repository("lllyasviel/flux_redux_bfl", parts=("image_encoder", "feature_extractor")),
+)
+
 
 def _variant(name: str, hub: str, title: str) -> Variant:
     return Variant(
@@ -34,6 +54,7 @@ def _variant(name: str, hub: str, title: str) -> Variant:
         family="framepack",
         title=title,
         hub_id=hub,
+        repositories=(Repository(hub, parts=("transformer",), top="transformer"), *_OTHER_PARTS),
         configs={
             "transformer": _DIT,
             "vae": hunyuan_video.VAE,

@@ -20,6 +20,7 @@ from overcrank.models.base import (
     Config,
     Media,
     Repeat,
+    Repository,
     Sizes,
     Tensor,
     Variant,
@@ -78,14 +79,23 @@ _SMALL: Mapping[str, Any] = {
     "text_length": 128,
     "packaged": "demo/ltx-demo",
 }
-_091 = f"{_REPO}:ltx-video-2b-v0.9.1.safetensors"
+_091 = "diffusers/LTX-Video-0.9.1"
 _096 = f"{_REPO}:ltxv-2b-0.9.6-dev-04-25.safetensors"
-_096D = f"{_REPO}:ltxv-2b-0.9.6-distilled-04-25.safetensors"
+_096D = "multimodalart/ltxv-2b-0.9.6-distilled"
 _098D = f"{_REPO}-0.9.8-13B-distilled"
 
 VARIANTS: tuple[Variant, ...] = (
     _variant("ltx-2b-0.9.0", _REPO, configs.DIT_2B, configs.VAE_090, configs.SHIFTED, 3.0, 40),
-    _variant("ltx-2b-0.9.1", _091, configs.DIT_2B, configs.VAE_091, configs.SHIFTED, 3.0, 40),
+    _variant(
+        "ltx-2b-0.9.1",
+        _091,
+        configs.DIT_2B,
+        configs.VAE_091,
+        configs.SHIFTED,
+        3.0,
+        40,
+        repositories=(Repository(_091, former=("Lightricks/LTX-Video-0.9.1",)),),
+    ),
     _variant("ltx-2b-0.9.5", f"{_REPO}-0.9.5", configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
     _variant("ltx-2b-0.9.6-dev", _096, configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
     _variant("ltx-2b-0.9.6-distilled", _096D, configs.DIT_2B, configs.VAE_095, configs.STOCHASTIC, 1.0, 8),

@@ -46,7 +46,7 @@ def variant_from_configs(
         if same_networks(made, nearest) and published_at(nearest, (name, *sources)):
             return made
         where = nearest.name if same_networks(made, nearest) else next(iter(sources), name)
-        return replace(made, name=name, title=name, hub_id="", hub_file="", packaged="", where=where)
+        return replace(made, name=name, title=name, hub_id="", hub_file="", repositories=(), packaged="", where=where)
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
 

@@ -6,7 +6,7 @@ The configuration is that of the published checkpoint. Paper: arXiv:2308.06571.
 from __future__ import annotations
 
 from overcrank.models import _kl_vae, _unet
-from overcrank.models.base import Component, Config, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import Component, Config, Repository, Tensor, Variant, VideoShape, renderings
 
 TITLE = "ModelScope"
 DEFAULT = "modelscope-1.7b"
@@ -32,6 +32,9 @@ VARIANTS: tuple[Variant, ...] = (
         family="modelscope",
         title="ModelScope 1.7B",
         hub_id="ali-vilab/text-to-video-ms-1.7b",
+        repositories=(
+            Repository("ali-vilab/text-to-video-ms-1.7b", files="fp16", former=("damo-vilab/text-to-video-ms-1.7b",)),
+        ),
         configs={"unet": _UNET, "vae": _kl_vae.SD, "scheduler": {"_class_name": "DDIMScheduler"}},
         native=VideoShape(256, 256, 16),
         minimum=VideoShape(256, 256, 8),

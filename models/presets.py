@@ -9,7 +9,8 @@ from typing import Any
 
 from overcrank.errors import ModelError, RequestError
 from overcrank.models import families, family, hook
-from overcrank.models.base import Preset, PublishedLora, Rendering, Variant
+from overcrank.models.base import Preset, PublishedLora, Rendering, Repository, Variant
+from overcrank.models.hub import one_file
 
 
 def every_preset() -> tuple[Preset, ...]:
@@ -48,21 +49,18 @@ def applied(variant: Variant, preset: Preset) -> Variant:
     tasks = preset.tasks or tuple(variant.renders)
     renders = {task: _changed(r, preset) for task, r in variant.renders.items() if task in tasks}
     rendered = replace(variant, renders=renders, preset=preset.name)
-    return replace(rendered, hub_id=preset.checkpoint, hub_file="") if preset.checkpoint else rendered
+    return replace(rendered, hub_id=preset.checkpoint, hub_file="", repositories=()) if preset.checkpoint else rendered
 
 
 def fetched(preset: Preset) -> list[tuple[PublishedLora, Path]]:
     """The preset's LoRA files, from the hub cache or the network; raises ModelError naming one that is in neither."""
-    from overcrank.models import _fetched
-
     found = []
     for lora in preset.loras:
         try:
-            found.append((lora, Path(_fetched(lora.repository, lora.file))))
+            found.append((lora, one_file(Repository(lora.repository), lora.file)))
         except ModelError as error:
             raise ModelError(
-                f"--preset {preset.name} needs {lora.file} of '{lora.repository}', which is not in the local hub cache "
-                f"and cannot be fetched ({error.__cause__}); download it and run the same command again."
+                f"--preset {preset.name} needs {lora.file} of '{lora.repository}', which cannot be had: {error}"
             ) from error
     return found
 

@@ -8,7 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from overcrank.models import _clip, _kl_vae, _unet
-from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import (
+    Arguments,
+    Component,
+    Config,
+    Media,
+    Repository,
+    Tensor,
+    Variant,
+    VideoShape,
+    renderings,
+)
 
 TITLE = "Stable Video Diffusion"
 DEFAULT = "svd-xt-1.1"
@@ -48,6 +58,7 @@ def _variant(name: str, hub: str, title: str, frames: int) -> Variant:
         family="svd",
         title=title,
         hub_id=f"stabilityai/{hub}",
+        repositories=(Repository(f"stabilityai/{hub}", files="fp16"),),
         configs={
             "unet": _UNET | {"num_frames": frames},
             "vae": _VAE,

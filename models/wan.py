@@ -105,11 +105,12 @@ def _variant(
     if dit["image_dim"]:
         configs["image_encoder"] = _clip.VIT_H
     usual: dict[str, Any] = {"guidance": 5.0, "steps": 50}
+    hub_id = f"Wan-AI/{hub}-{'diffusers' if does == 'vace' or 'FLF2V' in hub else 'Diffusers'}"
     return Variant(
         name=name,
         family="wan",
         title=f"Wan {name[4:7]} {name[8:].replace('-', ' ').upper()}",
-        hub_id=f"Wan-AI/{hub}-Diffusers",
+        hub_id=hub_id,
         configs=configs,
         native=_SIZE[size],
         minimum=VideoShape(256, 256, 1 if does in ("text", "both", "vace") else 5),

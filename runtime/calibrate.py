@@ -71,7 +71,7 @@ def calibrate(wanted: Wanted) -> Recipe:
     model = wanted.model or packaged_model()
     variant = resolve(model)
     requests = _requests(wanted, variant)
-    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store)
+    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store, quiet=wanted.quiet)
     layouts = _layouts(variant, wanted.form, Store(wanted.store))
     if not layouts:
         raise UserError(f"{variant.name} has no layer that can be quantized: its networks are convolutions.")
@@ -111,7 +111,7 @@ def _searched(
     from overcrank.runtime.show import counting
 
     assert wanted.target is not None
-    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store)
+    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store, quiet=wanted.quiet)
     parts = {
         name: ((component.subfolder, *component.twins), layout_of(component, own, Store(wanted.store)))
         for name, (component, own) in layouts.items()

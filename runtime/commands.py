@@ -70,9 +70,14 @@ def _run(
     from overcrank.runtime.stepcache import threshold_of
 
     threshold_of(options["cache"], variant)
+    quiet = options["quiet"] or options["as_json"]
+    if not options.get("ray"):  # each machine of a cluster has its own cache
+        from overcrank.runtime.load import checkpoint_folder
+
+        checkpoint_folder(options["model"], variant, options["store"], quiet)
     jobs = [Job(request, stem) for request, stem in work]
     started = time.monotonic()
-    with show.watching(jobs, options["quiet"] or options["as_json"]) as watcher:
+    with show.watching(jobs, quiet) as watcher:
         if options.get("ray"):
             outcomes = _on_cluster(options, variant, watcher, jobs, resume=not again)
         else:
@@ -115,6 +120,7 @@ def driver_of(options: dict[str, Any], variant: Variant, watcher: Watcher) -> Dr
         vram=options["vram"],
         slow_engines=options["slow_engines"],
         pull=options["pull"] or "",
+        quiet=True,  # a bar would be drawn over that of the jobs
     )
     threshold = threshold_of(options["cache"], variant)
     return Driver(pipe, variant.name, watcher, preview=options["preview"], lanes=options.get("lanes"), cache=threshold)

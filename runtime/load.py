@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ def load(
     vram: str = AUTO,
     slow_engines: bool = False,
     pull: str = "",
+    quiet: bool = False,
 ) -> Any:
     """The model's text-to-video pipeline, accelerated (see `accelerate`).
 
@@ -53,17 +55,17 @@ def load(
     none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline
     PART=FILE:SCALE, the experts of Wan 2.2 being high and low. `preset`: a published way to render in few steps
     (`overcrank models show`); its own LoRAs are merged before those.
-    `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. Raises
-    ModelError when the checkpoint cannot be found or read, CheckpointError for a LoRA of another model.
+    `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. What the
+    hub's cache lacks is downloaded, with a progress bar unless `quiet`. Raises ModelError when the checkpoint cannot
+    be found or read, StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
     import torch
     from overcrank.runtime.accelerate import accelerate
 
     wanted = vram_of(vram)
     variant, chosen = with_preset(resolve(model), preset)
-    files = [lora_of(argument) for argument in loras]
-    files = _of_preset(chosen) + files
-    folder = local_folder(model) or hub_folder(variant, whole=True)
+    files = _of_preset(chosen) + [lora_of(argument) for argument in loras]
+    folder = checkpoint_folder(model, variant, store, quiet)
     if quantization is not None:
         require_calibrated_on(folder, quantization.recipe, variant, Store(store))
     device = _usable_device(device)
@@ -92,6 +94,14 @@ def load(
     return accelerated
 
 
+def checkpoint_folder(model: str, variant: Variant, store: Path | None, quiet: bool = False) -> Path:
+    """The diffusers folder that `model` names, or the variant's, downloaded where the hub's cache lacks it."""
+    from overcrank.runtime.show import downloading
+
+    own = local_folder(model)
+    return own or hub_folder(variant, whole=True, home=Store(store).root, watch=partial(downloading, quiet=quiet))
+
+
 def _read(folder: Path | str, variant: Variant, dtype: torch.dtype) -> Any:
     """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
     import diffusers
@@ -101,11 +111,19 @@ def _read(folder: Path | str, variant: Variant, dtype: torch.dtype) -> Any:
         library.utils.logging.disable_progress_bar()
     name = next(iter(variant.tasks.values()))
     try:
-        pipe = getattr(diffusers, name).from_pretrained(folder, dtype=dtype, local_files_only=True)
+        pipe = getattr(diffusers, name).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, variant=_file_variant(folder, variant)
+        )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _file_variant(folder: Path | str, variant: Variant) -> str | None:
+    """The kind of weight files that the model's repository is read from ("fp16"), where such files are there."""
+    kinds = (source.files for source in variant.sources if source.files)
+    return next((kind for kind in kinds if any(Path(folder).glob(f"*/*.{kind}.*"))), None)
 
 
 def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def pack(
     are damaged or of another architecture.
     """
     variant = resolve(model)
-    folder = local_folder(model) or hub_folder(variant)
+    folder = local_folder(model) or hub_folder(variant, home=store.root)
     require_calibrated_on(folder, recipe, variant, store)
     parts: list[Part] = []
     files: list[Path] = []
@@ -168,9 +169,12 @@ def shown(out: Path, seconds: float) -> None:
 
 def timed_pack(quiet: bool, **options: Any) -> None:
     """`pack` with a line a layer on a terminal, and its size and time at the end."""
+    from overcrank.runtime.show import downloading
     from rich.console import Console
 
     started = time.monotonic()
+    if local_folder(options["model"]) is None:  # first, for a terminal shows one thing that moves
+        hub_folder(resolve(options["model"]), home=options["store"].root, watch=partial(downloading, quiet=quiet))
     with Console(stderr=True, quiet=quiet).status("packing") as status:
         pack(**options, progress=lambda layer: status.update(f"packing {layer}"))
     shown(options["out"], time.monotonic() - started)

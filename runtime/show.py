@@ -11,7 +11,16 @@ from typing import Any
 from overcrank.runtime.driver import CANCELLED, DONE, FAILED, SKIPPED, Job, Outcome
 from overcrank.runtime.metadata import timing
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class Silent:
@@ -102,6 +111,18 @@ def counting(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int]
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=quiet) as progress:
         row = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(row, completed=done, total=total)
+
+
+@contextmanager
+def downloading(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """What is fetched from the hub and how large it is, then a bar, on stderr; called with bytes as they come."""
+    console = Console(stderr=True)
+    if not quiet:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+    columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet) as progress:
+        row = progress.add_task("downloading", total=total)
+        yield lambda count: progress.update(row, advance=count)
 
 
 def line_of(outcome: Outcome) -> str:

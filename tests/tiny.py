@@ -421,6 +421,7 @@ def variant(name: str) -> Variant:
         name=name,
         hub_id="",
         hub_file="",
+        repositories=(),
         configs={part: {**config, **tiny.configs.get(part, {})} for part, config in published.configs.items()},
         native=tiny.native,
         minimum=tiny.minimum,

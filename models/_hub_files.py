@@ -1,0 +1,74 @@
+"""Which files of a repository a pipeline is loaded from, told by their names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from overcrank.errors import ModelError
+
+INDEX = "model_index.json"
+TEXT = (".json", ".txt", ".model", ".jinja", ".vocab", ".tiktoken", ".spm")
+"""Endings of configurations and vocabularies; code, pictures and documents are not among them."""
+NAMES = (
+    ("diffusion_pytorch_model", "safetensors"),
+    ("model", "safetensors"),
+    ("diffusion_pytorch_model", "bin"),
+    ("pytorch_model", "bin"),
+)
+"""Of weight files, as diffusers and transformers look for them; the first that is there is read."""
+OPTIONAL = ("safety_checker",)  # every pipeline that has one goes without it
+_WEIGHT_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$|\.[\w-]+\.index\.json$")
+
+Read = Callable[[str], Mapping[str, Any]]
+"""Content of a JSON file of the repository, by its path."""
+
+
+def parts_in(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts that a model_index.json names, without those it sets to null."""
+    return tuple(k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(v))
+
+
+def part_files(where: str, files: Iterable[str], part: str, folder: str, variant: str, read: Read) -> tuple[str, ...]:
+    """Paths of the part's files: configurations and vocabularies first, then weights.
+
+    `folder` is where they lie ("" is the top of the repository), `variant` the file variant to prefer. Raises
+    ModelError, naming the repository as `where`, for a part that is missing or has no weights.
+    """
+    prefix = f"{folder}/" if folder else ""
+    here = {f[len(prefix) :] for f in files if f.startswith(prefix) and "/" not in f[len(prefix) :]}
+    text = sorted(n for n in here if n.endswith(TEXT) and not _WEIGHT_INDEX.search(n))
+    if not folder:
+        text = [n for n in text if n == "config.json"]
+    if not text:
+        raise ModelError(
+            f"{where} lacks the part '{part}', which its pipeline needs; it is not whole, or holds another layout: "
+            f"give a diffusers folder as --model."
+        )
+    weights: tuple[str, ...] = ()
+    if "config.json" in here and "tokenizer_config.json" not in here:
+        weights = weight_names(here, variant, lambda name: read(prefix + name))
+        if not weights:
+            raise ModelError(
+                f"{where} lacks the weights of '{part}': {prefix or 'its top '}holds neither {NAMES[0][0]}.safetensors "
+                f"nor another name that diffusers reads; give a diffusers folder as --model."
+            )
+    missing = [n for n in weights if n not in here]
+    if missing:
+        raise ModelError(f"{where} lacks {prefix}{missing[0]}, which the index of '{part}' names; it is not whole.")
+    return tuple(prefix + n for n in (*text, *weights))
+
+
+def weight_names(here: set[str], variant: str, read: Read) -> tuple[str, ...]:
+    """One set of weight files of a folder's `here`: a single file, or an index and the files it names."""
+    for wanted in (f".{variant}", "") if variant else ("",):
+        for stem, ending in NAMES:
+            single = f"{stem}{wanted}.{ending}"
+            indices = (f"{stem}{wanted}.{ending}.index.json", f"{stem}.{ending}.index{wanted}.json")
+            index = next((n for n in indices if n in here), None)
+            if index is not None and (single not in here or stem == NAMES[0][0]):  # what each library looks for first
+                return (index, *sorted(set(read(index).get("weight_map", {}).values())))
+            if single in here:
+                return (single,)
+    return ()
