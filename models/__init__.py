@@ -160,7 +160,7 @@ def _likeness(variant: Variant, configs: Mapping[str, Config], pipeline: str) ->
     pairs = [(c, configs.get(k, {})) for k, c in variant.configs.items()]
     both = [(c[f], given[f]) for c, given in pairs for f in c if f in given]
     return (
-        pipeline in variant.tasks.values(),
+        pipeline in (*variant.tasks.values(), *variant.saved_as),
         all(_same(c, given) for c, given in pairs),
         sum(bool(a) == bool(b) for a, b in both),
         sum(_plain(a) == _plain(b) for a, b in both),

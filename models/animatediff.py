@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from overcrank.errors import RequestError
-from overcrank.models import _freenoise, _kl_vae, _unet
+from overcrank.models import _freenoise, _kl_vae, _negative_prompts, _unet
 from overcrank.models.base import Arguments, Component, Config, Media, Tensor, Variant, VideoShape, renderings
 
 TITLE = "AnimateDiff"
@@ -46,7 +46,16 @@ _SDXL: Config = _SD15 | {
     "projection_class_embeddings_input_dim": 2816,
     "motion_max_seq_length": 32,
 }
-_DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "clip_sample": False}
+# Laid over what the base model carries, as both motion modules were trained.
+_DDIM: Config = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+    "steps_offset": 1,
+}
+_USUAL: Any = {"scheduler": _DDIM, "source": "diffusers' documentation of AnimateDiff, which names the base model"}
+_DTYPES = {"": "fp16"}
 _TASKS = {"text-to-video": "AnimateDiffPipeline", "video-to-video": "AnimateDiffVideoToVideoPipeline"}
 
 VARIANTS: tuple[Variant, ...] = (
@@ -60,7 +69,10 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(256, 256, 8),
         maximum=VideoShape(768, 768, 24),
         fps=8,
-        renders=renderings(_TASKS, guidance=7.5, steps=25),
+        dtypes=_DTYPES,
+        renders=renderings(
+            _TASKS, guidance=7.5, steps=25, negative_prompt=_negative_prompts.ANIMATEDIFF, **_USUAL
+        ),
         text_length=TEXT_LENGTH,
     ),
     Variant(
@@ -77,7 +89,14 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(512, 512, 8),
         maximum=VideoShape(1024, 1024, 16),
         fps=8,
-        renders=renderings({"text-to-video": "AnimateDiffSDXLPipeline"}, guidance=8.0, steps=20),
+        dtypes=_DTYPES,
+        renders=renderings(
+            {"text-to-video": "AnimateDiffSDXLPipeline"},
+            guidance=8.0,
+            steps=20,
+            negative_prompt=_negative_prompts.ANIMATEDIFF_XL,
+            **_USUAL,
+        ),
         text_length=TEXT_LENGTH,
     ),
 )

@@ -104,6 +104,13 @@ IMAGE = {"image-to-video": "HunyuanVideoImageToVideoPipeline"}
 _TEXT_NEWER = {"text-to-video": "HunyuanVideo15Pipeline"}
 _IMAGE_NEWER = {"image-to-video": "HunyuanVideo15ImageToVideoPipeline"}
 _129 = VideoShape(720, 1280, 129)
+DTYPES = {"": "fp16", "transformer": "bf16"}
+_REPOSITORY = {
+    "HunyuanVideoPipeline": "HunyuanVideo",
+    "HunyuanVideoImageToVideoPipeline": "HunyuanVideo-I2V",
+    "HunyuanVideo15Pipeline": "HunyuanVideo-1.5",
+    "HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo-1.5",
+}
 
 
 def _variant(
@@ -129,17 +136,20 @@ def _variant(
         minimum=VideoShape(256, 256, 5),
         maximum=native,
         fps=24,
-        renders=renderings(tasks, guidance=guidance, steps=50),
+        dtypes=DTYPES,
+        renders=renderings(
+            tasks,
+            guidance=guidance,
+            steps=50,
+            sized=tasks != _IMAGE_NEWER,
+            source=f"github.com/Tencent-Hunyuan/{_REPOSITORY[next(iter(tasks.values()))]}: README.md; types: "
+            "diffusers' documentation",
+        ),
         text_length=text_length,
     )
 
 
-# The picture's tokens are among the text's.
-_PLACES: Mapping[str, Any] = {
-    "tasks": IMAGE,
-    "text_length": 1024,
-    "guidance": 1.0,
-}
+_PLACES: Mapping[str, Any] = {"tasks": IMAGE, "text_length": 1024}  # the picture's tokens are among the text's
 _480P: Mapping[str, Any] = {"native": VideoShape(480, 848, 121), "text_length": 1000}
 _720P: Mapping[str, Any] = {"native": VideoShape(720, 1280, 121), "text_length": 1000}
 _I2V: Config = _NEWER | {"task_type": "i2v"}
@@ -150,7 +160,7 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("hunyuan-video-13b-i2v", "HunyuanVideo-I2V", "HunyuanVideo 13B I2V", _REPLACE, VAE, 7.0, **_PLACES),
     _variant(
         "hunyuan-video-13b-i2v-33ch", "HunyuanVideo-I2V-33ch", "HunyuanVideo 13B I2V, 33 channels",
-        _CONCAT, VAE, 7.0, **_PLACES,
+        _CONCAT, VAE, 7.0, guidance=1.0, **_PLACES,
     ),
     _variant(
         "hunyuan-video-1.5-480p", f"{_15}-480p_t2v", "HunyuanVideo 1.5 480p",

@@ -77,7 +77,14 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(256, 256, 7),
         maximum=VideoShape(480, 848, 163),
         fps=30,
-        renders=renderings({"text-to-video": "MochiPipeline"}, guidance=4.5, steps=64),
+        dtypes={"": "bf16", "vae": "fp32", "text_encoder": "fp32"},
+        renders=renderings(
+            {"text-to-video": "MochiPipeline"},
+            guidance=6.0,
+            steps=64,
+            source="github.com/genmoai/mochi: demos/cli.py (guidance 6, linear-quadratic steps from 0.025); diffusers' "
+            "documentation has 4.5",
+        ),
         text_length=TEXT_LENGTH,
     ),
 )
