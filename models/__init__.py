@@ -130,7 +130,7 @@ def variant_from_configs(name: str, denoiser: str, configs: Mapping[str, Config]
         if denoiser not in module.DENOISER_CLASSES:
             continue
         nearest = _nearest(module, configs, pipeline)
-        filled = {k: {**_defaults_like(c), **configs.get(k, {})} for k, c in nearest.configs.items()}
+        filled = {k: {**c, **configs.get(k, {})} for k, c in nearest.configs.items()}
         return replace(nearest, name=name, title=name, configs=filled, hub_id="", hub_file="", packaged="")
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
@@ -165,10 +165,6 @@ def _likeness(variant: Variant, configs: Mapping[str, Config], pipeline: str) ->
         sum(bool(a) == bool(b) for a, b in both),
         sum(_plain(a) == _plain(b) for a, b in both),
     )
-
-
-def _defaults_like(config: Config) -> Config:
-    return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
 def _plain(value: Any) -> Any:

@@ -194,6 +194,11 @@ def prepare(pipe: Any, variant: Variant) -> None:
     """Called once when a checkpoint is loaded."""
 
 
+def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the video that is made of a picture, where its pipeline takes no other (Rendering.sized)."""
+    return height, width
+
+
 def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
     """How many frames of a given video are used, and whether its last ones in place of its first."""
     return shape.frames, False

@@ -1,4 +1,4 @@
-"""What diffusers' schedulers can be told, and which of them a pipeline can run."""
+"""What diffusers' schedulers can be told, which of them a pipeline can run, and which pipelines rescale guidance."""
 
 from __future__ import annotations
 
@@ -60,6 +60,11 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "Cosmos2_5_PredictBasePipeline": ("UniPCMultistepScheduler",),
     "StableVideoDiffusionPipeline": ("EulerDiscreteScheduler",),
 }
+
+RESCALING = (
+    "LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTX2Pipeline", "LTX2ImageToVideoPipeline",
+    "AnimateDiffSDXLPipeline",
+)  # fmt: skip
 
 
 def kind_of(config: Mapping[str, Any]) -> str:

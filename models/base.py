@@ -135,7 +135,8 @@ class Rendering:
     a `_class_name` in it is the scheduler's class. `timesteps` (falling, of 1000) or `sigmas` (falling, of 1,
     without the last 0) take the place of the scheduler's own spacing of `steps`. `guidance_2` is that of the
     low-noise expert of a model with two; `negative_prompt` None is none. `shape` and `fps`
-    are the variant's unless they are given, and `sized` is off where the pipeline takes its picture's size.
+    are the variant's unless they are given, and `sized` is off where the pipeline makes the size of its picture's
+    shape; `contrasted` is off where the network takes its guidance as an input, so that negative prompts do nothing.
     `arguments` are further ones of the pipeline's call. `source` says where the publisher does so, `differs` what is
     not done as there and why.
     """
@@ -152,6 +153,7 @@ class Rendering:
     shape: VideoShape | None = None
     fps: float | None = None
     sized: bool = True
+    contrasted: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     differs: str = ""

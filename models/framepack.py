@@ -50,6 +50,7 @@ def _variant(name: str, hub: str, title: str, tasks: Mapping[str, str]) -> Varia
             tasks,
             guidance=10.0,
             steps=25,
+            contrasted=False,
             source="github.com/lllyasviel/FramePack: demo_gradio.py; diffusers' documentation has 30 steps, guidance 9",
             differs="the original samples with UniPC, which diffusers' pipeline was not made for",
         ),

@@ -142,6 +142,7 @@ def _variant(
             guidance=guidance,
             steps=50,
             sized=tasks != _IMAGE_NEWER,
+            contrasted=vae is _VAE_NEWER,
             source=f"github.com/Tencent-Hunyuan/{_REPOSITORY[next(iter(tasks.values()))]}: README.md; types: "
             "diffusers' documentation",
         ),
@@ -247,6 +248,18 @@ def shallow(config: Config) -> tuple[Config, tuple[Repeat, ...]]:
 
 
 # ── rendering ────────────────────────────────────────────────────────────────────────
+
+
+def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
+    """(height, width) that 1.5 makes of a picture: of as many patches as its square, nearest in shape but not longer."""
+    step, target = variant.configs["vae"]["spatial_compression_ratio"], variant.configs["transformer"]["target_size"]
+    area = round((target / step) ** 2)
+    asked = height / width
+    sizes = [(h, w) for w in range(1, area + 1) if (h := area // w) and max(h, w) <= 4 * min(h, w)]
+    sizes += [(w, h) for h, w in sizes]
+    able = [s for s in sizes if (s[0] / s[1] <= asked if asked >= 1 else s[0] / s[1] >= asked)]
+    best = min(able, key=lambda s: (abs(s[0] / s[1] - asked), -s[0] * s[1]))
+    return best[0] * step, best[1] * step
 
 
 def prepare(pipe: Any, variant: Variant) -> None:
