@@ -276,7 +276,9 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
 @click.option("--guidance-until", type=float, help="Share of the steps that are guided, such as 0.7 [default: 1].")
 @click.option("--scheduler", help="Scheduler class of diffusers [default: the publisher's].")
 @click.option("--shift", type=float, help="Of the schedule; more spends more steps on the noisy part.")
-@click.option("--sigmas", type=Numbers(), help="The schedule, falling from at most 1: 1,0.94,0.83,0.63; nothing shifts it.")
+@click.option(
+    "--sigmas", type=Numbers(), help="The schedule, falling from at most 1: 1,0.94,0.83,0.63; nothing shifts it."
+)
 @click.option("--timesteps", type=Numbers(), help="The schedule in timesteps of 1000: 1000,750,500,250.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same frames.")
 @click.option("--height", type=int, help="Pixels [default: the model's native].")

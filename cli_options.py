@@ -39,7 +39,9 @@ class Numbers(click.ParamType):
         try:
             return tuple(float(word) for word in str(value).replace(",", " ").split())
         except ValueError as error:
-            raise UserError(f"{param.opts[0] if param else 'list'} {value}: give numbers such as 1,0.75,0.5.") from error
+            raise UserError(
+                f"{param.opts[0] if param else 'list'} {value}: give numbers such as 1,0.75,0.5."
+            ) from error
 
 
 def store_option(function: Any) -> Any:

@@ -70,9 +70,7 @@ VARIANTS: tuple[Variant, ...] = (
         maximum=VideoShape(768, 768, 24),
         fps=8,
         dtypes=_DTYPES,
-        renders=renderings(
-            _TASKS, guidance=7.5, steps=25, negative_prompt=_negative_prompts.ANIMATEDIFF, **_USUAL
-        ),
+        renders=renderings(_TASKS, guidance=7.5, steps=25, negative_prompt=_negative_prompts.ANIMATEDIFF, **_USUAL),
         text_length=TEXT_LENGTH,
     ),
     Variant(

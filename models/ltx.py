@@ -144,7 +144,9 @@ VARIANTS: tuple[Variant, ...] = (
         _later(1.0, 8, scheduler={"stochastic_sampling": True}),
         **_BIG,
     ),
-    _variant("ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", configs.DIT_13B, configs.VAE_095, configs.UNIFORM, _DEV, **_BIG),
+    _variant(
+        "ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", configs.DIT_13B, configs.VAE_095, configs.UNIFORM, _DEV, **_BIG
+    ),
     _variant(
         "ltx-13b-0.9.7-distilled",
         f"{_REPO}-0.9.7-distilled",

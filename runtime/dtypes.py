@@ -82,5 +82,7 @@ def of_parts(pipe: Any) -> dict[str, str]:
     import torch
 
     ours = {v: k for k, v in NAMES.items()}
-    found = {n: str(m.dtype).removeprefix("torch.") for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    found = {
+        n: str(m.dtype).removeprefix("torch.") for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)
+    }
     return {name: ours.get(dtype, dtype) for name, dtype in found.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def _checked(
         if not (value > 0 and (top is None or value <= top)):
             span = f"above 0 and at most {top:g}" if top is not None else "above 0"
             raise RequestError(f"{field}: {value:g} is out of range; each must be {span}.")
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in itertools.pairwise(values):
         if after >= before:
             raise RequestError(f"{field}: {after:g} follows {before:g}; they must fall from step to step.")
     if steps is not None and steps != len(values):
