@@ -30,7 +30,7 @@ def shown(call: Callable[[], Any]) -> Any:
         sys.exit(error.exit_code)
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[tuple[float, ...]]):
     """Numbers with commas or spaces between them."""
 
     name = "NUMBERS"
@@ -155,7 +155,7 @@ def render_options(function: Any) -> Any:
             "--dtype",
             multiple=True,
             metavar="[PART=]TYPE",
-            help="fp32, fp16 or bf16, of all parts or one: vae=bf16; repeatable [default: the publisher's; fp32 on cpu].",
+            help="fp32, fp16 or bf16, of all parts or one (vae=bf16); repeatable [default: publisher's; fp32 on cpu].",
         ),
         click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
         click.option("--quiet", is_flag=True, help="No progress."),

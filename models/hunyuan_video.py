@@ -251,7 +251,7 @@ def shallow(config: Config) -> tuple[Config, tuple[Repeat, ...]]:
 
 
 def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
-    """(height, width) that 1.5 makes of a picture: of as many patches as its square, nearest in shape but not longer."""
+    """(height, width) that 1.5 makes of a picture: as many patches as a square has, nearest in shape, not longer."""
     step, target = variant.configs["vae"]["spatial_compression_ratio"], variant.configs["transformer"]["target_size"]
     area = round((target / step) ** 2)
     asked = height / width

@@ -90,8 +90,8 @@ def _first(vae: Config) -> dict[str, Rendering]:
 
 def _later(guidance: float, steps: int, **more: Any) -> dict[str, Rendering]:
     """From 0.9.5 on: linear, then quadratic steps, which of diffusers' pipelines only the conditioned one makes."""
-    usual = {"negative_prompt": _negative_prompts.LTX, "source": _SOURCE, "differs": _NO_STG if guidance > 1 else ""}
-    usual |= {"guidance": guidance, "steps": steps}
+    usual: dict[str, Any] = {"guidance": guidance, "steps": steps, "negative_prompt": _negative_prompts.LTX}
+    usual |= {"source": _SOURCE, "differs": _NO_STG if guidance > 1 else ""}
     noised = _DECODED | {"image_cond_noise_scale": 0.15}
     return {
         task: Rendering(CONDITION, arguments=_DECODED if task == "text-to-video" else noised, **(usual | more))

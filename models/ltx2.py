@@ -163,8 +163,8 @@ VARIANTS: tuple[Variant, ...] = (
             negative_prompt=_negative_prompts.LTX_2,
             arguments=_CLASSIFIER_FREE,
             source="github.com/Lightricks/LTX-2 as of the checkpoint's publication: ltx_pipelines/utils/constants.py",
-            differs="its constants of today (guidance 3, sound 7, perturbed block 29, isolated modalities 3, rescale 0.7) "
-            "are for 2.3 too and take four times the work, half of it on no engine",
+            differs="its constants of today (guidance 3, sound 7, perturbed block 29, isolated modalities 3, rescale "
+            "0.7) are for 2.3 too and take four times the work, half of it on no engine",
         ),
         text_length=TEXT_LENGTH,
     ),

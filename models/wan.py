@@ -150,8 +150,8 @@ _SMALL_STEPS: Any = {
     "guidance": 6.0,
     "source": _SOURCE.format("2.1") + "; the README asks for shift 8 to 12 and guidance 6 of this size",
 }
-_TWO_GUIDES = {"guidance": 4.0, "guidance_2": 3.0, "steps": 40}
-_TWO_GUIDES_IMAGE = {"guidance": 3.5, "guidance_2": 3.5, "steps": 40}
+_TWO_GUIDES: Any = {"guidance": 4.0, "guidance_2": 3.0, "steps": 40}
+_TWO_GUIDES_IMAGE: Any = {"guidance": 3.5, "guidance_2": 3.5, "steps": 40}
 VARIANTS: tuple[Variant, ...] = (
     _variant("wan-2.1-t2v-1.3b", "Wan2.1-T2V-1.3B", DIT_SMALL, "text", "480p", 8.0, **_SMALL_STEPS),
     _variant("wan-2.1-t2v-14b", "Wan2.1-T2V-14B", DIT, "text", "720p", 5.0),

@@ -48,7 +48,8 @@ def load(
 
     `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
     is a card, else cpu]; `dtype`: one for all parts, a mapping from parts to types, or words such as "vae=fp32"
-    [default: on a card the publisher's, float16 for bfloat16 where the card has none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE.
+    [default: on a card the publisher's, float16 for bfloat16 where the card has none; on cpu float32].
+    `loras`: files merged into the weights, FILE or FILE:SCALE.
     `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. Raises
     ModelError when the checkpoint cannot be found or read, CheckpointError for a LoRA of another model, UserError for
     a part or type that is not there.
