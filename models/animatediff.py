@@ -54,7 +54,11 @@ _DDIM: Config = {
     "timestep_spacing": "linspace",
     "steps_offset": 1,
 }
-_USUAL: Any = {"scheduler": _DDIM, "source": "diffusers' documentation of AnimateDiff, which names the base model"}
+_USUAL: Any = {
+    "scheduler": _DDIM,
+    "source": "diffusers' documentation of AnimateDiff, which names the base model; DDIM: github.com/guoyww/AnimateDiff",
+    "differs": "the original's prompts and guidance (8) belong to another base model",
+}
 _DTYPES = {"": "fp16"}
 _TASKS = {"text-to-video": "AnimateDiffPipeline", "video-to-video": "AnimateDiffVideoToVideoPipeline"}
 

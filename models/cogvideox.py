@@ -100,6 +100,7 @@ _VAE: Config = {
     "scaling_factor": 1.15258426,
 }
 _TEXT = {"text-to-video": "CogVideoXPipeline", "video-to-video": "CogVideoXVideoToVideoPipeline"}
+_TEXT_ALONE = {"text-to-video": "CogVideoXPipeline"}  # 1.5 encodes a video to as many frames as no patch divides
 _IMAGE = {"image-to-video": "CogVideoXImageToVideoPipeline"}
 
 
@@ -152,7 +153,7 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("cogvideox-2b", "CogVideoX-2b", "CogVideoX 2B", _2B, _TEXT),
     _variant("cogvideox-5b", "CogVideoX-5b", "CogVideoX 5B", _5B, _TEXT),
     _variant("cogvideox-5b-i2v", "CogVideoX-5b-I2V", "CogVideoX 5B I2V", _5B_IMAGE, _IMAGE),
-    _variant("cogvideox-1.5-5b", "CogVideoX1.5-5B", "CogVideoX 1.5 5B", _15, _TEXT),
+    _variant("cogvideox-1.5-5b", "CogVideoX1.5-5B", "CogVideoX 1.5 5B", _15, _TEXT_ALONE),
     _variant("cogvideox-1.5-5b-i2v", "CogVideoX1.5-5B-I2V", "CogVideoX 1.5 5B I2V", _15_IMAGE, _IMAGE),
 )
 

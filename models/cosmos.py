@@ -115,14 +115,18 @@ def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str]) -> Vari
         native=native,
         minimum=VideoShape(256, 256, 9),
         maximum=native,
-        fps=30 if first else 16,
+        fps=24 if first else 16,
         renders=renderings(
             tasks,
             guidance=7.0,
             steps=35 if generation == "2" else 36,
             negative_prompt=_negative_prompts.COSMOS,
             source=f"github.com/nvidia-cosmos/cosmos-predict{generation} and the model's page, which runs diffusers",
-            differs="" if generation == "2" else "the original counts 35 steps and one to the clean video",
+            differs={
+                "1": "the original counts 35 steps and one to the clean video; diffusers has 30 fps",
+                "2": "",
+                "2.5": "the original: 35 steps, 77 frames, a sampler of its own at shift 5",
+            }[generation],
         ),
         text_length=TEXT_LENGTH,
     )

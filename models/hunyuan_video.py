@@ -124,8 +124,10 @@ def _variant(
     native: VideoShape = _129,
     text_length: int = 256,
     guidance: float = 6.0,
+    carried: float = 0.0,
 ) -> Variant:
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    """`shift` is the publisher's; `carried` the one in the checkpoint's own scheduler, if it is another."""
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": carried or shift}
     return Variant(
         name=name,
         family="hunyuan_video",
@@ -136,11 +138,12 @@ def _variant(
         minimum=VideoShape(256, 256, 5),
         maximum=native,
         fps=24,
-        dtypes=DTYPES,
+        dtypes={"": "bf16"} if vae is _VAE_NEWER else DTYPES,
         renders=renderings(
             tasks,
             guidance=guidance,
             steps=50,
+            scheduler={"shift": shift},
             sized=tasks != _IMAGE_NEWER,
             contrasted=vae is _VAE_NEWER,
             source=f"github.com/Tencent-Hunyuan/{_REPOSITORY[next(iter(tasks.values()))]}: README.md; types: "
@@ -158,7 +161,9 @@ _15 = "HunyuanVideo-1.5-Diffusers"
 
 VARIANTS: tuple[Variant, ...] = (
     _variant("hunyuan-video-13b", "HunyuanVideo", "HunyuanVideo 13B", DIT, VAE, 7.0),
-    _variant("hunyuan-video-13b-i2v", "HunyuanVideo-I2V", "HunyuanVideo 13B I2V", _REPLACE, VAE, 7.0, **_PLACES),
+    _variant(  # 17 moves more; 7 is for the steady mode, the only one that diffusers' pipeline has
+        "hunyuan-video-13b-i2v", "HunyuanVideo-I2V", "HunyuanVideo 13B I2V", _REPLACE, VAE, 7.0, carried=17.0, **_PLACES
+    ),
     _variant(
         "hunyuan-video-13b-i2v-33ch", "HunyuanVideo-I2V-33ch", "HunyuanVideo 13B I2V, 33 channels",
         _CONCAT, VAE, 7.0, guidance=1.0, **_PLACES,

@@ -104,9 +104,9 @@ _DEMO["first-last-frame"] = replace(_DEMO["first-last-frame"], arguments={"image
 _DISTILLED = _later(
     1.0,
     8,
-    timesteps=(1000, 993, 987, 981, 975, 909, 725, 0.03),
-    source="the model's page and diffusers' documentation of it; configs/ltxv-13b-0.9.8-distilled.yaml has the same "
-    "seven to four digits, without the last, which moves nothing",
+    sigmas=(1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875),
+    source=f"{_SOURCE}: its allowed_inference_steps; diffusers' documentation has the first seven, which are the first "
+    "of two passes, and closes them with 0.00003",
     differs="rendered at full size at once, not at two thirds and then upsampled",
 )
 _DEV = _later(

@@ -80,10 +80,10 @@ VARIANTS: tuple[Variant, ...] = (
         dtypes={"": "bf16", "vae": "fp32", "text_encoder": "fp32"},
         renders=renderings(
             {"text-to-video": "MochiPipeline"},
-            guidance=6.0,
+            guidance=4.5,
             steps=64,
-            source="github.com/genmoai/mochi: demos/cli.py (guidance 6, linear-quadratic steps from 0.025); diffusers' "
-            "documentation has 4.5",
+            source="github.com/genmoai/mochi: README.md, demos/api_example.py; linear-quadratic steps from 0.025",
+            differs="the demo's command line has guidance 6 as its default",
         ),
         text_length=TEXT_LENGTH,
     ),

@@ -51,8 +51,9 @@ VARIANTS: tuple[Variant, ...] = (
         renders=renderings(
             {"text-to-video": "TextToVideoSDPipeline"},
             guidance=9.0,
-            steps=50,
-            source="the checkpoint's configuration.json and scheduler_config.json",
+            steps=25,
+            scheduler={"_class_name": "DPMSolverMultistepScheduler"},
+            source="the model's page; guidance is the pipeline's own",
         ),
         text_length=TEXT_LENGTH,
     ),

@@ -57,9 +57,7 @@ _SCHEDULER: Config = {
 }
 
 
-def _variant(
-    name: str, hub: str, title: str, frames: int, steps: int, guidance: tuple[float, float], differs: str = ""
-) -> Variant:
+def _variant(name: str, hub: str, title: str, frames: int, steps: int, guidance: tuple[float, float]) -> Variant:
     """`guidance` of the first and the last frame."""
     return Variant(
         name=name,
@@ -82,8 +80,7 @@ def _variant(
             guidance=guidance[1],
             steps=steps,
             arguments={"min_guidance_scale": guidance[0], "motion_bucket_id": 127, "noise_aug_strength": 0.02},
-            source="github.com/Stability-AI/generative-models: scripts/sampling",
-            differs=differs,
+            source="github.com/Stability-AI/generative-models: scripts/sampling; diffusers' defaults are 25 steps, 1 to 3",
         ),
         text_length=0,
     )
@@ -93,8 +90,7 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("svd", "stable-video-diffusion-img2vid", "Stable Video Diffusion", 14, 25, (1.0, 2.5)),
     _variant("svd-xt", "stable-video-diffusion-img2vid-xt", "Stable Video Diffusion XT", 25, 30, (1.5, 3.0)),
     _variant(
-        "svd-xt-1.1", "stable-video-diffusion-img2vid-xt-1-1", "Stable Video Diffusion XT 1.1", 25, 25, (1.0, 3.0),
-        "the original names no values of its own for 1.1; these are diffusers' defaults",
+        "svd-xt-1.1", "stable-video-diffusion-img2vid-xt-1-1", "Stable Video Diffusion XT 1.1", 25, 30, (1.5, 3.0),
     ),
 )  # fmt: skip
 
