@@ -46,7 +46,16 @@ _SDXL: Config = _SD15 | {
     "projection_class_embeddings_input_dim": 2816,
     "motion_max_seq_length": 32,
 }
-# Laid over what the base model carries, as both motion modules were trained.
+# What the base models carry, and what is laid over it, as both motion modules were trained.
+_CARRIED: Config = {
+    "_class_name": "DEISMultistepScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+}
+_CARRIED_XL: Config = _CARRIED | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
 _DDIM: Config = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "linear",
@@ -56,7 +65,7 @@ _DDIM: Config = {
 }
 _USUAL: Any = {
     "scheduler": _DDIM,
-    "source": "diffusers' documentation of AnimateDiff, which names the base model; DDIM: github.com/guoyww/AnimateDiff",
+    "source": "diffusers' documentation of it, which names the base model; DDIM: github.com/guoyww/AnimateDiff",
     "differs": "the original's prompts and guidance (8) belong to another base model",
 }
 _DTYPES = {"": "fp16"}
@@ -68,7 +77,7 @@ VARIANTS: tuple[Variant, ...] = (
         family="animatediff",
         title="AnimateDiff SD 1.5, motion module v1.5.3",
         hub_id="guoyww/animatediff-motion-adapter-v1-5-3",
-        configs={"unet": _SD15, "vae": _kl_vae.SD, "scheduler": _DDIM},
+        configs={"unet": _SD15, "vae": _kl_vae.SD, "scheduler": _CARRIED},
         native=VideoShape(512, 512, 16),
         minimum=VideoShape(256, 256, 8),
         maximum=VideoShape(768, 768, 24),
@@ -85,7 +94,7 @@ VARIANTS: tuple[Variant, ...] = (
         configs={
             "unet": _SDXL,
             "vae": _kl_vae.SD | {"scaling_factor": 0.13025, "sample_size": 1024},
-            "scheduler": _DDIM,
+            "scheduler": _CARRIED_XL,
         },
         native=VideoShape(1024, 1024, 16),
         minimum=VideoShape(512, 512, 8),

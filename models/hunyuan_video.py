@@ -256,15 +256,18 @@ def shallow(config: Config) -> tuple[Config, tuple[Repeat, ...]]:
 
 
 def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
-    """(height, width) that 1.5 makes of a picture: as many patches as a square has, nearest in shape, not longer."""
+    """(height, width) that 1.5 makes of a picture: of as many patches as a square has, nearest in shape, not longer."""
     step, target = variant.configs["vae"]["spatial_compression_ratio"], variant.configs["transformer"]["target_size"]
-    area = round((target / step) ** 2)
-    asked = height / width
-    sizes = [(h, w) for w in range(1, area + 1) if (h := area // w) and max(h, w) <= 4 * min(h, w)]
-    sizes += [(w, h) for h, w in sizes]
-    able = [s for s in sizes if (s[0] / s[1] <= asked if asked >= 1 else s[0] / s[1] >= asked)]
-    best = min(able, key=lambda s: (abs(s[0] / s[1] - asked), -s[0] * s[1]))
-    return best[0] * step, best[1] * step
+    area, asked = round((target / step) ** 2), height / width
+    sizes: list[tuple[float, int, int]] = []
+    h, w = area, 1
+    while h:  # the largest sizes within the area, from tall to wide
+        if max(h, w) <= 4 * min(h, w):
+            sizes.append((round(h / w, 5), h * step, w * step))
+        h, w = (h, w + 1) if h * (w + 1) <= area else (h - 1, w)
+    able = [size for size in sizes if (size[0] <= asked if asked >= 1 else size[0] >= asked)]
+    _, tall, wide = min(able, key=lambda size: abs(size[0] - asked))
+    return tall, wide
 
 
 def prepare(pipe: Any, variant: Variant) -> None:

@@ -80,7 +80,7 @@ def _variant(name: str, hub: str, title: str, frames: int, steps: int, guidance:
             guidance=guidance[1],
             steps=steps,
             arguments={"min_guidance_scale": guidance[0], "motion_bucket_id": 127, "noise_aug_strength": 0.02},
-            source="github.com/Stability-AI/generative-models: scripts/sampling; diffusers' defaults are 25 steps, 1 to 3",
+            source="github.com/Stability-AI/generative-models: scripts/sampling; diffusers has 25 steps, 1 to 3",
         ),
         text_length=0,
     )
