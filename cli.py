@@ -15,6 +15,7 @@ from overcrank.cli_keys import keys
 from overcrank.cli_options import (
     Command,
     Group,
+    Numbers,
     bounds_options,
     quantization_of,
     quantization_options,
@@ -267,7 +268,7 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
 @main.command(cls=Command)
 @render_options
 @click.option("--prompt", default="", help="What the video shows.")
-@click.option("--negative-prompt", default="", help="What it should not show.")
+@click.option("--negative-prompt", help='What it should not show; "" is nothing [default: the publisher\'s].')
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True)
 @click.option("--image", type=click.Path(path_type=Path), help="First frame: image-to-video.")
 @click.option("--last-image", type=click.Path(path_type=Path), help="Last frame, alone or with --image.")
@@ -276,7 +277,15 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
 @click.option("--audio", type=click.Path(path_type=Path), help="Sound track to mux into the MP4.")
 @click.option("--steps", type=int, help="Denoising steps [default: the model's].")
 @click.option("--guidance", type=float, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--guidance-2", type=float, help="Of the low-noise expert of a model with two.")
+@click.option("--guidance-rescale", type=float, help="Against overexposure by guidance, 0 to 1.")
 @click.option("--guidance-until", type=float, help="Share of the steps that are guided, such as 0.7 [default: 1].")
+@click.option("--scheduler", help="Scheduler class of diffusers [default: the publisher's].")
+@click.option("--shift", type=float, help="Of the schedule; more spends more steps on the noisy part.")
+@click.option(
+    "--sigmas", type=Numbers(), help="The schedule, falling from at most 1: 1,0.94,0.83,0.63; nothing shifts it."
+)
+@click.option("--timesteps", type=Numbers(), help="The schedule in timesteps of 1000: 1000,750,500,250.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same frames.")
 @click.option("--height", type=int, help="Pixels [default: the model's native].")
 @click.option("--width", type=int)

@@ -30,6 +30,20 @@ def shown(call: Callable[[], Any]) -> Any:
         sys.exit(error.exit_code)
 
 
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas or spaces between them."""
+
+    name = "NUMBERS"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(word) for word in str(value).replace(",", " ").split())
+        except ValueError as error:
+            raise UserError(
+                f"{param.opts[0] if param else 'list'} {value}: give numbers such as 1,0.75,0.5."
+            ) from error
+
+
 def store_option(function: Any) -> Any:
     return click.option(
         "--store",
@@ -146,6 +160,12 @@ def render_options(function: Any) -> Any:
         ),
         click.option("--slow-engines", is_flag=True, help="Also engines measured to be slower than eager here."),
         click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
+        click.option(
+            "--dtype",
+            multiple=True,
+            metavar="[PART=]TYPE",
+            help="fp32, fp16 or bf16, of all parts or one (vae=bf16); repeatable [default: publisher's; fp32 on cpu].",
+        ),
         click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
         click.option("--quiet", is_flag=True, help="No progress."),
         click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),

@@ -199,6 +199,11 @@ def join(folder: Path) -> None:
     """Called when a checkpoint was put together of several repositories: a folder of links to their parts."""
 
 
+def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the video that is made of a picture, where its pipeline takes no other (Rendering.sized)."""
+    return height, width
+
+
 def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
     """How many frames of a given video are used, and whether its last ones in place of its first."""
     return shape.frames, False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from overcrank.errors import ModelError, RequestError
-from overcrank.models import _freenoise, _kl_vae, _unet
+from overcrank.models import _freenoise, _kl_vae, _negative_prompts, _unet
 from overcrank.models._hub_files import weight_names
 from overcrank.models.base import (
     Arguments,
@@ -60,7 +60,6 @@ _SDXL: Config = _SD15 | {
     "projection_class_embeddings_input_dim": 2816,
     "motion_max_seq_length": 32,
 }
-_DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "clip_sample": False}
 # The motion adapter's files lie at the top of its repository; the image model is the one of diffusers' documentation.
 _IMAGE_MODEL = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
@@ -72,6 +71,29 @@ def _repositories(adapter: str, image_model: str, *more: str, files: str = "") -
     )
 
 
+# What the base models carry, and what is laid over it, as both motion modules were trained.
+_CARRIED: Config = {
+    "_class_name": "DEISMultistepScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+}
+_CARRIED_XL: Config = _CARRIED | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+_DDIM: Config = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+    "steps_offset": 1,
+}
+_USUAL: Any = {
+    "scheduler": _DDIM,
+    "source": "diffusers' documentation of it, which names the base model; DDIM: github.com/guoyww/AnimateDiff",
+    "differs": "the original's prompts and guidance (8) belong to another base model",
+}
+_DTYPES = {"": "fp16"}
 _TASKS = {"text-to-video": "AnimateDiffPipeline", "video-to-video": "AnimateDiffVideoToVideoPipeline"}
 
 VARIANTS: tuple[Variant, ...] = (
@@ -81,12 +103,13 @@ VARIANTS: tuple[Variant, ...] = (
         title="AnimateDiff SD 1.5, motion module v1.5.3",
         hub_id="guoyww/animatediff-motion-adapter-v1-5-3",
         repositories=_repositories("guoyww/animatediff-motion-adapter-v1-5-3", "SG161222/Realistic_Vision_V5.1_noVAE"),
-        configs={"unet": _SD15, "vae": _kl_vae.SD, "scheduler": _DDIM},
+        configs={"unet": _SD15, "vae": _kl_vae.SD, "scheduler": _CARRIED},
         native=VideoShape(512, 512, 16),
         minimum=VideoShape(256, 256, 8),
         maximum=VideoShape(768, 768, 24),
         fps=8,
-        renders=renderings(_TASKS, guidance=7.5, steps=25),
+        dtypes=_DTYPES,
+        renders=renderings(_TASKS, guidance=7.5, steps=25, negative_prompt=_negative_prompts.ANIMATEDIFF, **_USUAL),
         text_length=TEXT_LENGTH,
     ),
     Variant(
@@ -103,13 +126,20 @@ VARIANTS: tuple[Variant, ...] = (
         configs={
             "unet": _SDXL,
             "vae": _kl_vae.SD | {"scaling_factor": 0.13025, "sample_size": 1024},
-            "scheduler": _DDIM,
+            "scheduler": _CARRIED_XL,
         },
         native=VideoShape(1024, 1024, 16),
         minimum=VideoShape(512, 512, 8),
         maximum=VideoShape(1024, 1024, 16),
         fps=8,
-        renders=renderings({"text-to-video": "AnimateDiffSDXLPipeline"}, guidance=8.0, steps=20),
+        dtypes=_DTYPES,
+        renders=renderings(
+            {"text-to-video": "AnimateDiffSDXLPipeline"},
+            guidance=8.0,
+            steps=20,
+            negative_prompt=_negative_prompts.ANIMATEDIFF_XL,
+            **_USUAL,
+        ),
         text_length=TEXT_LENGTH,
     ),
 )

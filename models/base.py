@@ -134,9 +134,11 @@ class Rendering:
     `pipeline` is the diffusers class. `scheduler` is laid over the checkpoint's own scheduler configuration;
     a `_class_name` in it is the scheduler's class. `timesteps` (falling, of 1000) or `sigmas` (falling, of 1,
     without the last 0) take the place of the scheduler's own spacing of `steps`. `guidance_2` is that of the
-    low-noise expert of a model with two; `negative_prompt` None leaves it to the pipeline. `shape` and `fps`
-    are the variant's unless they are given. `arguments` are further ones of the pipeline's call. `source` says
-    where the publisher does so.
+    low-noise expert of a model with two; `negative_prompt` None is none. `shape` and `fps`
+    are the variant's unless they are given, and `sized` is off where the pipeline makes the size of its picture's
+    shape; `contrasted` is off where the network takes its guidance as an input, so that negative prompts do nothing.
+    `arguments` are further ones of the pipeline's call. `source` says where the publisher does so, `differs` what is
+    not done as there and why.
     """
 
     pipeline: str
@@ -150,8 +152,16 @@ class Rendering:
     sigmas: tuple[float, ...] = ()
     shape: VideoShape | None = None
     fps: float | None = None
+    sized: bool = True
+    contrasted: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    differs: str = ""
+
+    @property
+    def listed(self) -> tuple[float, ...]:
+        """Its own schedule, in timesteps or sigmas; empty where the scheduler spaces the steps."""
+        return self.timesteps or self.sigmas
 
 
 def renderings(tasks: Mapping[str, str], **alike: Any) -> dict[str, Rendering]:
@@ -214,10 +224,10 @@ class Variant:
     `renders` maps what the checkpoint can do to how that is done; `text_length` is 0 for a model without text.
     `configs["scheduler"]` is the scheduler configuration that the checkpoint carries. `dtypes` maps a part of the
     pipeline to its type on a card ("fp32", "fp16", "bf16"), "" standing for the parts that are not named.
-    `like` names the published variant that one of a user's own follows, `where` is what `--model` calls it, and
-    `preset` names the preset that `renders` are of. `repositories` are those that a render needs, the one that the
-    variant is known by first; none are the one of `hub_id`. `hub_file` is the single file of a checkpoint that is
-    published in no other form.
+    `saved_as` are pipeline classes that such a checkpoint names beside those of its tasks. `like` names the published
+    variant that one of a user's own follows, `where` is what `--model` calls it, and `preset` names the preset that
+    `renders` are of. `repositories` are those that a render needs, the one that the variant is known by first; none
+    are the one of `hub_id`. `hub_file` is the single file of a checkpoint that is published in no other form.
     """
 
     name: str
@@ -231,7 +241,8 @@ class Variant:
     fps: int
     renders: Mapping[str, Rendering]
     text_length: int = 128
-    dtypes: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=lambda: {"": "bf16"})
+    saved_as: tuple[str, ...] = ()
     hub_file: str = ""
     repositories: tuple[Repository, ...] = ()
     packaged: str = ""  # folder in this package that holds the checkpoint

@@ -101,14 +101,29 @@ _VAE: Config = {
     "scaling_factor": 1.15258426,
 }
 _TEXT = {"text-to-video": "CogVideoXPipeline", "video-to-video": "CogVideoXVideoToVideoPipeline"}
+_TEXT_ALONE = {"text-to-video": "CogVideoXPipeline"}  # 1.5 encodes a video to as many frames as no patch divides
 _IMAGE = {"image-to-video": "CogVideoXImageToVideoPipeline"}
+
+
+_SCHEDULER: Config = {
+    "_class_name": "CogVideoXDDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+}
+_DPM = "CogVideoXDPMScheduler"  # the publisher's choice for 5B, with guidance that grows along the steps
 
 
 def _variant(name: str, hub: str, title: str, dit: Config, tasks: Mapping[str, str]) -> Variant:
     newer = dit["patch_size_t"] is not None
     native = VideoShape(768, 1360, 81) if newer else VideoShape(480, 720, 49)
     scale = 0.7 if newer or "5b" in name else 1.15258426
-    kind = "CogVideoXDDIMScheduler" if "2b" in name else "CogVideoXDPMScheduler"
+    small = "2b" in name
     return Variant(
         name=name,
         family="cogvideox",
@@ -117,14 +132,21 @@ def _variant(name: str, hub: str, title: str, dit: Config, tasks: Mapping[str, s
         repositories=(Repository(f"zai-org/{hub}", former=(f"THUDM/{hub}",)),),
         configs={
             "transformer": dit,
-            "vae": _VAE | {"scaling_factor": scale},
-            "scheduler": {"_class_name": kind},
+            "vae": _VAE | {"scaling_factor": scale} | ({"invert_scale_latents": True} if newer else {}),
+            "scheduler": _SCHEDULER | {"snr_shift_scale": 3.0 if small else 1.0},
         },
         native=native,
         minimum=VideoShape(256, 256, 9),
         maximum=native,
         fps=16 if newer else 8,
-        renders=renderings(tasks, guidance=6.0, steps=50),
+        dtypes={"": "fp16" if small else "bf16"},
+        renders=renderings(
+            tasks,
+            guidance=6.0,
+            steps=50,
+            scheduler={"_class_name": _SCHEDULER["_class_name"] if small else _DPM, "timestep_spacing": "trailing"},
+            source="github.com/zai-org/CogVideo: inference/cli_demo.py",
+        ),
         text_length=TEXT_LENGTH,
     )
 
@@ -133,7 +155,7 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("cogvideox-2b", "CogVideoX-2b", "CogVideoX 2B", _2B, _TEXT),
     _variant("cogvideox-5b", "CogVideoX-5b", "CogVideoX 5B", _5B, _TEXT),
     _variant("cogvideox-5b-i2v", "CogVideoX-5b-I2V", "CogVideoX 5B I2V", _5B_IMAGE, _IMAGE),
-    _variant("cogvideox-1.5-5b", "CogVideoX1.5-5B", "CogVideoX 1.5 5B", _15, _TEXT),
+    _variant("cogvideox-1.5-5b", "CogVideoX1.5-5B", "CogVideoX 1.5 5B", _15, _TEXT_ALONE),
     _variant("cogvideox-1.5-5b-i2v", "CogVideoX1.5-5B-I2V", "CogVideoX 1.5 5B I2V", _15_IMAGE, _IMAGE),
 )
 
@@ -346,9 +368,8 @@ def _sample(
 
 
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share; DPM checkpoints guide dynamically."""
+    """Arguments of the pipelines' calls beyond those all share; guidance is dynamic on the DPM scheduler."""
     made = arguments | ({"image": media.images[0]} if media.images else {})
     if media.video:
         made |= {"video": list(media.video), "strength": media.strength}
-    dynamic = variant.configs["scheduler"]["_class_name"] == "CogVideoXDPMScheduler"
-    return made | {"use_dynamic_cfg": dynamic}
+    return made | {"use_dynamic_cfg": type(pipe.scheduler).__name__ == _DPM}

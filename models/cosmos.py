@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import ShapeError
-from overcrank.models import _cosmos_vae, _wan_vae, wan
+from overcrank.errors import RequestError, ShapeError
+from overcrank.models import _cosmos_vae, _negative_prompts, _wan_vae, wan
 from overcrank.models._common import Kept, attend, forwards, given, patches, product, sample_output
 from overcrank.models.base import (
     Arguments,
@@ -56,6 +56,7 @@ _DIT: Config = {
     "extra_pos_embed_type": "learnable",
 }
 _BIG = {"num_attention_heads": 40, "num_layers": 36}
+_BIG_ONE: Config = _DIT | _BIG | {"rope_scale": (2.0, 2.0, 2.0)}
 _VIDEO = {"in_channels": 17}
 _TWO: Config = _DIT | _VIDEO | {
     "num_attention_heads": 16, "extra_pos_embed_type": None, "rope_scale": (1.0, 3.0, 3.0),
@@ -89,25 +90,48 @@ _ANY_2_5 = dict.fromkeys(("text-to-video", "image-to-video", "video-to-video"), 
 _REVISION_25 = "diffusers/base/post-trained"  # main holds the original checkpoints alone
 
 
+_SCHEDULERS: Mapping[str, Config] = {
+    "1": {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
+    "2": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True},
+    "2.5": {
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_karras_sigmas": True,
+        "use_flow_sigmas": True,
+        "sigma_min": 0.01,
+        "sigma_max": 200.0,
+    },
+}
+
+
 def _variant(name: str, hub: str, dit: Config, tasks: Mapping[str, str]) -> Variant:
     first = "predict1" in name
     native = VideoShape(704, 1280, 121 if first else 93)
-    edm = {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}
-    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True}
-    unipc = {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "use_flow_sigmas": True}
-    scheduler = edm if first else unipc if dit.get("use_crossattn_projection") else flow
+    newest = bool(dit.get("use_crossattn_projection"))
+    generation = "1" if first else "2.5" if newest else "2"
     return Variant(
         name=name,
         family="cosmos",
         title=name.replace("cosmos-p", "Cosmos P").replace("-", " ").title().replace("2B", "2B"),
         hub_id=f"nvidia/{hub}",
         repositories=(Repository(f"nvidia/{hub}", revision=_REVISION_25),) if "predict2.5" in name else (),
-        configs={"transformer": dit, "vae": _VAE if first else wan.VAE_21, "scheduler": scheduler},
+        configs={"transformer": dit, "vae": _VAE if first else wan.VAE_21, "scheduler": _SCHEDULERS[generation]},
         native=native,
         minimum=VideoShape(256, 256, 9),
         maximum=native,
-        fps=30 if first else 16,
-        renders=renderings(tasks, guidance=7.0, steps=36 if first else 35),
+        fps=24 if first else 16,
+        renders=renderings(
+            tasks,
+            guidance=7.0,
+            steps=35 if generation == "2" else 36,
+            negative_prompt=_negative_prompts.COSMOS,
+            source=f"github.com/nvidia-cosmos/cosmos-predict{generation} and the model's page, which runs diffusers",
+            differs={
+                "1": "the original counts 35 steps and one to the clean video; diffusers has 30 fps",
+                "2": "",
+                "2.5": "the original: 35 steps, 77 frames, a sampler of its own at shift 5",
+            }[generation],
+        ),
         text_length=TEXT_LENGTH,
     )
 
@@ -116,8 +140,8 @@ _P1 = "Cosmos-1.0-Diffusion"
 VARIANTS: tuple[Variant, ...] = (
     _variant("cosmos-predict1-7b-text2world", f"{_P1}-7B-Text2World", _DIT, _TEXT),
     _variant("cosmos-predict1-7b-video2world", f"{_P1}-7B-Video2World", _DIT | _VIDEO, _TO_WORLD),
-    _variant("cosmos-predict1-14b-text2world", f"{_P1}-14B-Text2World", _DIT | _BIG, _TEXT),
-    _variant("cosmos-predict1-14b-video2world", f"{_P1}-14B-Video2World", _DIT | _BIG | _VIDEO, _TO_WORLD),
+    _variant("cosmos-predict1-14b-text2world", f"{_P1}-14B-Text2World", _BIG_ONE, _TEXT),
+    _variant("cosmos-predict1-14b-video2world", f"{_P1}-14B-Video2World", _BIG_ONE | _VIDEO, _TO_WORLD),
     _variant("cosmos-predict2-2b-video2world", "Cosmos-Predict2-2B-Video2World", _TWO, _TO_WORLD_2),
     _variant("cosmos-predict2-14b-video2world", "Cosmos-Predict2-14B-Video2World", _TWO_BIG, _TO_WORLD_2),
     _variant("cosmos-predict2.5-2b", "Cosmos-Predict2.5-2B", _TWO | _TWO_FIVE, _ANY_2_5),
@@ -327,9 +351,19 @@ def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, learned: bool, t
 # ── rendering ────────────────────────────────────────────────────────────────────────
 
 
+def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
+    """The last frames of a given video, two latent ones: the world goes on from there, as the originals do it."""
+    return _strides(variant.configs["vae"])[1] + 1, True
+
+
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
     """Arguments of the pipelines' calls beyond those all share."""
     made = arguments | ({"image": media.images[0]} if media.images else {})
+    if media.video and arguments["num_frames"] <= len(media.video):
+        raise RequestError(
+            f"frames {arguments['num_frames']}: the video begins with the last {len(media.video)} of the one given; "
+            f"ask for more."
+        )
     if media.video:
         made["video"] = list(media.video)
     if not variant.configs["transformer"].get("use_crossattn_projection"):

@@ -6,6 +6,7 @@ Each section of 33 frames is denoised beside clean frames of the others, kept at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from math import ceil
 from typing import Any
@@ -36,7 +37,8 @@ _DIT: Config = hunyuan_video.DIT | {
     "image_proj_dim": 1152,
     "has_clean_x_embedder": True,
 }
-_TASKS = {"image-to-video": "HunyuanVideoFramepackPipeline", "first-last-frame": "HunyuanVideoFramepackPipeline"}
+_TASKS = dict.fromkeys(("image-to-video", "first-last-frame"), "HunyuanVideoFramepackPipeline")
+_FORWARDS = {"image-to-video": "HunyuanVideoFramepackPipeline"}  # F1 does not know how the video ends
 
 # The publisher's repositories hold the transformer alone; the other parts are HunyuanVideo's, and FLUX Redux's SigLIP.
 _OTHER_PARTS = (
@@ -48,7 +50,7 @@ _OTHER_PARTS = (
 )
 
 
-def _variant(name: str, hub: str, title: str) -> Variant:
+def _variant(name: str, hub: str, title: str, tasks: Mapping[str, str]) -> Variant:
     return Variant(
         name=name,
         family="framepack",
@@ -64,14 +66,22 @@ def _variant(name: str, hub: str, title: str) -> Variant:
         minimum=VideoShape(256, 256, 5),
         maximum=VideoShape(640, 640, 1025),  # a section is as large whatever the video's length
         fps=30,
-        renders=renderings(_TASKS, guidance=9.0, steps=30),
+        dtypes=hunyuan_video.DTYPES,
+        renders=renderings(
+            tasks,
+            guidance=10.0,
+            steps=25,
+            contrasted=False,
+            source="github.com/lllyasviel/FramePack: demo_gradio.py; diffusers' documentation has 30 steps, guidance 9",
+            differs="the original samples with UniPC, which diffusers' pipeline was not made for",
+        ),
         text_length=256,
     )
 
 
 VARIANTS: tuple[Variant, ...] = (
-    _variant("framepack-i2v-13b", "lllyasviel/FramePackI2V_HY", "FramePack I2V 13B"),
-    _variant("framepack-f1-i2v-13b", "lllyasviel/FramePack_F1_I2V_HY_20250503", "FramePack F1 I2V 13B"),
+    _variant("framepack-i2v-13b", "lllyasviel/FramePackI2V_HY", "FramePack I2V 13B", _TASKS),
+    _variant("framepack-f1-i2v-13b", "lllyasviel/FramePack_F1_I2V_HY_20250503", "FramePack F1 I2V 13B", _FORWARDS),
 )
 
 grid = hunyuan_video.grid

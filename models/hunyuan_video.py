@@ -105,6 +105,13 @@ IMAGE = {"image-to-video": "HunyuanVideoImageToVideoPipeline"}
 _TEXT_NEWER = {"text-to-video": "HunyuanVideo15Pipeline"}
 _IMAGE_NEWER = {"image-to-video": "HunyuanVideo15ImageToVideoPipeline"}
 _129 = VideoShape(720, 1280, 129)
+DTYPES = {"": "fp16", "transformer": "bf16"}
+_REPOSITORY = {
+    "HunyuanVideoPipeline": "HunyuanVideo",
+    "HunyuanVideoImageToVideoPipeline": "HunyuanVideo-I2V",
+    "HunyuanVideo15Pipeline": "HunyuanVideo-1.5",
+    "HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo-1.5",
+}
 
 
 def _variant(
@@ -118,8 +125,10 @@ def _variant(
     native: VideoShape = _129,
     text_length: int = 256,
     guidance: float = 6.0,
+    carried: float = 0.0,
 ) -> Variant:
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    """`shift` is the publisher's; `carried` the one in the checkpoint's own scheduler, if it is another."""
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": carried or shift}
     return Variant(
         name=name,
         family="hunyuan_video",
@@ -130,17 +139,22 @@ def _variant(
         minimum=VideoShape(256, 256, 5),
         maximum=native,
         fps=24,
-        renders=renderings(tasks, guidance=guidance, steps=50),
+        dtypes={"": "bf16"} if vae is _VAE_NEWER else DTYPES,
+        renders=renderings(
+            tasks,
+            guidance=guidance,
+            steps=50,
+            scheduler={"shift": shift},
+            sized=tasks != _IMAGE_NEWER,
+            contrasted=vae is _VAE_NEWER,
+            source=f"github.com/Tencent-Hunyuan/{_REPOSITORY[next(iter(tasks.values()))]}: README.md; types: "
+            "diffusers' documentation",
+        ),
         text_length=text_length,
     )
 
 
-# The picture's tokens are among the text's.
-_PLACES: Mapping[str, Any] = {
-    "tasks": IMAGE,
-    "text_length": 1024,
-    "guidance": 1.0,
-}
+_PLACES: Mapping[str, Any] = {"tasks": IMAGE, "text_length": 1024}  # the picture's tokens are among the text's
 _480P: Mapping[str, Any] = {"native": VideoShape(480, 848, 121), "text_length": 1000}
 _720P: Mapping[str, Any] = {"native": VideoShape(720, 1280, 121), "text_length": 1000}
 _I2V: Config = _NEWER | {"task_type": "i2v"}
@@ -148,10 +162,12 @@ _15 = "HunyuanVideo-1.5-Diffusers"
 
 VARIANTS: tuple[Variant, ...] = (
     _variant("hunyuan-video-13b", "HunyuanVideo", "HunyuanVideo 13B", DIT, VAE, 7.0),
-    _variant("hunyuan-video-13b-i2v", "HunyuanVideo-I2V", "HunyuanVideo 13B I2V", _REPLACE, VAE, 7.0, **_PLACES),
+    _variant(  # 17 moves more; 7 is for the steady mode, the only one that diffusers' pipeline has
+        "hunyuan-video-13b-i2v", "HunyuanVideo-I2V", "HunyuanVideo 13B I2V", _REPLACE, VAE, 7.0, carried=17.0, **_PLACES
+    ),
     _variant(
         "hunyuan-video-13b-i2v-33ch", "HunyuanVideo-I2V-33ch", "HunyuanVideo 13B I2V, 33 channels",
-        _CONCAT, VAE, 7.0, **_PLACES,
+        _CONCAT, VAE, 7.0, guidance=1.0, **_PLACES,
     ),
     _variant(
         "hunyuan-video-1.5-480p", f"{_15}-480p_t2v", "HunyuanVideo 1.5 480p",
@@ -238,6 +254,21 @@ def shallow(config: Config) -> tuple[Config, tuple[Repeat, ...]]:
 
 
 # ── rendering ────────────────────────────────────────────────────────────────────────
+
+
+def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
+    """(height, width) that 1.5 makes of a picture: of as many patches as a square has, nearest in shape, not longer."""
+    step, target = variant.configs["vae"]["spatial_compression_ratio"], variant.configs["transformer"]["target_size"]
+    area, asked = round((target / step) ** 2), height / width
+    sizes: list[tuple[float, int, int]] = []
+    h, w = area, 1
+    while h:  # the largest sizes within the area, from tall to wide
+        if max(h, w) <= 4 * min(h, w):
+            sizes.append((round(h / w, 5), h * step, w * step))
+        h, w = (h, w + 1) if h * (w + 1) <= area else (h - 1, w)
+    able = [size for size in sizes if (size[0] <= asked if asked >= 1 else size[0] >= asked)]
+    _, tall, wide = min(able, key=lambda size: abs(size[0] - asked))
+    return tall, wide
 
 
 def prepare(pipe: Any, variant: Variant) -> None:

@@ -8,17 +8,19 @@ original files gives them. Spatial compression 32, temporal 8: one denoiser toke
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import lcm
 from typing import Any
 
-from overcrank.models import _few_steps, _ltx, _ltx_upsampler
+from overcrank.models import _few_steps, _ltx, _ltx_upsampler, _negative_prompts
 from overcrank.models import _ltx_configs as configs
 from overcrank.models.base import (
     Arguments,
     Component,
     Config,
     Media,
+    Rendering,
     Repeat,
     Repository,
     Sizes,
@@ -31,11 +33,8 @@ from overcrank.models.base import (
 TITLE = "LTX-Video"
 DEFAULT = "ltx-2b-0.9.5"
 DENOISER_CLASSES = ("LTXVideoTransformer3DModel", _ltx_upsampler.CLASS)
-TASKS = {
-    "text-to-video": "LTXPipeline",
-    "image-to-video": "LTXImageToVideoPipeline",
-    "first-last-frame": "LTXConditionPipeline",
-}
+CONDITION = "LTXConditionPipeline"
+TASKS = {"text-to-video": "LTXPipeline", "image-to-video": "LTXImageToVideoPipeline", "first-last-frame": CONDITION}
 PRESETS = _few_steps.LTX
 TRACED_BLOCKS, TRACED_RESNETS = 3, 2  # depth of a traced chain (export/repeat.py)
 
@@ -43,10 +42,9 @@ TRACED_BLOCKS, TRACED_RESNETS = 3, 2  # depth of a traced chain (export/repeat.p
 
 
 def _variant(
-    name: str, hub: str, dit: Config, vae: Config, scheduler: Config, guidance: float, steps: int, **more: Any
+    name: str, hub: str, dit: Config, vae: Config, scheduler: Config, renders: Mapping[str, Rendering], **more: Any
 ) -> Variant:
     conditions = vae["spatio_temporal_scaling"] != configs.VAE_090["spatio_temporal_scaling"]
-    tasks = {k: v for k, v in TASKS.items() if conditions or k != "first-last-frame"}
     usual: dict[str, Any] = {
         "native": VideoShape(512, 768, 121),
         "minimum": VideoShape(256, 256, 1),
@@ -61,7 +59,8 @@ def _variant(
         hub_id=hub.partition(":")[0],
         hub_file=hub.partition(":")[2],
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
-        renders=renderings(tasks, guidance=guidance, steps=steps),
+        renders=renders,
+        saved_as=tuple(TASKS.values()),
         **(usual | more),
     )
 
@@ -70,7 +69,56 @@ _REPO = "Lightricks/LTX-Video"
 _BIG: Mapping[str, Any] = {
     "native": VideoShape(704, 1216, 121),
     "maximum": VideoShape(1216, 1216, 161),
+    "fps": 30,
 }
+# Of a VAE that takes a timestep: 0.9.1 and later.
+_DECODED: Arguments = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+_SOURCE = "github.com/Lightricks/LTX-Video: ltx_video/inference.py, configs"
+_NO_STG = "its spatiotemporal guidance is left out: no diffusers pipeline of this model has it"
+
+
+def _first(vae: Config) -> dict[str, Rendering]:
+    """0.9.0 and 0.9.1: uniform steps, shifted by the number of tokens."""
+    return renderings(
+        {task: pipeline for task, pipeline in TASKS.items() if pipeline != CONDITION},
+        guidance=3.0,
+        steps=40,
+        negative_prompt=_negative_prompts.LTX,
+        arguments=_DECODED if vae["timestep_conditioning"] else {},
+        source=_SOURCE,
+        differs=_NO_STG,
+    )
+
+
+def _later(guidance: float, steps: int, **more: Any) -> dict[str, Rendering]:
+    """From 0.9.5 on: linear, then quadratic steps, which of diffusers' pipelines only the conditioned one makes."""
+    usual: dict[str, Any] = {"guidance": guidance, "steps": steps, "negative_prompt": _negative_prompts.LTX}
+    usual |= {"source": _SOURCE, "differs": _NO_STG if guidance > 1 else ""}
+    noised = _DECODED | {"image_cond_noise_scale": 0.15}
+    return {
+        task: Rendering(CONDITION, arguments=_DECODED if task == "text-to-video" else noised, **(usual | more))
+        for task in TASKS
+    }
+
+
+_DEMO = renderings(TASKS, guidance=3.0, steps=24, source="how it was trained: models/demo")
+_DEMO["first-last-frame"] = replace(_DEMO["first-last-frame"], arguments={"image_cond_noise_scale": 0.0})
+_DISTILLED = _later(
+    1.0,
+    8,
+    sigmas=(1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875),
+    source=f"{_SOURCE}: its allowed_inference_steps; diffusers' documentation has the first seven, which are the first "
+    "of two passes, and closes them with 0.00003",
+    differs="rendered at full size at once, not at two thirds and then upsampled",
+)
+_DEV = _later(
+    5.0,
+    30,
+    guidance_rescale=0.7,
+    source="the model's page and diffusers' documentation of it",
+    differs="rendered at full size at once, not at two thirds and then upsampled; the original's guidance changes "
+    "from step to step",
+)
 _SMALL: Mapping[str, Any] = {
     "native": VideoShape(64, 64, 17),
     "minimum": VideoShape(64, 64, 9),  # 48 tokens: attention of fewer than 32 is not fused in fp8
@@ -85,22 +133,29 @@ _096D = "multimodalart/ltxv-2b-0.9.6-distilled"
 _098D = f"{_REPO}-0.9.8-13B-distilled"
 
 VARIANTS: tuple[Variant, ...] = (
-    _variant("ltx-2b-0.9.0", _REPO, configs.DIT_2B, configs.VAE_090, configs.SHIFTED, 3.0, 40),
+    _variant("ltx-2b-0.9.0", _REPO, configs.DIT_2B, configs.VAE_090, configs.SHIFTED, _first(configs.VAE_090)),
     _variant(
         "ltx-2b-0.9.1",
         _091,
         configs.DIT_2B,
         configs.VAE_091,
         configs.SHIFTED,
-        3.0,
-        40,
+        _first(configs.VAE_091),
         repositories=(Repository(_091, former=("Lightricks/LTX-Video-0.9.1",)),),
     ),
-    _variant("ltx-2b-0.9.5", f"{_REPO}-0.9.5", configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
-    _variant("ltx-2b-0.9.6-dev", _096, configs.DIT_2B, configs.VAE_095, configs.UNIFORM, 3.0, 40),
-    _variant("ltx-2b-0.9.6-distilled", _096D, configs.DIT_2B, configs.VAE_095, configs.STOCHASTIC, 1.0, 8),
+    _variant("ltx-2b-0.9.5", f"{_REPO}-0.9.5", configs.DIT_2B, configs.VAE_095, configs.UNIFORM, _later(3.0, 40)),
+    _variant("ltx-2b-0.9.6-dev", _096, configs.DIT_2B, configs.VAE_095, configs.UNIFORM, _later(3.0, 40), **_BIG),
     _variant(
-        "ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", configs.DIT_13B, configs.VAE_095, configs.UNIFORM, 5.0, 30, **_BIG
+        "ltx-2b-0.9.6-distilled",
+        _096D,
+        configs.DIT_2B,
+        configs.VAE_095,
+        configs.STOCHASTIC,
+        _later(1.0, 8, scheduler={"stochastic_sampling": True}),
+        **_BIG,
+    ),
+    _variant(
+        "ltx-13b-0.9.7-dev", f"{_REPO}-0.9.7-dev", configs.DIT_13B, configs.VAE_095, configs.UNIFORM, _DEV, **_BIG
     ),
     _variant(
         "ltx-13b-0.9.7-distilled",
@@ -108,11 +163,10 @@ VARIANTS: tuple[Variant, ...] = (
         configs.DIT_13B,
         configs.VAE_095,
         configs.UNIFORM,
-        1.0,
-        8,
+        _DISTILLED,
         **_BIG,
     ),
-    _variant("ltx-13b-0.9.8-distilled", _098D, configs.DIT_13B, configs.VAE_095, configs.UNIFORM, 1.0, 8, **_BIG),
+    _variant("ltx-13b-0.9.8-distilled", _098D, configs.DIT_13B, configs.VAE_095, configs.UNIFORM, _DISTILLED, **_BIG),
     Variant(
         name="ltx-upsampler-0.9.7",
         family="ltx",
@@ -123,16 +177,26 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(512, 512, 1),
         maximum=VideoShape(1408, 1536, 121),
         fps=24,
-        renders=renderings({"video-to-video": "LTXLatentUpsamplePipeline"}, steps=1),
+        renders=renderings(
+            {"video-to-video": "LTXLatentUpsamplePipeline"},
+            steps=1,
+            arguments=_DECODED,
+            source="diffusers' documentation of LTX-Video 0.9.7",
+        ),
         text_length=0,
     ),
-    _variant("ltx-demo", "", configs.DIT_DEMO, configs.VAE_DEMO, configs.UNIFORM, 3.0, 24, **_SMALL),
+    _variant(
+        "ltx-demo",
+        "",
+        configs.DIT_DEMO,
+        configs.VAE_DEMO,
+        configs.UNIFORM,
+        _DEMO,
+        **_SMALL,
+    ),
 )
 
 # ── rendering ────────────────────────────────────────────────────────────────────────
-
-# Of checkpoints whose VAE takes a timestep (0.9.1 and later), as diffusers' documentation of LTX-Video gives them.
-DECODE_TIMESTEP, DECODE_NOISE, CONDITION_NOISE = 0.05, 0.025, 0.025
 
 
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
@@ -141,15 +205,11 @@ def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Argumen
         small = {axis: arguments[axis] // _ltx_upsampler.SCALE for axis in ("height", "width")}
         return arguments | small | {"video": list(media.video)}
     made = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
-    timed = variant.configs["vae"].get("timestep_conditioning")
-    if timed:
-        made |= {"decode_timestep": DECODE_TIMESTEP, "decode_noise_scale": DECODE_NOISE}
     if list(media.images) == [0]:
         made["image"] = media.images[0]
     elif media.images:
         made |= {"image": list(media.images.values()), "video": [None] * len(media.images)}
         made |= {"frame_index": list(media.images), "strength": [1.0] * len(media.images)}
-        made["image_cond_noise_scale"] = CONDITION_NOISE if timed else 0.0
     return made
 
 

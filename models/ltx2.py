@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from overcrank.models import _few_steps, _ltx2, _video_vae
+from overcrank.models import _few_steps, _ltx2, _negative_prompts, _video_vae
 from overcrank.models._common import product, random_call, tensors_named
 from overcrank.models.base import (
     Arguments,
@@ -123,6 +123,14 @@ _VOCODER: Config = {
     "output_sampling_rate": 24000,
 }
 _TASKS = {"text-to-video": "LTX2Pipeline", "image-to-video": "LTX2ImageToVideoPipeline"}
+_CLASSIFIER_FREE: Arguments = {
+    "stg_scale": 0.0,
+    "audio_stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_modality_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "audio_guidance_rescale": 0.0,
+}
 
 VARIANTS: tuple[Variant, ...] = (
     Variant(
@@ -135,13 +143,30 @@ VARIANTS: tuple[Variant, ...] = (
             "vae": _VAE,
             "audio_vae": _AUDIO_VAE,
             "vocoder": _VOCODER,
-            "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+            "scheduler": {
+                "_class_name": "FlowMatchEulerDiscreteScheduler",
+                "use_dynamic_shifting": True,
+                "base_shift": 0.95,
+                "max_shift": 2.05,
+                "base_image_seq_len": 1024,
+                "max_image_seq_len": 4096,
+                "shift_terminal": 0.1,
+            },
         },
         native=VideoShape(512, 768, 121),
         minimum=VideoShape(256, 256, 9),
         maximum=VideoShape(768, 768, 241),
         fps=24,
-        renders=renderings(_TASKS, guidance=4.0, steps=40),
+        renders=renderings(
+            _TASKS,
+            guidance=4.0,
+            steps=40,
+            negative_prompt=_negative_prompts.LTX_2,
+            arguments=_CLASSIFIER_FREE,
+            source="github.com/Lightricks/LTX-2 as of the checkpoint's publication: ltx_pipelines/utils/constants.py",
+            differs="its constants of today (guidance 3, sound 7, perturbed block 29, isolated modalities 3, rescale "
+            "0.7) are for 2.3 too and take four times the work, half of it on no engine",
+        ),
         text_length=TEXT_LENGTH,
     ),
 )
@@ -288,14 +313,8 @@ def _vocoder(variant: Variant) -> Component:
 
 
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share.
-
-    Guidance is classifier-free, as the 2.0 checkpoint is published: that of 2.3 (perturbed blocks, isolated
-    modalities) takes four times the work, half of it on no engine.
-    """
-    plain = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
-    plain |= {"guidance_rescale": 0.0, "audio_guidance_rescale": 0.0}
-    made = arguments | plain | {"frame_rate": media.fps, "audio_guidance_scale": arguments["guidance_scale"]}
+    """Arguments of the pipelines' calls beyond those all share; sound is guided as the picture is."""
+    made = arguments | {"frame_rate": media.fps, "audio_guidance_scale": arguments["guidance_scale"]}
     return made | ({"image": media.images[0]} if media.images else {})
 
 

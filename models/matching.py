@@ -100,7 +100,7 @@ def _likeness(
     return (
         published_at(variant, sources),
         all(ours == given for ours, given in seen) and not (known & set(configs)) - set(_classes(variant)),
-        pipeline in variant.tasks.values(),
+        pipeline in (*variant.tasks.values(), *variant.saved_as),
         sum(a == b for a, b in pairs),
         sum(configs.get("scheduler", {}).get(f) == v for f, v in scheduler.items()),
         sum(bool(a) == bool(b) for a, b in pairs),

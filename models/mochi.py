@@ -77,7 +77,14 @@ VARIANTS: tuple[Variant, ...] = (
         minimum=VideoShape(256, 256, 7),
         maximum=VideoShape(480, 848, 163),
         fps=30,
-        renders=renderings({"text-to-video": "MochiPipeline"}, guidance=4.5, steps=64),
+        dtypes={"": "bf16", "vae": "fp32", "text_encoder": "fp32"},
+        renders=renderings(
+            {"text-to-video": "MochiPipeline"},
+            guidance=4.5,
+            steps=64,
+            source="github.com/genmoai/mochi: README.md, demos/api_example.py; linear-quadratic steps from 0.025",
+            differs="the demo's command line has guidance 6 as its default",
+        ),
         text_length=TEXT_LENGTH,
     ),
 )

@@ -26,6 +26,16 @@ _UNET: Config = {
     "attention_head_dim": 64,
 }
 
+_SCHEDULER: Config = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
 VARIANTS: tuple[Variant, ...] = (
     Variant(
         name="modelscope-1.7b",
@@ -35,12 +45,19 @@ VARIANTS: tuple[Variant, ...] = (
         repositories=(
             Repository("ali-vilab/text-to-video-ms-1.7b", files="fp16", former=("damo-vilab/text-to-video-ms-1.7b",)),
         ),
-        configs={"unet": _UNET, "vae": _kl_vae.SD, "scheduler": {"_class_name": "DDIMScheduler"}},
+        configs={"unet": _UNET, "vae": _kl_vae.SD, "scheduler": _SCHEDULER},
         native=VideoShape(256, 256, 16),
         minimum=VideoShape(256, 256, 8),
         maximum=VideoShape(512, 512, 32),
         fps=8,
-        renders=renderings({"text-to-video": "TextToVideoSDPipeline"}, guidance=9.0, steps=50),
+        dtypes={"": "fp16"},
+        renders=renderings(
+            {"text-to-video": "TextToVideoSDPipeline"},
+            guidance=9.0,
+            steps=25,
+            scheduler={"_class_name": "DPMSolverMultistepScheduler"},
+            source="the model's page; guidance is the pipeline's own",
+        ),
         text_length=TEXT_LENGTH,
     ),
 )

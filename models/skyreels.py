@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from overcrank.errors import RequestError
-from overcrank.models import _clip, _wan_dit, _wan_vae, wan
-from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape, renderings
+from overcrank.models import _clip, _negative_prompts, _wan_dit, _wan_vae, wan
+from overcrank.models.base import Arguments, Component, Config, Media, Rendering, Variant, VideoShape
 
 TITLE = "SkyReels V2"
 DEFAULT = "skyreels-v2-t2v-14b-540p"
@@ -34,11 +34,28 @@ _DF = {
 _SIZE = {"540p": VideoShape(544, 960, 97), "720p": VideoShape(720, 1280, 121)}
 
 
+_SOURCE = "github.com/SkyworkAI/SkyReels-V2: README.md, generate_video.py, generate_video_df.py"
+
+
+def _rendering(task: str, pipeline: str) -> Rendering:
+    """From pictures at less shift and guidance than from text; diffusion forcing in 30 steps, the others in 50."""
+    pictured, forcing = task in ("image-to-video", "first-last-frame"), pipeline in _DF.values()
+    noted = " (its table of options; a note says shift 3.0)" if pictured else ""
+    return Rendering(
+        pipeline,
+        steps=30 if forcing else 50,
+        guidance=5.0 if pictured else 6.0,
+        scheduler={"flow_shift": 5.0 if pictured else 8.0},
+        negative_prompt=_negative_prompts.WAN if forcing else _negative_prompts.SKYREELS,
+        source=_SOURCE + noted,
+    )
+
+
 def _variant(name: str, hub: str, dit: Config, tasks: Any, size: str) -> Variant:
     configs: dict[str, Config] = {
         "transformer": dit,
         "vae": wan.VAE_21,
-        "scheduler": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 8.0},
+        "scheduler": wan.SCHEDULER | {"flow_shift": 1.0},
     }
     if dit["image_dim"]:
         configs["image_encoder"] = _clip.VIT_H
@@ -52,7 +69,8 @@ def _variant(name: str, hub: str, dit: Config, tasks: Any, size: str) -> Variant
         minimum=VideoShape(256, 256, 5),
         maximum=_SIZE[size],
         fps=24,
-        renders=renderings(tasks, guidance=5.0 if "i2v" in name else 6.0, steps=30 if "-df-" in name else 50),
+        dtypes=wan.DTYPES,
+        renders={task: _rendering(task, pipeline) for task, pipeline in tasks.items()},
         text_length=_wan_dit.TEXT_LENGTH,
     )
 

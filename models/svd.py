@@ -52,7 +52,23 @@ _VAE: Config = {
 }
 
 
-def _variant(name: str, hub: str, title: str, frames: int) -> Variant:
+_SCHEDULER: Config = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_type": "continuous",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "use_karras_sigmas": True,
+    "sigma_min": 0.002,
+    "sigma_max": 700.0,
+}
+
+
+def _variant(name: str, hub: str, title: str, frames: int, steps: int, guidance: tuple[float, float]) -> Variant:
+    """`guidance` of the first and the last frame."""
     return Variant(
         name=name,
         family="svd",
@@ -63,22 +79,31 @@ def _variant(name: str, hub: str, title: str, frames: int) -> Variant:
             "unet": _UNET | {"num_frames": frames},
             "vae": _VAE,
             "image_encoder": _clip.VIT_H,
-            "scheduler": {"_class_name": "EulerDiscreteScheduler"},
+            "scheduler": _SCHEDULER,
         },
         native=VideoShape(576, 1024, frames),
         minimum=VideoShape(256, 256, 2),
         maximum=VideoShape(576, 1024, 25),
         fps=7,
-        renders=renderings({"image-to-video": "StableVideoDiffusionPipeline"}, guidance=3.0, steps=25),
+        dtypes={"": "fp16"},
+        renders=renderings(
+            {"image-to-video": "StableVideoDiffusionPipeline"},
+            guidance=guidance[1],
+            steps=steps,
+            arguments={"min_guidance_scale": guidance[0], "motion_bucket_id": 127, "noise_aug_strength": 0.02},
+            source="github.com/Stability-AI/generative-models: scripts/sampling; diffusers has 25 steps, 1 to 3",
+        ),
         text_length=0,
     )
 
 
 VARIANTS: tuple[Variant, ...] = (
-    _variant("svd", "stable-video-diffusion-img2vid", "Stable Video Diffusion", 14),
-    _variant("svd-xt", "stable-video-diffusion-img2vid-xt", "Stable Video Diffusion XT", 25),
-    _variant("svd-xt-1.1", "stable-video-diffusion-img2vid-xt-1-1", "Stable Video Diffusion XT 1.1", 25),
-)
+    _variant("svd", "stable-video-diffusion-img2vid", "Stable Video Diffusion", 14, 25, (1.0, 2.5)),
+    _variant("svd-xt", "stable-video-diffusion-img2vid-xt", "Stable Video Diffusion XT", 25, 30, (1.5, 3.0)),
+    _variant(
+        "svd-xt-1.1", "stable-video-diffusion-img2vid-xt-1-1", "Stable Video Diffusion XT 1.1", 25, 30, (1.5, 3.0),
+    ),
+)  # fmt: skip
 
 
 grid = _unet.grid

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from overcrank.models import _clip, _few_steps, _wan_dit, _wan_vae
+from overcrank.models import _clip, _few_steps, _negative_prompts, _wan_dit, _wan_vae
 from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape, renderings
 
 TITLE = "Wan"
@@ -81,6 +81,7 @@ VAE_22: Config = VAE_21 | {
 }
 _TASKS = {
     "text": {"text-to-video": "WanPipeline", "video-to-video": "WanVideoToVideoPipeline"},
+    "experts": {"text-to-video": "WanPipeline"},  # the pipeline of videos has but one expert
     "image": {"image-to-video": "WanImageToVideoPipeline"},
     "frames": {"first-last-frame": "WanImageToVideoPipeline"},
     "image, frames": {"image-to-video": "WanImageToVideoPipeline", "first-last-frame": "WanImageToVideoPipeline"},
@@ -94,17 +95,43 @@ _SIZE = {
 }
 
 
+# What the checkpoints carry; that of SkyReels V2 is the same at another shift.
+SCHEDULER: Config = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+DTYPES = {"": "bf16", "vae": "fp32", "image_encoder": "fp32"}
+_SOURCE = "github.com/Wan-Video/Wan{}: generate.py, README.md, wan/configs"
+
+
 def _variant(
-    name: str, hub: str, dit: Config, does: str, size: str, shift: float, fps: int = 16, **more: Any
+    name: str,
+    hub: str,
+    dit: Config,
+    does: str,
+    size: str,
+    shift: float,
+    carried: float = 3.0,
+    fps: int = 16,
+    **more: Any,
 ) -> Variant:
+    """`shift` is the publisher's; `carried` the one in the checkpoint's own scheduler."""
     configs: dict[str, Config] = {
         "transformer": dit,
         "vae": VAE_22 if dit["in_channels"] == 48 else VAE_21,
-        "scheduler": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": shift},
+        "scheduler": SCHEDULER | {"flow_shift": carried},
     }
     if dit["image_dim"]:
         configs["image_encoder"] = _clip.VIT_H
-    usual: dict[str, Any] = {"guidance": 5.0, "steps": 50}
+    usual: dict[str, Any] = {
+        "guidance": 5.0,
+        "steps": 50,
+        "negative_prompt": _negative_prompts.WAN_IMAGE if dit["image_dim"] else _negative_prompts.WAN,
+        "scheduler": {"flow_shift": shift},
+        "source": _SOURCE.format(name[4:7]),
+    }
     hub_id = f"Wan-AI/{hub}-{'diffusers' if does == 'vace' or 'FLF2V' in hub else 'Diffusers'}"
     return Variant(
         name=name,
@@ -113,25 +140,32 @@ def _variant(
         hub_id=hub_id,
         configs=configs,
         native=_SIZE[size],
-        minimum=VideoShape(256, 256, 1 if does in ("text", "both", "vace") else 5),
+        minimum=VideoShape(256, 256, 1 if does in ("text", "both", "vace", "experts") else 5),
         maximum=_SIZE[size],
         text_length=_wan_dit.TEXT_LENGTH,
         fps=fps,
+        dtypes=DTYPES,
         renders=renderings(_TASKS[does], **(usual | more)),
     )
 
 
+_SMALL_STEPS: Any = {
+    "guidance": 6.0,
+    "source": _SOURCE.format("2.1") + "; the README asks for shift 8 to 12 and guidance 6 of this size",
+}
+_TWO_GUIDES: Any = {"guidance": 4.0, "guidance_2": 3.0, "steps": 40}
+_TWO_GUIDES_IMAGE: Any = {"guidance": 3.5, "guidance_2": 3.5, "steps": 40}
 VARIANTS: tuple[Variant, ...] = (
-    _variant("wan-2.1-t2v-1.3b", "Wan2.1-T2V-1.3B", DIT_SMALL, "text", "480p", 3.0),
+    _variant("wan-2.1-t2v-1.3b", "Wan2.1-T2V-1.3B", DIT_SMALL, "text", "480p", 8.0, **_SMALL_STEPS),
     _variant("wan-2.1-t2v-14b", "Wan2.1-T2V-14B", DIT, "text", "720p", 5.0),
-    _variant("wan-2.1-i2v-14b-480p", "Wan2.1-I2V-14B-480P", _CLIP_IMAGE, "image", "480p", 3.0),
-    _variant("wan-2.1-i2v-14b-720p", "Wan2.1-I2V-14B-720P", _CLIP_IMAGE, "image", "720p", 5.0),
-    _variant("wan-2.1-flf2v-14b-720p", "Wan2.1-FLF2V-14B-720P", _FLF, "frames", "720p", 16.0),
-    _variant("wan-2.1-vace-1.3b", "Wan2.1-VACE-1.3B", _VACE_SMALL, "vace", "480p", 3.0),
-    _variant("wan-2.1-vace-14b", "Wan2.1-VACE-14B", _VACE_BIG, "vace", "720p", 5.0),
-    _variant("wan-2.2-ti2v-5b", "Wan2.2-TI2V-5B", _FIVE, "both", "704p", 5.0, fps=24),
-    _variant("wan-2.2-t2v-a14b", "Wan2.2-T2V-A14B", DIT, "text", "720p", 3.0, guidance=4.0, steps=40),
-    _variant("wan-2.2-i2v-a14b", "Wan2.2-I2V-A14B", _IMAGE, "image, frames", "720p", 3.0, guidance=3.5, steps=40),
+    _variant("wan-2.1-i2v-14b-480p", "Wan2.1-I2V-14B-480P", _CLIP_IMAGE, "image", "480p", 3.0, steps=40),
+    _variant("wan-2.1-i2v-14b-720p", "Wan2.1-I2V-14B-720P", _CLIP_IMAGE, "image", "720p", 5.0, steps=40),
+    _variant("wan-2.1-flf2v-14b-720p", "Wan2.1-FLF2V-14B-720P", _FLF, "frames", "720p", 16.0, carried=16.0),
+    _variant("wan-2.1-vace-1.3b", "Wan2.1-VACE-1.3B", _VACE_SMALL, "vace", "480p", 16.0),
+    _variant("wan-2.1-vace-14b", "Wan2.1-VACE-14B", _VACE_BIG, "vace", "720p", 16.0),
+    _variant("wan-2.2-ti2v-5b", "Wan2.2-TI2V-5B", _FIVE, "both", "704p", 5.0, carried=5.0, fps=24),
+    _variant("wan-2.2-t2v-a14b", "Wan2.2-T2V-A14B", DIT, "experts", "720p", 12.0, **_TWO_GUIDES),
+    _variant("wan-2.2-i2v-a14b", "Wan2.2-I2V-A14B", _IMAGE, "image, frames", "720p", 5.0, **_TWO_GUIDES_IMAGE),
 )
 
 # ── shapes and components ────────────────────────────────────────────────────────────

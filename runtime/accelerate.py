@@ -45,6 +45,7 @@ class Acceleration:
     quantization: Quantization | None = None
     loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights
     moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
+    dtypes: dict[str, str] = field(default_factory=dict)  # of the parts, where they were asked for
     workspace: Workspace = field(default_factory=Workspace)
 
     def settings(self) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class Acceleration:
         found: dict[str, Any] = {"loras": self.loras} if self.loras else {}
         if self.variant.preset:
             found["preset"] = self.variant.preset
+        found |= {"dtypes": self.dtypes} if self.dtypes else {}
         if self.quantization is not None:
             recipe = self.quantization.recipe
             found |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
@@ -135,6 +137,8 @@ def _variant_of(pipe: Any, model: str) -> Variant:
     every: dict[str, Any] = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
     read = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
     configs = {name: dict(config) for name, config in read.items() if isinstance(config, Mapping)}
+    if "scheduler" in configs:  # one that was made in memory does not say what it is
+        configs["scheduler"]["_class_name"] = type(pipe.scheduler).__name__
     read_from = [pipe.config.get("_name_or_path"), *(c.get("_name_or_path") for c in configs.values())]
     sources = [str(source) for source in read_from if source]
     return variant_from_configs(model or kind, type(denoiser).__name__, configs, kind, sources)

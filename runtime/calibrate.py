@@ -196,7 +196,7 @@ def _denoising(pipe: Any, variant: Variant, requests: list[RenderRequest], progr
     def run(index: int) -> None:
         request = requests[index]
         progress(index, len(requests))
-        own = pipeline_for(pipe, variant, request.task)
+        own = pipeline_for(pipe, variant, request.task, request)
         with torch.no_grad():
             text = encoded(own, variant, request)
             arguments = call_arguments(own, variant, request, media_of(request, variant), text)

@@ -10,6 +10,7 @@ from overcrank.errors import RequestError
 from overcrank.models import packaged_model, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
+from overcrank.runtime.dtypes import typed
 from overcrank.runtime.request import FORMATS, RenderRequest, read_jobs, request_of
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 REQUEST_OPTIONS = (
     *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
-    "guidance_until",
+    *("guidance_2", "guidance_rescale", "guidance_until", "scheduler", "shift", "sigmas", "timesteps"),
     *("height", "width", "frames", "fps"),
 )
 
@@ -64,6 +65,7 @@ def _run(
 ) -> int:
     from overcrank.runtime.output import prepare_folder
 
+    typed(options["dtype"])
     prepare_folder(work[0][1].parent)
     from overcrank.runtime import show
     from overcrank.runtime.driver import CANCELLED, FAILED, Job
@@ -113,6 +115,7 @@ def driver_of(options: dict[str, Any], variant: Variant, watcher: Watcher) -> Dr
         bundle=options["bundle"],
         backend=options["backend"],
         device=options["device"],
+        dtype=options["dtype"] or None,
         store=options["store"],
         quantization=options["quantization"],
         loras=options["loras"],

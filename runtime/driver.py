@@ -202,7 +202,7 @@ class Driver:
 
         job, variant = outcome.job, self.acceleration.variant
         request = job.request
-        pipe = pipeline_for(self.pipe, variant, request.task)
+        pipe = pipeline_for(self.pipe, variant, request.task, request)
         if request.audio is not None:
             check_audio(request.audio)
         media = media_of(request, variant)
@@ -259,7 +259,8 @@ def encoded(pipe: Any, variant: Variant, request: RenderRequest) -> dict[str, An
     if not variant.text_length:
         return {}
     guided = (request.guidance or 0) > 1
-    made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, request.negative_prompt, guided)
+    negative = request.negative_prompt or ""
+    made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, negative, guided)
     return made
 
 
@@ -268,7 +269,8 @@ def call_arguments(
 ) -> dict[str, Any]:
     """Arguments of the pipeline's call, without callback, generator and output type."""
     usual = text | _usual_arguments(request)
-    return _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual), usual)
+    own = dict(variant.rendering(request.task).arguments) | _guidance(request)
+    return _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual | own), usual)
 
 
 def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
@@ -279,6 +281,12 @@ def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
     }
+
+
+def _guidance(request: RenderRequest) -> dict[str, Any]:
+    """Kinds of guidance that not every pipeline has."""
+    asked = {"guidance_scale_2": request.guidance_2, "guidance_rescale": request.guidance_rescale or None}
+    return {k: v for k, v in asked.items() if v is not None}
 
 
 def _taken(pipe: Any, arguments: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:

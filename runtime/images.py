@@ -65,18 +65,20 @@ def fitted_video(path: Path, shape: VideoShape, count: int, last: bool) -> list[
     return [ImageOps.fit(p, (shape.width, shape.height), Image.Resampling.LANCZOS) for p in pictures]
 
 
+def size_of_picture(path: Path) -> tuple[int, int]:
+    """(height, width) as it is looked at; raises RequestError for a file that is no picture."""
+    picture = _opened(path)
+    return picture.height, picture.width
+
+
 def fitted_image(path: Path, shape: VideoShape) -> Image.Image:
     """The picture as RGB of the video's size; one of another aspect ratio loses its edges, and a line says so.
 
     Raises RequestError for a file that is no picture.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise RequestError(f"image {path} cannot be read as a picture: {error}.") from error
+    picture = _opened(path)
     size = (shape.width, shape.height)
     width, height = picture.size
     scale = min(width / size[0], height / size[1])
@@ -87,3 +89,13 @@ def fitted_image(path: Path, shape: VideoShape) -> Image.Image:
             path.name, width, height, *size, *kept,
         )  # fmt: skip
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+
+
+def _opened(path: Path) -> Image.Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise RequestError(f"image {path} cannot be read as a picture: {error}.") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -23,10 +22,13 @@ from overcrank.models import components, hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Preset, Variant
 from overcrank.models.presets import fetched, with_preset
 from overcrank.runtime.checkpoint import checkpoint_digest, require_calibrated_on
+from overcrank.runtime.dtypes import check_parts, dtypes_of, of_parts
 from overcrank.runtime.memory import AUTO, parts_of, place, planned, vram_of
+from overcrank.runtime.schedule import scheduler_of
 
 if TYPE_CHECKING:
     import torch
+    from overcrank.runtime.request import RenderRequest
     from overcrank.runtime.sources import Quantization
 
 log = logging.getLogger("overcrank")
@@ -38,7 +40,7 @@ def load(
     bundle: str | Path | None = None,
     backend: str = "auto",
     device: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None = None,
     store: Path | None = None,
     quantization: Quantization | None = None,
     loras: Sequence[str] = (),
@@ -51,13 +53,15 @@ def load(
     """The model's text-to-video pipeline, accelerated (see `accelerate`).
 
     `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
-    is a card, else cpu]; `dtype` [default: on a card bfloat16, or float16 where the card has
-    none; on cpu float32]. `loras`: files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline
-    PART=FILE:SCALE, the experts of Wan 2.2 being high and low. `preset`: a published way to render in few steps
-    (`overcrank models show`); its own LoRAs are merged before those.
+    is a card, else cpu]; `dtype`: one for all parts, a mapping from parts to types, or words such as "vae=fp32"
+    [default: on a card the publisher's, float16 for bfloat16 where the card has none; on cpu float32].
+    `loras`: files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE, the
+    experts of Wan 2.2 being high and low. `preset`: a published way to render in few steps (`overcrank models show`);
+    its own LoRAs are merged before those.
     `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. What the
     hub's cache lacks is downloaded, with a progress bar unless `quiet`. Raises ModelError when the checkpoint cannot
-    be found or read, StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
+    be found or read, StoreError when the disk is too small for it, CheckpointError for a LoRA of another model,
+    UserError for a part or type that is not there.
     """
     import torch
     from overcrank.runtime.accelerate import accelerate
@@ -69,7 +73,9 @@ def load(
     if quantization is not None:
         require_calibrated_on(folder, quantization.recipe, variant, Store(store))
     device = _usable_device(device)
-    pipe = _read(folder, variant, dtype or _default_dtype(device))
+    dtypes = dtypes_of(variant, device, dtype)
+    check_parts(dtypes if dtype is not None else {}, folder)
+    pipe = _read(folder, variant, dtypes)
     hook(variant, "prepare")(pipe, variant)
     read = _merged(pipe, variant, files)
     if quantization is not None:
@@ -88,6 +94,8 @@ def load(
         pull=pull,
     )
     accelerated.overcrank.loras, accelerated.overcrank.moved = read, moved
+    if dtype is not None:
+        accelerated.overcrank.dtypes = of_parts(pipe)
     if chosen is not None:
         served = accelerated.overcrank.variant
         accelerated.overcrank.variant = replace(served, renders=variant.renders, preset=variant.preset)
@@ -102,7 +110,7 @@ def checkpoint_folder(model: str, variant: Variant, store: Path | None, quiet: b
     return own or hub_folder(variant, whole=True, home=Store(store).root, watch=partial(downloading, quiet=quiet))
 
 
-def _read(folder: Path | str, variant: Variant, dtype: torch.dtype) -> Any:
+def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
     """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
     import diffusers
     import transformers
@@ -111,8 +119,9 @@ def _read(folder: Path | str, variant: Variant, dtype: torch.dtype) -> Any:
         library.utils.logging.disable_progress_bar()
     name = next(iter(variant.tasks.values()))
     try:
+        each = {part or "default": dtype for part, dtype in dtypes.items()}
         pipe = getattr(diffusers, name).from_pretrained(
-            folder, dtype=dtype, local_files_only=True, variant=_file_variant(folder, variant)
+            folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant)
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
@@ -185,18 +194,9 @@ def _usable_device(device: str | None) -> str:
     return device
 
 
-def _default_dtype(device: str) -> torch.dtype:
-    import torch
+def pipeline_for(pipe: Any, variant: Variant, task: str, request: RenderRequest | None = None) -> Any:
+    """A pipeline of the class for `task` over the same modules, with a scheduler of its own (schedule.py).
 
-    if device == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-
-
-def pipeline_for(pipe: Any, variant: Variant, task: str) -> Any:
-    """A pipeline of the class for `task` over the same modules, with a scheduler of its own.
-
-    Schedulers keep state between steps, so jobs that run at the same time need one each.
     Raises RequestError when the variant has no such pipeline.
     """
     import diffusers
@@ -205,7 +205,7 @@ def pipeline_for(pipe: Any, variant: Variant, task: str) -> Any:
         raise RequestError(f"{variant.name} cannot do {task}: it does {', '.join(variant.tasks)}.")
     cls = getattr(diffusers, variant.tasks[task])
     scheduler = getattr(pipe, "scheduler", None)
-    own = {"scheduler": type(scheduler).from_config(copy.deepcopy(scheduler.config))} if scheduler else {}
+    own = {"scheduler": scheduler_of(scheduler, variant.rendering(task), request)} if scheduler else {}
     taken = inspect.signature(cls.__init__).parameters
     parts = {k: v for k, v in {**pipe.config, **pipe.components}.items() if k in taken}
     made = cls(**(parts | own))

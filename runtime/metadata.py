@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank import __version__
 from overcrank.runtime.accelerate import device_of, main_module
+from overcrank.runtime.dtypes import of_parts
 
 if TYPE_CHECKING:
     from overcrank.runtime.accelerate import Acceleration
@@ -41,6 +42,7 @@ def about_render(
         "source": acceleration.source,
         "request": request.model_dump(mode="json", exclude_none=True),
         "request_sha256": request.digest(model, settings),
+        "dtypes": of_parts(pipe),
         **settings,
         "pipeline": type(pipe).__name__,
         "scheduler": {"class": type(scheduler).__name__, **_plain(scheduler.config)} if scheduler else {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,34 +12,43 @@ from typing import Literal
 
 from overcrank.errors import RequestError
 from overcrank.models import check_shape, hook, local_folder
-from overcrank.models.base import Variant, VideoShape
-from overcrank.runtime.images import rate_of
+from overcrank.models._schedulers import RESCALING
+from overcrank.models.base import Rendering, Variant, VideoShape
+from overcrank.runtime.images import rate_of, size_of_picture
+from overcrank.runtime.schedule import scheduled
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Format = Literal["mp4", "gif", "png", "sheet", "latents"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "png", "sheet", "latents")
-
-
+log = logging.getLogger("overcrank")
 PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
 FILES = ("image", "last_image", "video", "audio")
 
 
 class RenderRequest(BaseModel):
-    """One video. Unset fields take the model's own values (`completed`); sizes in pixels.
+    """One video. Unset fields take the values of the model's publisher (`completed`); sizes in pixels.
 
     `output` is the name of the results without a suffix: NAME.mp4, NAME.json and so on. `guidance_until` is the share
-    of the steps that are guided; the rest are not, and make one call in place of two.
+    of the steps that are guided; the rest are not, and make one call in place of two. `guidance_2` is that of the
+    low-noise expert of a model with two. `sigmas` (falling, from at most 1) or `timesteps` (of 1000) list the steps:
+    they are final, no shift is laid over them. A `negative_prompt` of "" is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: str = ""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     output: str = Field(default="", pattern=r"^[^\x00]*$")
     seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1, le=1000)
     guidance: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    guidance_2: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    guidance_rescale: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     guidance_until: float = Field(default=1, gt=0, le=1, allow_inf_nan=False)
+    scheduler: str | None = None
+    shift: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
+    sigmas: tuple[float, ...] | None = Field(default=None, max_length=1000)
+    timesteps: tuple[float, ...] | None = Field(default=None, max_length=1000)
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -62,7 +72,7 @@ class RenderRequest(BaseModel):
         """Every field set, paths absolute (relative ones are of `folder`); checked for `variant`.
 
         Raises ShapeError for a size the model cannot make, RequestError for a task it
-        lacks or a file that is missing.
+        lacks, a file that is missing, or a value that its pipeline cannot take.
         """
         if variant.text_length and not self.prompt.strip():
             raise RequestError(f"prompt: {variant.name} needs one, and it is empty.")
@@ -72,21 +82,22 @@ class RenderRequest(BaseModel):
             what = variant.name + (f" with --preset {variant.preset}" if variant.preset else "")
             raise RequestError(f"{what} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
         rendering = variant.rendering(self.task)
-        native = rendering.shape or variant.native
-        usual = {
-            "steps": rendering.steps,
-            "guidance": rendering.guidance,
-            "height": native.height,
-            "width": native.width,
-            "frames": native.frames,
-            "fps": float(rendering.fps or variant.fps),
-        }
-        values = {k: v for k, v in usual.items() if getattr(self, k) is None}
         if self.guidance_until < 1 and not hook(variant, "guides_apart"):
             raise RequestError(
                 f"guidance_until: {variant.name} computes both sides of guidance in one call, so no call would be "
                 f"saved; leave it out."
             )
+        paths = self._paths(folder)
+        values = self._guided(variant, rendering) | scheduled(self, variant, rendering) | paths
+        values |= self._sized(variant, rendering, paths)
+        if self.fps is None:  # what is made of a video plays as fast as it
+            values["fps"] = (rate_of(paths["video"]) if "video" in paths else 0) or float(rendering.fps or variant.fps)
+        complete = self.model_copy(update=values)
+        check_shape(variant, complete.shape)
+        return complete
+
+    def _paths(self, folder: Path | None) -> dict[str, Path]:
+        """The files it names, absolute."""
         paths = {}
         for field in FILES:
             path: Path | None = getattr(self, field)
@@ -94,11 +105,43 @@ class RenderRequest(BaseModel):
                 paths[field] = ((folder or Path()) / path.expanduser()).absolute()
                 if not paths[field].is_file():
                     raise RequestError(f"{field} {path} does not exist.")
-        if "fps" in values and "video" in paths:
-            values["fps"] = rate_of(paths["video"]) or values["fps"]  # what is made of a video plays as fast as it
-        complete = self.model_copy(update=values | paths)
-        check_shape(variant, complete.shape)
-        return complete
+        return paths
+
+    def _guided(self, variant: Variant, rendering: Rendering) -> dict[str, object]:
+        """Guidance of every kind and the negative prompt."""
+        if self.guidance_2 is not None and rendering.guidance_2 is None:
+            raise RequestError(f"guidance_2: {variant.name} has one expert; give guidance alone.")
+        if self.guidance_rescale and rendering.pipeline not in RESCALING:
+            raise RequestError(f"guidance_rescale: {rendering.pipeline} of {variant.name} takes none; leave it out.")
+        if self.negative_prompt and not (variant.text_length and rendering.contrasted):
+            raise RequestError(
+                f"negative_prompt: {variant.name} ({rendering.pipeline}) looks at none; leave it out, or give an empty "
+                f"one."
+            )
+        usual: dict[str, object] = {
+            "guidance": rendering.guidance,
+            "guidance_2": rendering.guidance_2 if self.guidance is None else self.guidance,
+            "guidance_rescale": rendering.guidance_rescale,
+            "negative_prompt": rendering.negative_prompt or "",
+        }
+        if rendering.guidance_2 is None:
+            del usual["guidance_2"]
+        return {k: v for k, v in usual.items() if getattr(self, k) is None}
+
+    def _sized(self, variant: Variant, rendering: Rendering, paths: Mapping[str, Path]) -> dict[str, int]:
+        """Height, width and frames; a size that the pipeline makes of the picture is that, whatever is asked for."""
+        native = rendering.shape or variant.native
+        usual = {"height": native.height, "width": native.width, "frames": native.frames}
+        values = {k: v for k, v in usual.items() if getattr(self, k) is None}
+        if rendering.sized:
+            return values
+        height, width = hook(variant, "size_of")(variant, *size_of_picture(paths["image"]))
+        if (self.height or height, self.width or width) != (height, width):
+            log.warning(
+                "%s makes the size of its picture's shape (%s takes none): the video is %dx%d.",
+                variant.name, rendering.pipeline, width, height,
+            )  # fmt: skip
+        return values | {"height": height, "width": width}
 
     @property
     def shape(self) -> VideoShape:

@@ -44,9 +44,12 @@ class Steps:
     @contextmanager
     def denoising(self) -> Iterator[None]:
         """Holds the denoising stage until the last step, then the decoding stage."""
+        import torch
+
         with self._held:
             self._held.enter_context(self._driver.stage(self._job, "denoising"))
             self._held.enter_context(self._driver.cache.over(self._pipe))
+            torch.manual_seed(self._job.request.seed)  # some schedulers draw noise of the global generator
             yield
             if self._scheduler is None:
                 self._driver.watcher.stepped(self._job, 1, 1)

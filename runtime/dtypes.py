@@ -1,0 +1,88 @@
+"""`--dtype`: the type of each part of a pipeline."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import UserError
+from overcrank.models.base import Variant
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Our names of types, by PyTorch's, which are understood too."""
+
+
+def typed(words: Sequence[str]) -> dict[str, str]:
+    """Part → type of words such as "vae=fp32"; "" stands for the parts that are not named ("bf16").
+
+    Raises UserError for an unknown type and for a part that is named twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        part, equals, name = word.rpartition("=")
+        own = next((k for k, v in NAMES.items() if name in (k, v)), None)
+        if own is None or (equals and not part):
+            raise UserError(f"--dtype {word}: use {', '.join(NAMES)} for every part, or PART=TYPE such as vae=fp32.")
+        if found.setdefault(part, own) != own:
+            raise UserError(f"--dtype gives {part or 'all parts'} both {found[part]} and {own}; give one.")
+    return found
+
+
+def check_parts(names: Mapping[str, Any], folder: Path | str) -> None:
+    """Raise UserError when a part is named that the checkpoint in `folder` has not."""
+    try:
+        index = json.loads((Path(folder) / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # what is wrong with it is said when it is read
+    parts = [k for k, v in index.items() if isinstance(v, list) and v[0] and "tokenizer" not in k]
+    for part in names:
+        if part and part not in parts:
+            close = difflib.get_close_matches(part, parts, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"its parts are {', '.join(parts)}."
+            raise UserError(f"--dtype {part}: {Path(folder).name} has no such part; {hint}")
+
+
+def dtypes_of(
+    variant: Variant, device: str, asked: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None
+) -> dict[str, torch.dtype]:
+    """Part → type, "" standing for those not named: the publisher's on a card, fp32 on a processor, or as asked.
+
+    A type for all parts stands for every part; one for a single part leaves the others as they are. A card without
+    bf16 runs fp16 in its place unless bf16 was asked for.
+    """
+    import torch
+
+    if isinstance(asked, torch.dtype):
+        return {"": asked}
+    given = dict(asked) if isinstance(asked, Mapping) else _read(typed(asked or ()))
+    if "" in given:
+        return given
+    if device == "cpu":
+        return {"": torch.float32} | given
+    usual = _read({"": "bf16"} | dict(variant.dtypes))
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        usual = {k: torch.float16 if v is torch.bfloat16 else v for k, v in usual.items()}
+    return usual | given
+
+
+def _read(names: Mapping[str, str]) -> dict[str, torch.dtype]:
+    import torch
+
+    return {part: getattr(torch, NAMES[name]) for part, name in names.items()}
+
+
+def of_parts(pipe: Any) -> dict[str, str]:
+    """Part → type of a pipeline that was loaded, in our names."""
+    import torch
+
+    ours = {v: k for k, v in NAMES.items()}
+    found = {
+        n: str(m.dtype).removeprefix("torch.") for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)
+    }
+    return {name: ours.get(dtype, dtype) for name, dtype in found.items()}
