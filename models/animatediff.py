@@ -46,6 +46,7 @@ _SD15: Config = {
     "motion_max_seq_length": 32,
     "motion_num_attention_heads": 8,
     "use_motion_mid_block": False,
+    "sample_size": 64,
 }
 _SDXL: Config = _SD15 | {
     "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
@@ -59,6 +60,7 @@ _SDXL: Config = _SD15 | {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
     "motion_max_seq_length": 32,
+    "sample_size": 128,
 }
 # The motion adapter's files lie at the top of its repository; the image model is the one of diffusers' documentation.
 _IMAGE_MODEL = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")

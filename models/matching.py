@@ -30,7 +30,7 @@ def variant_from_configs(
         module = family(owner)
         if denoiser not in module.DENOISER_CLASSES:
             continue
-        alike = [v for v in _default_first(module) if denoiser in _classes(v).values()]
+        alike = [v for v in _default_first(module) if denoiser in {c.rpartition(".")[2] for c in _classes(v).values()}]
         nearest = max(alike, key=lambda v: _likeness(v, configs, pipeline, (name, *sources)))
         classes = _classes(nearest)
         for part, cls in classes.items():

@@ -13,7 +13,7 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import SIXTEEN_BIT, serves
 from overcrank.engines.trust import Keyring
 from overcrank.errors import IntegrityError, OutdatedBundle, OvercrankError, UserError
-from overcrank.models import components
+from overcrank.models import family
 from overcrank.models.base import Component, Variant
 from overcrank.models.network import differences, network
 from overcrank.runtime.session import CannotServe
@@ -39,7 +39,7 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
     """
     rebuild = rebuild_command(variant, card)
     known, outdated = _read(candidates)
-    own = components(variant)
+    own = family(variant.family).components(variant)
     alike = [(p, m) for p, m in known if m.family == variant.family and any(_entry(c, m) for c in own)]
     if not alike:
         reasons = [_nearest_miss(own, [m for _, m in known if m.family == variant.family]), *map(str, outdated[:1])]
@@ -146,13 +146,13 @@ def compute_type(module: nn.Module) -> str:
 def activation_bytes(store: Store, variant: Variant) -> int:
     """The most that an engine of this network in the store takes for activations; 0 without one."""
     known = [m for _, m in store.list() if isinstance(m, Manifest) and m.family == variant.family]
-    entries = [e for m in known for c in components(variant) if (e := _entry(c, m)) is not None]
+    entries = [e for m in known for c in family(variant.family).components(variant) if (e := _entry(c, m)) is not None]
     return max((entry.activation_bytes or 0 for entry in entries), default=0)
 
 
 def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> None:
     """Raise UserError when a bundle that is named has no network of the variant's, with the field that differs."""
-    own = components(variant)
+    own = family(variant.family).components(variant)
     if manifest.family == variant.family and any(_entry(c, manifest) for c in own):
         return
     why = _nearest_miss(own, [manifest] if manifest.family == variant.family else [])

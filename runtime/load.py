@@ -78,10 +78,7 @@ def load(
     pipe = _read(folder, variant, dtypes)
     hook(variant, "prepare")(pipe, variant)
     read = _merged(pipe, variant, files)
-    if quantization is not None:
-        if quantization.pack is not None:
-            require_loras(quantization.pack, read)
-        quantization = replace(quantization, source=_weights_of(folder, variant, read, Store(store)))
+    quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, read, Store(store)), read)
     moved = _placed(pipe, variant, torch.device(device), wanted, Store(store))
     accelerated = accelerate(
         pipe,
@@ -93,13 +90,17 @@ def load(
         slow_engines=slow_engines,
         pull=pull,
     )
-    accelerated.overcrank.loras, accelerated.overcrank.moved = read, moved
-    if dtype is not None:
-        accelerated.overcrank.dtypes = of_parts(pipe)
-    if chosen is not None:
-        served = accelerated.overcrank.variant
-        accelerated.overcrank.variant = replace(served, renders=variant.renders, preset=variant.preset)
+    about = accelerated.overcrank
+    about.loras, about.moved, about.dtypes = read, moved, of_parts(pipe) if dtype is not None else {}
+    about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
     return accelerated
+
+
+def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, Any]]) -> Quantization:
+    """With the digest of the weights it is for; raises UserError for a pack of other LoRAs."""
+    if quantization.pack is not None:
+        require_loras(quantization.pack, loras)
+    return replace(quantization, source=digest)
 
 
 def checkpoint_folder(model: str, variant: Variant, store: Path | None, quiet: bool = False) -> Path:

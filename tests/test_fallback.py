@@ -12,7 +12,7 @@ import pytest
 from overcrank.engines.cards import Card
 from overcrank.engines.manifest import TensorEntry, read_manifest
 from overcrank.engines.store import Store
-from overcrank.models import resolve
+from overcrank.models import components, resolve
 from overcrank.runtime.bundles import bundle_of, fitting_bundles
 from overcrank.runtime.parameters import bound_parameters, parameters_of
 from overcrank.runtime.session import CannotServe
@@ -60,10 +60,13 @@ def test_each_component_comes_from_the_newest_bundle_that_has_it(bundle: Path, t
     (later / "manifest.json").write_text(json.dumps(manifest))
     fitting = fitting_bundles([bundle, later], resolve("ltx-demo"), "sm_89", "bf16")
     assert [p for p, _ in fitting] == [later, bundle]
-    assert bundle_of("denoiser", fitting, "build")[0] == bundle
-    assert bundle_of("denoiser_conditioned", fitting, "build")[0] == later
+    plain, decoder, conditioned = (
+        components(resolve("ltx-demo"), (n,))[0] for n in ("denoiser", "vae_decoder", "denoiser_conditioned")
+    )
+    assert bundle_of(plain, fitting, "build")[0] == bundle
+    assert bundle_of(conditioned, fitting, "build")[0] == later
     with pytest.raises(CannotServe, match="no bundle has an engine of vae_decoder") as missing:
-        bundle_of("vae_decoder", fitting, "build")
+        bundle_of(decoder, fitting, "build")
     assert missing.value.fix == "build --components vae_decoder"
 
 
@@ -72,7 +75,8 @@ def test_every_reason_against_a_bundle_comes_with_the_command_that_helps(bundle:
     none = refusal([], demo, "sm_89", "bf16")
     assert (none.reason, none.fix) == ("there is no engine of ltx-demo", "build-engine --model ltx-demo --gpu sm_89")
     other = refusal([bundle], resolve("ltx"), "sm_89", "bf16")
-    assert other.reason == "there is no engine of ltx-2b-0.9.5; 1 of other networks"
+    assert other.reason.startswith("there is no engine of ltx-2b-0.9.5; the denoiser of ltx-demo differs in ")
+    assert "attention_head_dim: 64 here, 32 in the engine" in other.reason
     card = refusal([bundle], demo, "sm_120", "bf16")
     assert card.reason == "the engines of ltx-demo are for sm_89, this card is sm_120"
     assert card.fix == "build-engine --model ltx-demo --gpu sm_120"
@@ -85,7 +89,7 @@ def test_every_reason_against_a_bundle_comes_with_the_command_that_helps(bundle:
     engine.write_bytes(engine.read_bytes()[:-1] + b"\0")
     fitting = fitting_bundles([damaged], demo, "sm_89", "bf16")
     with pytest.raises(CannotServe, match="does not match the manifest") as broken:
-        bundle_of("denoiser", fitting, "build-engine")
+        bundle_of(components(demo, ("denoiser",))[0], fitting, "build-engine")
     assert "engines rm" in broken.value.fix
     (damaged / "manifest.json").write_text("{}")
     assert "there is no engine" in refusal([damaged], demo, "sm_89", "bf16").reason
@@ -101,7 +105,6 @@ def test_shapes_outside_the_profile_are_refused_for_that_call_only() -> None:
 
 
 def test_parameters_are_bound_from_the_modules_own_storage(bundle: Path) -> None:
-    from overcrank.models import components
     from overcrank.models.demo import networks
 
     module = networks.denoiser()
@@ -136,3 +139,27 @@ def test_the_demo_bundle_says_what_it_is(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["model"] == "ltx-demo"
     assert manifest["max"]["frames"] == 33
+
+
+def test_an_engine_in_another_type_than_the_part_is_named_with_both_ways_out(bundle: Path) -> None:
+    demo = resolve("ltx-demo")
+    (denoiser,) = components(demo, ("denoiser",))
+    fitting = fitting_bundles([bundle], demo, "sm_89", "bf16")
+    assert bundle_of(denoiser, fitting, "build-engine", "bf16")[2].compute == "bf16"
+    with pytest.raises(CannotServe, match="computes in bf16, and the pipeline's transformer is fp32") as caught:
+        bundle_of(denoiser, fitting, "build-engine", "fp32")
+    assert caught.value.fix == "build-engine --dtype transformer=fp32, or render with --dtype transformer=bf16"
+
+
+def test_a_bundle_of_version_0_1_gets_one_clear_sentence(bundle: Path, tmp_path: Path, run: Any) -> None:
+    old = tmp_path / "bundles" / bundle.name
+    shutil.copytree(bundle, old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["like"]
+    (old / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 1, "overcrank": "0.1.0"}))
+    says = "was built by overcrank 0.1.0 in another format of bundles (1; this version reads 2); build it again: "
+    says += "build-engine --model ltx-demo --gpu sm_89 --precision bf16"
+    assert says in str(refusal([old], resolve("ltx-demo"), "sm_89", "bf16"))
+    shown = run("overcrank", "engines", "show", bundle.name, "--store", tmp_path)
+    assert shown.exit_code == 1
+    assert says in shown.output
