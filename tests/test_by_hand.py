@@ -26,8 +26,8 @@ def unipc(pipe: Any, shift: float) -> None:
 
 
 def wan(pipe: Any, **_: Any) -> dict[str, Any]:
-    unipc(pipe, 5.0)
-    return {"negative_prompt": _negative_prompts.WAN, "guidance_scale": 5.0}
+    unipc(pipe, 8.0)
+    return {"negative_prompt": _negative_prompts.WAN, "guidance_scale": 6.0}
 
 
 def skyreels(pipe: Any, image: Any, **_: Any) -> dict[str, Any]:
