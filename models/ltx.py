@@ -60,7 +60,7 @@ def _variant(
         hub_file=hub.partition(":")[2],
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
         renders=renders,
-        saved_as=tuple(TASKS.values()),
+        saved_as=tuple(TASKS.values()) if conditions else (),
         **(usual | more),
     )
 

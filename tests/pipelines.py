@@ -251,6 +251,14 @@ def modelscope() -> Any:
     return diffusers.TextToVideoSDPipeline(**parts, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler)
 
 
+def ltx() -> Any:
+    parts = networks_of("tiny-ltx-0.9.5")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.LTXConditionPipeline(
+        **parts, **t5(parts["transformer"].config.caption_channels), scheduler=scheduler
+    )
+
+
 def upsampler() -> Any:
     return diffusers.LTXLatentUpsamplePipeline(**networks_of("tiny-ltx-upsampler"))
 
@@ -313,6 +321,8 @@ _COSMOS = "Cosmos2VideoToWorldPipeline"
 _IMAGE_WAN = "WanImageToVideoPipeline"
 CASES: dict[str, Case] = {
     "ltx-upsampler": Case(upsampler, "video", 128, 128, prompt=False),
+    "ltx": Case(ltx),
+    "ltx-image": Case(ltx, "image"),
     "ltx2": Case(ltx2),
     "ltx2-image": Case(ltx2, "image"),
     "wan": Case(lambda: wan("tiny-wan-2.1", "WanPipeline")),
