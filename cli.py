@@ -68,6 +68,9 @@ def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
 )
 @quantization_options
+@click.option(
+    "--dtype", "dtypes", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable."
+)
 @click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
 @click.option("--weights", type=click.Choice(["inputs", "embedded"]), default="inputs", show_default=True)
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
@@ -109,13 +112,17 @@ def _requests(options: dict[str, Any]) -> list[Any]:
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
     from overcrank.engines.targets import precision_for, targets_for
-    from overcrank.engines.types import own_precision
+    from overcrank.engines.types import notes, own_precision
     from overcrank.models import components, resolve
 
     words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
     targets = targets_for(words, options["flavour"])
     variant = resolve(options["model"])
+    dtypes = _part_types(options["dtypes"], variant)
     precisions = [precision_for(t, options["precision"], own_precision(variant)) for t in targets]
+    for target, precision in zip(targets, precisions, strict=True):
+        for note in notes(variant, target, precision, dtypes):
+            click.echo(f"note: {note}", err=True)
     recipe, layers = quantized_layers(options, options["precision"])
     names = tuple(n for n in options["components"].replace(",", " ").split())
     components(variant, names)
@@ -141,9 +148,26 @@ def _requests(options: dict[str, Any]) -> list[Any]:
             layers,
             recipe,
             options["allow_fallback"],
+            dtypes,
         )
         for t, p in zip(targets, precisions, strict=True)
     ]
+
+
+def _part_types(words: tuple[str, ...], variant: Any) -> dict[str, str]:
+    """`--dtype PART=TYPE`; raises UserError for a part that has no engine."""
+    from overcrank.models import family
+    from overcrank.runtime.dtypes import typed
+
+    parts = dict.fromkeys(c.subfolder for c in family(variant.family).components(variant))
+    found = typed(words)
+    for part, name in found.items():
+        if part not in parts:
+            raise UserError(
+                f"--dtype {part or name}: name a part of {variant.name} that has engines, such as vae=bf16; "
+                f"they are {', '.join(parts)}."
+            )
+    return found
 
 
 def _checkpoint(options: dict[str, Any], variant: Any) -> Path:

@@ -138,6 +138,8 @@ def _variant(
         "vae": VAE_22 if dit["in_channels"] == 48 else VAE_21,
         "scheduler": SCHEDULER | {"flow_shift": carried},
     }
+    if "a14b" in name:  # two experts of one architecture
+        configs["transformer_2"] = dit
     if dit["image_dim"]:
         configs["image_encoder"] = _clip.VIT_H
     usual: dict[str, Any] = {
