@@ -79,7 +79,7 @@ def schedule_of(rendering: Rendering) -> str:
 
 def _changed(rendering: Rendering, preset: Preset) -> Rendering:
     """Field by field; arguments of the call are laid over those there are, as some belong to the decoder."""
-    changes: dict[str, Any] = {"source": preset.source, **preset.changes}
+    changes: dict[str, Any] = {"source": preset.source, "differs": "", **preset.changes}
     if "arguments" in changes:
         changes["arguments"] = {**rendering.arguments, **changes["arguments"]}
     return replace(rendering, **changes)
