@@ -19,11 +19,13 @@ def test_impossible_combinations_are_dropped_with_their_reason() -> None:
     found = expanded(cells_of("ltx-demo,svd", "sm_75 sm_86,rtx5090", "auto,bf16,fp8"))
     assert {str(c) for c in found.requests if c.model == "svd"} == {
         "svd sm_75 fp16",
+        "svd sm_86 fp16",  # auto is the type that the model is published in
         "svd sm_86 bf16",
+        "svd sm_120 fp16",
         "svd sm_120 bf16",
         "svd sm_120 fp8",
     }
-    assert len(found.requests) == 8
+    assert len(found.requests) == 10
     assert found.dropped[Cell("ltx-demo", "sm_86", "fp8")] == "sm_86 (Ampere) has no fp8"
     assert len(found.dropped) == 6
 

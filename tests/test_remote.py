@@ -66,16 +66,18 @@ def test_what_is_pushed_is_pulled_whole(place: Path, demo_bundle: Path, tmp_path
 
 
 def test_a_render_uses_what_was_pulled_until_its_key_is_revoked(place: Path, tmp_path: Path, ring: Keyring) -> None:
-    from overcrank.models import resolve
+    from overcrank.models import components, resolve
     from overcrank.runtime.bundles import bundle_of, fitting_bundles
     from overcrank.runtime.session import CannotServe
 
     path = fetched(place, tmp_path / "store", ring)
-    fits = fitting_bundles([path], resolve("ltx-demo"), "sm_89", "bf16")
-    assert bundle_of("denoiser", fits, "rebuild")[0] == path
+    demo = resolve("ltx-demo")
+    (denoiser,) = components(demo, ("denoiser",))
+    fits = fitting_bundles([path], demo, "sm_89", "bf16")
+    assert bundle_of(denoiser, fits, "rebuild")[0] == path
     ring.revoke("studio")
     with pytest.raises(CannotServe, match="whose key was revoked"):
-        bundle_of("denoiser", fits, "rebuild")
+        bundle_of(denoiser, fits, "rebuild")
 
 
 @pytest.fixture

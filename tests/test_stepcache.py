@@ -197,9 +197,9 @@ def test_a_render_skips_steps_and_says_so(backend: str, run: Any, tmp_path: Path
         frames[cache] = np.stack([np.asarray(Image.open(f)) for f in files]) / 255
         about[cache] = json.loads((tmp_path / "out" / "clip.json").read_text())
     skipped = {cache: a["calls"].get("denoiser", {}).get(BACKEND, 0) for cache, a in about.items()}
-    assert 0 == skipped["off"] < skipped["safe"] < skipped["fast"] < DEMO.steps - 3
+    assert 0 == skipped["off"] < skipped["safe"] < skipped["fast"] < DEMO.rendering().steps - 3
     if backend == "onnxruntime":
-        assert about["fast"]["calls"]["denoiser"][backend] == DEMO.steps - skipped["fast"]
+        assert about["fast"]["calls"]["denoiser"][backend] == DEMO.rendering().steps - skipped["fast"]
     assert about["fast"]["cache"] == threshold_of("fast", DEMO)
     assert "cache" not in about["off"]
     errors = {c: float(((frames[c] - frames["off"]) ** 2).mean()) for c in ("safe", "fast")}

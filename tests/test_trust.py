@@ -14,7 +14,7 @@ import pytest
 from overcrank.engines.manifest import check_files, file_entry, read_manifest
 from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, fingerprint
 from overcrank.errors import IntegrityError, UserError
-from overcrank.models import resolve
+from overcrank.models import components, resolve
 from overcrank.runtime.bundles import bundle_of, fitting_bundles
 from overcrank.runtime.session import CannotServe
 
@@ -41,8 +41,9 @@ def bundle(demo_bundle: Path, tmp_path: Path, ring: Keyring) -> Path:
 def accepted(bundle: Path) -> bool:
     """Whether a render would hand the bundle's engine to TensorRT."""
     try:
-        fitting = fitting_bundles([bundle], resolve("ltx-demo"), "sm_89", "bf16")
-        return bundle_of("denoiser", fitting, "rebuild")[0] == bundle
+        demo = resolve("ltx-demo")
+        fitting = fitting_bundles([bundle], demo, "sm_89", "bf16")
+        return bundle_of(components(demo, ("denoiser",))[0], fitting, "rebuild")[0] == bundle
     except CannotServe:
         return False
 
