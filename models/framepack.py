@@ -50,7 +50,7 @@ _OTHER_PARTS = (
 )
 
 
-def _variant(name: str, hub: str, title: str, tasks: Mapping[str, str]) -> Variant:
+def _variant(name: str, hub: str, title: str, tasks: Mapping[str, str], **arguments: Any) -> Variant:
     return Variant(
         name=name,
         family="framepack",
@@ -72,6 +72,7 @@ def _variant(name: str, hub: str, title: str, tasks: Mapping[str, str]) -> Varia
             guidance=10.0,
             steps=25,
             contrasted=False,
+            arguments={"latent_window_size": WINDOW, **arguments},
             source="github.com/lllyasviel/FramePack: demo_gradio.py; diffusers' documentation has 30 steps, guidance 9",
             differs="the original samples with UniPC, which diffusers' pipeline was not made for",
         ),
@@ -81,7 +82,13 @@ def _variant(name: str, hub: str, title: str, tasks: Mapping[str, str]) -> Varia
 
 VARIANTS: tuple[Variant, ...] = (
     _variant("framepack-i2v-13b", "lllyasviel/FramePackI2V_HY", "FramePack I2V 13B", _TASKS),
-    _variant("framepack-f1-i2v-13b", "lllyasviel/FramePack_F1_I2V_HY_20250503", "FramePack F1 I2V 13B", _FORWARDS),
+    _variant(
+        "framepack-f1-i2v-13b",
+        "lllyasviel/FramePack_F1_I2V_HY_20250503",
+        "FramePack F1 I2V 13B",
+        _FORWARDS,
+        sampling_type="vanilla",
+    ),
 )
 
 grid = hunyuan_video.grid
@@ -143,10 +150,8 @@ def rounds(variant: Variant, shape: VideoShape) -> int:
 
 
 def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipeline's call beyond those all share; F1 checkpoints are sampled forwards."""
-    made = arguments | {"image": media.images[0], "latent_window_size": WINDOW}
+    """Arguments of the pipeline's call beyond those all share."""
+    made = arguments | {"image": media.images[0]}
     if len(media.images) > 1:
         made["last_image"] = media.images[max(media.images)]
-    if "f1" in variant.name:
-        made["sampling_type"] = "vanilla"
     return made

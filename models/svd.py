@@ -98,7 +98,7 @@ def _variant(name: str, hub: str, title: str, frames: int, steps: int, guidance:
 
 
 VARIANTS: tuple[Variant, ...] = (
-    _variant("svd", "stable-video-diffusion-img2vid", "Stable Video Diffusion", 14, 25, (1.0, 2.5)),
+    _variant("svd-img2vid", "stable-video-diffusion-img2vid", "Stable Video Diffusion", 14, 25, (1.0, 2.5)),
     _variant("svd-xt", "stable-video-diffusion-img2vid-xt", "Stable Video Diffusion XT", 25, 30, (1.5, 3.0)),
     _variant(
         "svd-xt-1.1", "stable-video-diffusion-img2vid-xt-1-1", "Stable Video Diffusion XT 1.1", 25, 30, (1.5, 3.0),

@@ -136,10 +136,10 @@ def hunyuan_15(name: str, cls: str, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def hunyuan_i2v() -> Any:
+def hunyuan_i2v(name: str = "tiny-hunyuan-i2v") -> Any:
     from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as stock
 
-    config = tiny.variant("tiny-hunyuan-i2v").configs["transformer"]
+    config = tiny.variant(name).configs["transformer"]
     template = stock.DEFAULT_PROMPT_TEMPLATE["template"]
     for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"):
         template = template.replace(token, f" {token} ")
@@ -158,7 +158,7 @@ def hunyuan_i2v() -> Any:
     )  # fmt: skip
     tokenizer_2, text_encoder_2 = clip(config["pooled_projection_dim"])
     return diffusers.HunyuanVideoImageToVideoPipeline(
-        **networks_of("tiny-hunyuan-i2v"), tokenizer=tokenizer,
+        **networks_of(name), tokenizer=tokenizer,
         text_encoder=transformers.LlavaForConditionalGeneration(llava).eval(),
         tokenizer_2=tokenizer_2, text_encoder_2=text_encoder_2,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -168,8 +168,8 @@ def hunyuan_i2v() -> Any:
     )  # fmt: skip
 
 
-def framepack() -> Any:
-    return hunyuan("tiny-framepack", "HunyuanVideoFramepackPipeline", **siglip())
+def framepack(name: str = "tiny-framepack") -> Any:
+    return hunyuan(name, "HunyuanVideoFramepackPipeline", **siglip())
 
 
 def cosmos(name: str, cls: str) -> Any:
@@ -180,15 +180,15 @@ def cosmos(name: str, cls: str) -> Any:
     return getattr(diffusers, cls)(**networks_of(name), **t5(width), scheduler=scheduler)
 
 
-def cosmos_25() -> Any:
-    config = tiny.variant("tiny-cosmos-2.5").configs["transformer"]
+def cosmos_25(name: str = "tiny-cosmos-2.5") -> Any:
+    config = tiny.variant(name).configs["transformer"]
     tokenizer = spoken("You are a helpful assistant")
     layers = 3
     encoder = qwen(config["crossattn_proj_in_channels"] // layers, layers, len(tokenizer), whole=True)
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, use_karras_sigmas=True, final_sigmas_type="sigma_min"
     )
-    parts = networks_of("tiny-cosmos-2.5")
+    parts = networks_of(name)
     return diffusers.Cosmos2_5_PredictBasePipeline(
         **parts, tokenizer=tokenizer, text_encoder=encoder, scheduler=scheduler
     )
@@ -200,9 +200,9 @@ def cogvideox(name: str, cls: str) -> Any:
     return getattr(diffusers, cls)(**networks_of(name), **t5(width), scheduler=scheduler)
 
 
-def svd() -> Any:
+def svd(name: str = "tiny-svd") -> Any:
     return diffusers.StableVideoDiffusionPipeline(
-        **networks_of("tiny-svd"), scheduler=diffusers.EulerDiscreteScheduler(), feature_extractor=clip_processor()
+        **networks_of(name), scheduler=diffusers.EulerDiscreteScheduler(), feature_extractor=clip_processor()
     )
 
 
@@ -213,8 +213,8 @@ def motion_adapter(unet: Any) -> Any:
     )  # fmt: skip
 
 
-def animatediff() -> Any:
-    parts = networks_of("tiny-animatediff")
+def animatediff(name: str = "tiny-animatediff") -> Any:
+    parts = networks_of(name)
     tokenizer, text_encoder = clip(parts["unet"].config.cross_attention_dim)
     return diffusers.AnimateDiffPipeline(
         **parts, tokenizer=tokenizer, text_encoder=text_encoder, motion_adapter=motion_adapter(parts["unet"]),
@@ -222,8 +222,8 @@ def animatediff() -> Any:
     )  # fmt: skip
 
 
-def animatediff_sdxl() -> Any:
-    parts = networks_of("tiny-animatediff-sdxl")
+def animatediff_sdxl(name: str = "tiny-animatediff-sdxl") -> Any:
+    parts = networks_of(name)
     config = parts["unet"].config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     half = config.cross_attention_dim // 2
@@ -236,37 +236,35 @@ def animatediff_sdxl() -> Any:
     )  # fmt: skip
 
 
-def mochi() -> Any:
-    width = tiny.variant("tiny-mochi").configs["transformer"]["text_embed_dim"]
+def mochi(name: str = "tiny-mochi") -> Any:
+    width = tiny.variant(name).configs["transformer"]["text_embed_dim"]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     return diffusers.MochiPipeline(
-        **networks_of("tiny-mochi"), **t5(width), scheduler=scheduler, force_zeros_for_empty_prompt=True
+        **networks_of(name), **t5(width), scheduler=scheduler, force_zeros_for_empty_prompt=True
     )
 
 
-def modelscope() -> Any:
-    parts = networks_of("tiny-modelscope")
+def modelscope(name: str = "tiny-modelscope") -> Any:
+    parts = networks_of(name)
     tokenizer, text_encoder = clip(parts["unet"].config.cross_attention_dim)
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     return diffusers.TextToVideoSDPipeline(**parts, tokenizer=tokenizer, text_encoder=text_encoder, scheduler=scheduler)
 
 
-def ltx() -> Any:
-    parts = networks_of("tiny-ltx-0.9.5")
+def ltx(name: str = "tiny-ltx-0.9.5", cls: str = "LTXConditionPipeline") -> Any:
+    parts = networks_of(name)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.LTXConditionPipeline(
-        **parts, **t5(parts["transformer"].config.caption_channels), scheduler=scheduler
-    )
+    return getattr(diffusers, cls)(**parts, **t5(parts["transformer"].config.caption_channels), scheduler=scheduler)
 
 
-def upsampler() -> Any:
-    return diffusers.LTXLatentUpsamplePipeline(**networks_of("tiny-ltx-upsampler"))
+def upsampler(name: str = "tiny-ltx-upsampler") -> Any:
+    return diffusers.LTXLatentUpsamplePipeline(**networks_of(name))
 
 
-def ltx2() -> Any:
+def ltx2(name: str = "tiny-ltx2") -> Any:
     from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
-    width = tiny.variant("tiny-ltx2").configs["transformer"]["caption_channels"]
+    width = tiny.variant(name).configs["transformer"]["caption_channels"]
     tokenizer = networks.tokenizer()
     text = {
         "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -287,17 +285,17 @@ def ltx2() -> Any:
         rope_double_precision=False, causal_temporal_positioning=False, rope_type="split",
     )  # fmt: skip
     return diffusers.LTX2Pipeline(
-        **networks_of("tiny-ltx2"), tokenizer=tokenizer, text_encoder=gemma.eval(), connectors=connectors.eval(),
+        **networks_of(name), tokenizer=tokenizer, text_encoder=gemma.eval(), connectors=connectors.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
 
 
-def two_experts() -> Any:
+def two_experts(name: str = "tiny-wan-2.2-a14b", cls: str = "WanPipeline", boundary: float = 0.875) -> Any:
     torch.manual_seed(1)
-    second = networks_of("tiny-wan-2.2-a14b")["transformer"]
+    second = networks_of(name)["transformer"]
     for parameter in second.parameters():
         parameter.mul_(1.05)
-    return wan("tiny-wan-2.2-a14b", "WanPipeline", transformer_2=second, boundary_ratio=0.875)
+    return wan(name, cls, transformer_2=second, boundary_ratio=boundary)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,12 @@ def test_models_are_listed_and_explained(run: Any) -> None:
     assert run("overcrank", "models", "show", "wam").exit_code == 2
 
 
+def test_every_variant_is_known_by_its_name() -> None:
+    for name in families():
+        for variant in family(name).VARIANTS:
+            assert resolve(variant.name).name == variant.name
+
+
 def test_model_names() -> None:
     assert resolve("ltx").name == "ltx-2b-0.9.5"
     assert resolve("Lightricks/LTX-Video-0.9.7-dev").name == "ltx-13b-0.9.7-dev"

@@ -134,10 +134,9 @@ def test_cogvideox_steps_trail(name: str) -> None:
     assert scheduler.config.snr_shift_scale == (3.0 if "2b" in name else 1.0)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("svd", 25), ("svd-xt", 30)])
+@pytest.mark.parametrize(("name", "steps"), [("svd-img2vid", 25), ("svd-xt", 30)])
 def test_svd_steps_are_after_karras(name: str, steps: int) -> None:
-    variant = next(v for v, _ in RENDERS if v.name == name)  # one of them is the family's name too
-    request, scheduler = made(variant, "image-to-video", prompt="")
+    request, scheduler = made(resolve(name), "image-to-video", prompt="")
     scheduler.set_timesteps(request.steps, device="cpu")
     assert scheduler.sigmas.numpy() == pytest.approx([*karras(700, 0.002, steps), 0], rel=1e-4)
     assert scheduler.timesteps.numpy() == pytest.approx(0.25 * np.log(karras(700, 0.002, steps)), abs=1e-3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _what_cannot_be_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVIDIA's guardrail fetches its models; the pipeline takes a checker that lets everything pass."""
+def _what_cannot_be_installed_here() -> None:
     without_torchvision.install()
-    for name in ("cosmos_text2world", "cosmos_video2world", "cosmos2_video2world", "cosmos2_5_predict"):
-        stock = import_module(f"diffusers.pipelines.cosmos.pipeline_{name}")
-        monkeypatch.setattr(stock, "CosmosSafetyChecker", _PassesAll)
-
-
-class _PassesAll:
-    def to(self, *device: Any) -> _PassesAll:
-        return self
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
-
-    def check_video_safety(self, video: np.ndarray) -> np.ndarray:
-        return video
+    without_torchvision.pass_guardrail()
 
 
 def frames_of(folder: Path) -> np.ndarray:

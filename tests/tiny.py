@@ -401,6 +401,9 @@ TINY = {
     "tiny-wan-2.2-a14b": Tiny(
         "wan-2.2-t2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 4, "out_channels": 4}, "vae": _WAN_21}
     ),
+    "tiny-wan-2.2-a14b-i2v": Tiny(
+        "wan-2.2-i2v-a14b", {"transformer": _WAN_DIT | {"in_channels": 12, "out_channels": 4}, "vae": _WAN_21}
+    ),
 }
 
 
@@ -413,21 +416,73 @@ def thinned(cases: Iterable[Any], every: int = 6) -> list[Any]:
     ]
 
 
+# Published variants of the layouts above: the first tiny one that a name begins with shrinks them too.
+_ALIKE = {
+    "ltx-upsampler": "tiny-ltx-upsampler",
+    "ltx-2b-0.9.0": "tiny-ltx-0.9.0",
+    "ltx-2b-0.9.1": "tiny-ltx-0.9.1",
+    "ltx-": "tiny-ltx-0.9.5",
+    "ltx2": "tiny-ltx2",
+    "wan-2.1-t2v": "tiny-wan-2.1",
+    "wan-2.1-i2v": "tiny-wan-2.1-i2v",
+    "wan-2.1-flf2v": "tiny-wan-2.1-flf",
+    "wan-2.1-vace": "tiny-wan-2.1-vace",
+    "wan-2.2-ti2v": "tiny-wan-2.2-ti2v",
+    "wan-2.2-t2v": "tiny-wan-2.2-a14b",
+    "wan-2.2-i2v": "tiny-wan-2.2-a14b-i2v",
+    "hunyuan-video-13b-i2v": "tiny-hunyuan-i2v",
+    "hunyuan-video-13b": "tiny-hunyuan",
+    "hunyuan-video-1.5-480p-i2v": "tiny-hunyuan-1.5-i2v",
+    "hunyuan-video-1.5-720p-i2v": "tiny-hunyuan-1.5-i2v",
+    "hunyuan-video-1.5": "tiny-hunyuan-1.5",
+    "framepack": "tiny-framepack",
+    "cosmos-predict1-7b-text": "tiny-cosmos-1",
+    "cosmos-predict1-14b-text": "tiny-cosmos-1",
+    "cosmos-predict1": "tiny-cosmos-1-video",
+    "cosmos-predict2-": "tiny-cosmos-2",
+    "cosmos-predict2.5": "tiny-cosmos-2.5",
+    "cogvideox-2b": "tiny-cogvideox-2b",
+    "cogvideox-5b-i2v": "tiny-cogvideox-5b-i2v",
+    "cogvideox-5b": "tiny-cogvideox-5b",
+    "cogvideox-1.5-5b-i2v": "tiny-cogvideox-1.5-i2v",
+    "cogvideox-1.5": "tiny-cogvideox-1.5",
+    "skyreels-v2-t2v": "tiny-skyreels",
+    "skyreels-v2-df": "tiny-skyreels-df",
+    "skyreels-v2-i2v": "tiny-skyreels-i2v",
+    "svd": "tiny-svd",
+    "animatediff-sd15": "tiny-animatediff",
+    "animatediff-sdxl": "tiny-animatediff-sdxl",
+    "mochi": "tiny-mochi",
+    "modelscope": "tiny-modelscope",
+}
+
+
+def layout(name: str) -> Tiny:
+    """Of a tiny variant, or the one that shrinks this published variant."""
+    return TINY[name if name in TINY else next(t for start, t in _ALIKE.items() if name.startswith(start))]
+
+
 def variant(name: str) -> Variant:
-    tiny = TINY[name]
-    published = resolve(tiny.like)
+    """A tiny variant by its name, or the small form of the published one of this name."""
+    tiny = layout(name)
+    published = resolve(tiny.like if name in TINY else name)
     return replace(
         published,
         name=name,
         hub_id="",
         hub_file="",
         repositories=(),
-        configs={part: {**config, **tiny.configs.get(part, {})} for part, config in published.configs.items()},
+        configs={part: {**config, **shrunk(name, part)} for part, config in published.configs.items()},
         native=tiny.native,
         minimum=tiny.minimum,
         maximum=tiny.maximum,
         **tiny.more,
     )
+
+
+def shrunk(name: str, part: str) -> Mapping[str, Any]:
+    """The fields of a part that are smaller than published; a second expert's are the first one's."""
+    return layout(name).configs.get(part.removesuffix("_2"), {})
 
 
 def shapes(name: str) -> tuple[VideoShape, ...]:
