@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -166,7 +167,7 @@ def _require_schema(bundle: Path, content: bytes) -> None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return
     if schema != SCHEMA:
-        model, target, precision = words
+        model, target, precision = map(shlex.quote, words)
         raise OutdatedBundle(
             f"{bundle.name} was built by overcrank {made_by} in another format of bundles ({schema}; this version "
             f"reads {SCHEMA}); build it again: build-engine --model {model} --gpu {target} --precision {precision}"

@@ -60,10 +60,14 @@ def _recipe(variant: Variant, rendering: Rendering) -> Iterator[str]:
     elif rendering.guidance != 1:
         yield f"- guidance: {_guidance(rendering)}"
     if rendering.arguments:
-        yield f"- also: {', '.join(f'{k} {v:g}' for k, v in rendering.arguments.items())}"
+        yield f"- also: {', '.join(f'{k} {_word(v)}' for k, v in rendering.arguments.items())}"
     yield f"- source: {rendering.source}"
     if rendering.differs:
         yield f"- not as there: {rendering.differs}"
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _schedule(rendering: Rendering) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -274,7 +275,7 @@ def fitting(index: Index, model: str, card: str, precision: str) -> Listed:
 
     Raises UserError with the nearest there is, and the command that builds one.
     """
-    build = f"build-engine --model {model} --gpu {card} --precision {precision}"
+    build = f"build-engine --model {shlex.quote(model)} --gpu {card} --precision {precision}"
     alike = [b for b in index.bundles.values() if model in (b.model, b.family)]
     if not alike:
         have = ", ".join(sorted({b.model for b in index.bundles.values()})) or "nothing"

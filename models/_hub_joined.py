@@ -15,7 +15,7 @@ from overcrank.errors import ModelError, StoreError
 from overcrank.models._hub_files import INDEX
 from overcrank.models.base import Repository, Variant
 
-FORM = 1  # of what is written here; raise it when that changes
+FORM = 2  # of what is written here; raise it when that changes
 
 
 def joined(variant: Variant, snapshots: Mapping[Path, tuple[Repository, tuple[str, ...]]], home: Path) -> Path:
@@ -52,8 +52,9 @@ def _write(work: Path, variant: Variant, snapshots: Mapping[Path, tuple[Reposito
             entries |= {k: v for k, v in _json(folder / INDEX).items() if k in parts}
     hook(variant, "join")(work)
     index: dict[str, Any] = {"_class_name": variant.rendering().pipeline}
+    networks = _networks(variant)  # a part's own file may name its author's class, and `join` makes another of one
     for part in sorted(os.listdir(work)):
-        index[part] = _class_of(work / part, _NETWORK) or entries.get(part) or _class_of(work / part, _OTHERS)
+        index[part] = networks.get(part) or entries.get(part) or _class_of(work / part, _PLACES)
     for part, entry in index.items():
         if entry is None:
             raise ModelError(
@@ -63,14 +64,22 @@ def _write(work: Path, variant: Variant, snapshots: Mapping[Path, tuple[Reposito
     (work / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
 
 
-_NETWORK = (("config.json", "_class_name", "diffusers"),)  # which `join` may have changed
-_OTHERS = (
+_PLACES = (
+    ("config.json", "_class_name", "diffusers"),
     ("config.json", "architectures", "transformers"),
     ("scheduler_config.json", "_class_name", "diffusers"),
     ("preprocessor_config.json", "image_processor_type", "transformers"),
     ("preprocessor_config.json", "feature_extractor_type", "transformers"),
     ("tokenizer_config.json", "tokenizer_class", "transformers"),
 )
+
+
+def _networks(variant: Variant) -> dict[str, list[str]]:
+    """[library, class] of the parts that become engines."""
+    from overcrank.models import components, family
+
+    every = components(variant, tuple(c.name for c in family(variant.family).components(variant)))
+    return {c.subfolder: [c.cls.rpartition(".")[0] or "diffusers", c.cls.rpartition(".")[2]] for c in every}
 
 
 def _class_of(folder: Path, places: Iterable[tuple[str, str, str]]) -> list[str] | None:

@@ -195,7 +195,11 @@ def join(folder: Path) -> None:
     """
     image, motion = (folder / part for part in ("unet", "motion_adapter"))
     config = _with_motion(*(read_json(f / "config.json") for f in (image, motion)))
-    files = [(f"{part.name}-{file.name}", file) for part in (image, motion) for file in _weights_in(part.resolve())]
+    files = [  # by names without ".fp16": the index that is written here has no such twin
+        (f"{part.name}-{file.stem.replace('.', '-')}.safetensors", file)
+        for part in (image, motion)
+        for file in _weights_in(part.resolve())
+    ]
     image.unlink()
     image.mkdir()
     weights: dict[str, str] = {}

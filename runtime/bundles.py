@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ log = logging.getLogger("overcrank")
 
 
 def rebuild_command(variant: Variant, card: str) -> str:
-    return f"build-engine --model {variant.where} --gpu {card}"
+    return f"build-engine --model {shlex.quote(variant.where)} --gpu {card}"
 
 
 Bundle = tuple[Path, Manifest]

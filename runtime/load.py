@@ -125,7 +125,7 @@ def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype
             folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant)
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a {name}: {error}") from error
+        raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

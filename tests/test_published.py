@@ -12,6 +12,8 @@ from overcrank.models.base import Variant
 from overcrank.models.matching import completed_variant, variant_from_configs
 from overcrank.models.network import as_class_sees, network
 
+from bench import published
+
 FOLDER = Path(__file__).parent / "published"
 VARIANTS = [v for name in families() for v in family(name).VARIANTS if not v.packaged]
 
@@ -37,6 +39,11 @@ def resolved(variant: Variant, sources: tuple[str, ...]) -> Variant:
     pipeline = known["files"].get("model_index.json", {}).get("values", {}).get("_class_name", "")
     main = next(c for c in family(variant.family).components(variant) if not c.attribute)
     return variant_from_configs("a-folder", main.cls.rpartition(".")[2], configs, pipeline, sources)
+
+
+def test_the_page_is_what_the_facts_say() -> None:
+    written = (FOLDER.parents[1] / "docs/published.md").read_text("utf-8")
+    assert written == published.markdown(), "run ./build.sh docs"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)

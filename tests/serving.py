@@ -1,0 +1,104 @@
+"""Builds a bundle by every variant's name, and asks whether it serves the checkpoint that is published under it.
+
+    python -m tests.serving STORE [VARIANT ...]
+
+Every variant takes its small form, in the data as in the checkpoint; the data is the product's, the checkpoint the
+publishers' (tests/checkpoints.py). The engines are real ones, of TensorRT for RTX for sm_89; that they are chosen is
+what is asked, for no card is needed for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import overcrank
+import torch
+from click.testing import CliRunner
+from overcrank import cli
+from overcrank.engines.manifest import Manifest
+from overcrank.engines.store import Store
+from overcrank.engines.types import own_precision
+from overcrank.models import components, families, family, registry, resolve
+from overcrank.models.base import Variant
+from overcrank.runtime.bundles import bundle_of, compute_type, fitting_bundles
+from overcrank.runtime.session import CannotServe
+
+from tests import by_hand, checkpoints, tiny, without_torchvision
+
+NAMES = [v.name for name in families() for v in family(name).VARIANTS if not v.packaged]
+CARD = "sm_89"
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def small_families() -> Iterator[None]:
+    """While the block runs, every published variant has its small form, published where it is."""
+    known = {name: family(name).VARIANTS for name in families()}
+    made = {name: tuple(v if v.packaged else _small(v) for v in variants) for name, variants in known.items()}
+    try:
+        _put(made)
+        yield
+    finally:
+        _put(known)
+
+
+def _small(variant: Variant) -> Variant:
+    made = tiny.variant(variant.name)
+    return replace(made, hub_id=variant.hub_id, repositories=variant.repositories, hub_file=variant.hub_file)
+
+
+def _put(variants: dict[str, tuple[Variant, ...]]) -> None:
+    for name, own in variants.items():
+        family(name).VARIANTS = own
+    registry.published.cache_clear()
+
+
+def built(names: Iterable[str], store: Path) -> dict[str, Path]:
+    """Variant → its bundle, built by name; to be called among small families."""
+    words = ["engines", "build", "--models", ",".join(names), "--gpus", CARD, "--precisions", "auto"]
+    result = CliRunner().invoke(cli.main, [*words, "--store", str(store), "--quiet"])
+    assert result.exit_code == 0, result.output
+    return {m.model: path for path, m in Store(store).list() if isinstance(m, Manifest)}
+
+
+def refusal(name: str, bundle: Path, root: Path) -> str:
+    """Why the bundle does not serve the published checkpoint, of which every part has its published type; else ""."""
+    checkpoints.published(root, name)
+    pipe = by_hand.loaded(root, name)
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            module.to(TYPES[resolve(name).dtype_of(part)])
+    overcrank.accelerate(pipe, backend="eager")
+    variant = pipe.overcrank.variant
+    try:
+        fitting = fitting_bundles([bundle], variant, CARD, own_precision(variant))
+        for component in components(variant):
+            bundle_of(component, fitting, "rebuild", compute_type(getattr(pipe, component.subfolder)))
+    except CannotServe as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    store, *names = sys.argv[1:]
+    names = names or NAMES
+    without_torchvision.install()
+    without_torchvision.pass_guardrail()
+    served = 0
+    with small_families(), tempfile.TemporaryDirectory() as root:
+        bundles = built(names, Path(store))
+        for name in names:
+            why = refusal(name, bundles[name], Path(root) / name)
+            served += not why
+            print(f"{name:<34} {why or 'served'}", flush=True)
+    print(f"{served} of {len(names)}")
+    sys.exit(served < len(names))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A bundle that is built by a variant's name serves the checkpoint that is published under it (tests/serving.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from overcrank.models import components, resolve
+from overcrank.runtime.bundles import bundle_of, fitting_bundles
+from overcrank.runtime.session import CannotServe
+
+from tests import checkpoints, serving
+from tests.test_render_families import _what_cannot_be_installed_here  # noqa: F401
+
+# A model of two experts whose VAE is in fp32, one in fp16, and one whose checkpoint comes from three repositories.
+FEW = ("wan-2.2-t2v-a14b", "modelscope-1.7b", "framepack-i2v-13b")
+
+
+@pytest.fixture(autouse=True)
+def _small() -> Iterator[None]:
+    with serving.small_families():
+        yield
+
+
+@pytest.mark.parametrize(
+    "names", [FEW, pytest.param(tuple(serving.NAMES), marks=pytest.mark.sweep)], ids=["few", "all"]
+)
+def test_a_bundle_by_name_serves_the_published_checkpoint(names: tuple[str, ...], tmp_path: Path) -> None:
+    bundles = serving.built(names, tmp_path / "store")
+    assert {name: serving.refusal(name, bundles[name], tmp_path / name) for name in names} == dict.fromkeys(names, "")
+
+
+def test_a_fine_tune_is_served_or_refused_by_its_network(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Configurations that nothing here knows: what no graph reads serves, what one reads is named."""
+    name = "wan-2.1-t2v-14b"
+    words = ["--model", name, "--gpu", "sm_89", "--components", "denoiser", "--store", tmp_path / "store", "--quiet"]
+    assert run("build-engine", *words).exit_code == 0
+    (bundle,) = (tmp_path / "store/bundles").iterdir()
+    checkpoints.published(tmp_path, name)
+    tuned = tmp_path / "my fine-tune"
+    checkpoints.at(tmp_path, resolve(name)).rename(tuned)
+    config = json.loads((tuned / "transformer/config.json").read_text())
+
+    def served(**changes: Any) -> str:
+        (tuned / "transformer/config.json").write_text(json.dumps(config | changes))
+        variant = resolve(str(tuned))
+        fitting = fitting_bundles([bundle], variant, "sm_89", "bf16")
+        return bundle_of(components(variant, ("denoiser",))[0], fitting, "rebuild", "bf16")[0].name
+
+    assert served() == bundle.name
+    assert served(_diffusers_version="9.9.9", trained_by="me") == bundle.name
+    assert "'trained_by', which WanTransformer3DModel of the installed diffusers does not know" in caplog.text
+    more = config["num_layers"] + 2
+    for changes, named in (
+        ({"num_layers": more}, f"num_layers: {more} here, {more - 2} in the engine"),
+        ({"eps": 1e-5}, "eps: 1e-05 here, 1e-06 in the engine"),
+        ({"cross_attn_norm": False}, "cross_attn_norm: false here, true in the engine"),
+    ):
+        with pytest.raises(CannotServe) as refused:
+            served(**changes)
+        assert named in str(refused.value)
+        assert refused.value.fix == f"build-engine --model '{tuned}' --gpu sm_89", "it can be run as it stands"
