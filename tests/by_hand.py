@@ -6,6 +6,7 @@ a publisher does, the call is what is nearest to it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,7 +241,9 @@ def loaded(root: Path, name: str) -> Any:
 def rendered(root: Path, name: str, shape: Mapping[str, int], media: Mapping[str, Any]) -> Any:
     """Frames [F, H, W, 3] in [0, 1]; seed 0, of the global generator too, which stochastic steps draw from."""
     pipe, way = loaded(root, name), WAYS[name]
-    call = {**shape, **media, **way.call, "output_type": "np", "generator": torch.Generator("cpu").manual_seed(0)}
+    taken = inspect.signature(type(pipe).__call__).parameters  # some make the size of the picture's shape
+    sizes = {name: value for name, value in shape.items() if name in taken}
+    call = {**sizes, **media, **way.call, "output_type": "np", "generator": torch.Generator("cpu").manual_seed(0)}
     decode = pipe.vae.decode
 
     def seeded(*inputs: Any, **more: Any) -> Any:  # a decoder may inject noise of the global generator

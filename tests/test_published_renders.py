@@ -40,7 +40,7 @@ def test_every_variant_has_its_publishers_call() -> None:
     assert set(by_hand.WAYS) == set(NAMES)
 
 
-@pytest.mark.parametrize("name", tiny.thinned(NAMES, every=8))
+@pytest.mark.parametrize("name", tiny.thinned(NAMES, every=12))
 def test_defaults_are_the_publishers_render(name: str, tmp_path: Path, store: Path, record_property: Any) -> None:  # noqa: F811
     root, way, variant = tmp_path / "root", by_hand.WAYS[name], resolve(name)
     checkpoints.published(root, name)
@@ -73,7 +73,7 @@ def _asked(case: pipelines.Case, prompt: bool, folder: Path) -> tuple[dict[str, 
         half = {"height": case.height // 2, "width": case.width // 2}
         return half, {"video": fitted_video(folder / "clip.mp4", shape, case.frames, False)}
     if case.media:
-        media["image"] = fitted_image(folder / "first.png", shape)
+        media["image"] = fitted_image(folder / "first.png", shape)  # which has this size already
     if case.media == "ends":
         media["last_image"] = fitted_image(folder / "last.png", shape)
     return sizes, media

@@ -264,6 +264,11 @@ TINY = {
     "tiny-hunyuan-i2v": Tiny(
         "hunyuan-video-13b-i2v", {"transformer": _HUNYUAN_DIT, "vae": _HUNYUAN_VAE}, **_NO_PICTURES
     ),
+    "tiny-hunyuan-i2v-33ch": Tiny(
+        "hunyuan-video-13b-i2v-33ch",
+        {"transformer": _HUNYUAN_DIT | {"in_channels": 9}, "vae": _HUNYUAN_VAE},
+        **_NO_PICTURES,
+    ),
     "tiny-hunyuan-1.5": Tiny(
         "hunyuan-video-1.5-480p", {"transformer": _HUNYUAN_15, "vae": _HUNYUAN_VAE_15}, **_NO_PICTURES
     ),
@@ -430,6 +435,7 @@ _ALIKE = {
     "wan-2.2-ti2v": "tiny-wan-2.2-ti2v",
     "wan-2.2-t2v": "tiny-wan-2.2-a14b",
     "wan-2.2-i2v": "tiny-wan-2.2-a14b-i2v",
+    "hunyuan-video-13b-i2v-33ch": "tiny-hunyuan-i2v-33ch",
     "hunyuan-video-13b-i2v": "tiny-hunyuan-i2v",
     "hunyuan-video-13b": "tiny-hunyuan",
     "hunyuan-video-1.5-480p-i2v": "tiny-hunyuan-1.5-i2v",
