@@ -29,19 +29,21 @@ class Parameter:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of one component folder, complete ones only.
+    """The safetensors files of one component folder, complete ones only; a twin such as .fp16 if it lies there alone.
 
     Raises CheckpointError for a missing, truncated or unreadable file.
     """
-    index = folder / f"{STEM}.safetensors.index.json"
-    if index.is_file():
+    plain = [folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"]
+    twins = sorted((*folder.glob(f"{STEM}.safetensors.index.*.json"), *folder.glob(f"{STEM}.*.safetensors")))
+    first = next((file for file in (*plain, *twins) if file.is_file()), None)
+    if first is not None and first.suffix == ".json":
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(first.read_text("utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no index of safetensors files; download it again.") from error
+            raise CheckpointError(f"{first} is no index of safetensors files; download it again.") from error
         files = tuple(folder / name for name in names)
     else:
-        files = tuple(sorted(folder.glob(f"{STEM}*.safetensors")))[:1]
+        files = (first,) if first else ()
     if not files:
         raise CheckpointError(
             f"{folder} has no {STEM}.safetensors, whose weights are needed here; download the whole checkpoint."

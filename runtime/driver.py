@@ -260,6 +260,8 @@ def encoded(pipe: Any, variant: Variant, request: RenderRequest) -> dict[str, An
         return {}
     guided = (request.guidance or 0) > 1
     negative = request.negative_prompt or ""
+    if negative and not guided and negative != variant.rendering(request.task).negative_prompt:
+        log.warning("negative_prompt does nothing at guidance %g: only above 1 is it looked at.", request.guidance or 0)
     made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, negative, guided)
     return made
 

@@ -34,7 +34,11 @@ def scheduled(request: RenderRequest, variant: Variant, rendering: Rendering) ->
         named = next((f for f in ("scheduler", "shift", *LISTS) if getattr(request, f) is not None), None)
         if named is not None:
             raise RequestError(f"{named}: {variant.name} takes no steps ({rendering.pipeline}); leave it out.")
-        return {"steps": request.steps or rendering.steps}
+        if request.steps not in (None, rendering.steps):
+            raise RequestError(
+                f"steps {request.steps}: {variant.name} takes none ({rendering.pipeline}); leave it out."
+            )
+        return {"steps": rendering.steps}
     own = config | dict(rendering.scheduler)
     name = request.scheduler or str(own.get("_class_name", ""))
     if request.scheduler is not None:

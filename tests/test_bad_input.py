@@ -81,6 +81,20 @@ def embed(run: Any, model: Path, store: Path) -> Any:
     return run("build-engine", *arguments, "--weights", "embedded", "--components", "denoiser")
 
 
+def test_weights_are_the_plain_ones_and_never_a_single_shard(tmp_path: Path) -> None:
+    from overcrank.errors import CheckpointError
+    from overcrank.export.weights import weight_files
+
+    stem = "diffusion_pytorch_model"
+    empty = (2).to_bytes(8, "little") + b"{}"
+    (tmp_path / f"{stem}-00001-of-00002.safetensors").write_bytes(empty)
+    with pytest.raises(CheckpointError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        weight_files(tmp_path)
+    for name in (f"{stem}.fp16.safetensors", f"{stem}.safetensors"):
+        (tmp_path / name).write_bytes(empty)
+        assert [f.name for f in weight_files(tmp_path)] == [name]
+
+
 def test_truncated_weights(broken: Path, tmp_path: Path, run: Any) -> None:
     file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
     os.truncate(file, file.stat().st_size - 100)

@@ -116,6 +116,27 @@ def test_parts_have_their_own_types(run: Any, tmp_path: Path) -> None:
     assert "did you mean transformer?" in wrong.output
 
 
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(run: Any, tmp_path: Path) -> None:
+    folder, case = pipelines.saved("wan", tmp_path), pipelines.CASES["wan"]
+    options = [
+        "--model",
+        folder,
+        "--steps",
+        1,
+        "--height",
+        case.height,
+        "--width",
+        case.width,
+        "--quiet",
+        "--frames",
+        5,
+    ]
+    options += ["--formats", "png", "--prompt", "x", "--backend", "eager", "--negative-prompt", "blurry"]
+    result = run("overcrank", "render", *options, "--guidance", 1, "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert "negative_prompt does nothing at guidance 1" in result.output
+
+
 def test_types_are_the_publishers_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     wan_ = resolve("wan-2.2-t2v-a14b")

@@ -233,6 +233,13 @@ def test_what_another_model_takes_is_refused(name: str, asked: dict[str, Any], m
         RenderRequest(prompt="x", **asked).completed(resolve(name))
 
 
+def test_a_model_without_steps_takes_none() -> None:
+    upsampler = resolve("ltx-upsampler-0.9.7")
+    assert scheduled(RenderRequest(prompt=""), upsampler, upsampler.rendering()) == {"steps": 1}
+    with pytest.raises(RequestError, match=r"steps 5: ltx-upsampler-0.9.7 takes none .*; leave it out"):
+        scheduled(RenderRequest(prompt="", steps=5), upsampler, upsampler.rendering())
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("shift", 0), ("shift", -1), ("sigmas", "1,half"), ("dtype", "vae=int4")]
 )
