@@ -95,6 +95,10 @@ _USUAL: Any = {
     "source": "diffusers' documentation of it, which names the base model; DDIM: github.com/guoyww/AnimateDiff",
     "differs": "the original's prompts and guidance (8) belong to another base model",
 }
+_USUAL_XL: Any = _USUAL | {
+    "differs": "diffusers' own way of joining the two leaves the embedding of size and pooled text random; here it is "
+    "the image model's"
+}
 _DTYPES = {"": "fp16"}
 _TASKS = {"text-to-video": "AnimateDiffPipeline", "video-to-video": "AnimateDiffVideoToVideoPipeline"}
 
@@ -140,7 +144,7 @@ VARIANTS: tuple[Variant, ...] = (
             guidance=8.0,
             steps=20,
             negative_prompt=_negative_prompts.ANIMATEDIFF_XL,
-            **_USUAL,
+            **_USUAL_XL,
         ),
         text_length=TEXT_LENGTH,
     ),

@@ -114,6 +114,9 @@ def with_adapter(root: Path, name: str, pipeline: str) -> Any:
     base, kind = checkpoints.at(root, variant, "unet"), {"variant": "fp16"} if "sdxl" in name else {}
     adapter = diffusers.MotionAdapter.from_pretrained(checkpoints.at(root, variant, "motion_adapter"))
     made = getattr(diffusers, pipeline).from_pretrained(base, motion_adapter=adapter, **kind)
+    if hasattr(made.unet, "add_embedding"):  # which from_unet2d leaves random (review of diffusers' #6721)
+        image_model = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet", **kind)
+        made.unet.add_embedding.load_state_dict(image_model.add_embedding.state_dict())
     made.scheduler = diffusers.DDIMScheduler.from_pretrained(
         base, subfolder="scheduler", clip_sample=False, timestep_spacing="linspace", beta_schedule="linear",
         steps_offset=1,
