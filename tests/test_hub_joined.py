@@ -15,33 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests import hub_server, pipelines
+from tests import by_hand, checkpoints, hub_server, pipelines
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-3"
 IMAGE_MODEL = "SG161222/Realistic_Vision_V5.1_noVAE"
-
-
-def animatediff_repositories(root: Path) -> None:
-    """Motion adapter and image model, as they are published, with random weights."""
-    torch.manual_seed(0)
-    parts = pipelines.networks_of("tiny-animatediff")
-    config = parts["unet"].config
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=config.block_out_channels, layers_per_block=1, norm_num_groups=config.norm_num_groups,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=config.cross_attention_dim, attention_head_dim=2, sample_size=8,
-    )  # fmt: skip
-    adapter = pipelines.motion_adapter(parts["unet"])
-    for value in adapter.parameters():  # a new one adds nothing
-        torch.nn.init.normal_(value, std=0.1)
-    adapter.save_pretrained(root / ADAPTER)
-    shutil.copy(root / ADAPTER / "diffusion_pytorch_model.safetensors", root / ADAPTER / "motion.ckpt")
-    tokenizer, text_encoder = pipelines.clip(config.cross_attention_dim)
-    diffusers.StableDiffusionPipeline(
-        unet=unet, vae=parts["vae"], tokenizer=tokenizer, text_encoder=text_encoder,
-        scheduler=diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(root / IMAGE_MODEL)  # fmt: skip
 
 
 def overcrank(hub: hub_server.Hub, own: Path, *words: object) -> subprocess.CompletedProcess[str]:
@@ -54,7 +31,8 @@ def overcrank(hub: hub_server.Hub, own: Path, *words: object) -> subprocess.Comp
 
 def test_animatediff_is_joined_as_diffusers_joins_it(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    animatediff_repositories(root)
+    checkpoints.published(root, "animatediff-sd15-v1.5.3")
+    shutil.copy(root / ADAPTER / "diffusion_pytorch_model.safetensors", root / ADAPTER / "motion.ckpt")
     options = ["--prompt", pipelines.PROMPT, "--steps", 2, "--height", 64, "--width", 64, "--frames", 4, "--seed", 3]
     options += ["--guidance", 5, "--backend", "eager", "--formats", "png", "--device", "cpu"]
     with hub_server.serve(root) as hub:
@@ -89,17 +67,10 @@ def test_animatediff_is_joined_as_diffusers_joins_it(tmp_path: Path) -> None:
 
 
 def test_framepack_is_joined_of_three_repositories(tmp_path: Path) -> None:
-    whole, root = pipelines.saved("framepack", tmp_path), tmp_path / "root"
-    shutil.copytree(whole / "transformer", root / "lllyasviel/FramePackI2V_HY")
+    root = tmp_path / "root"
+    checkpoints.published(root, "framepack-i2v-13b")
     base = root / "hunyuanvideo-community/HunyuanVideo"
-    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler"):
-        shutil.copytree(whole / part, base / part)
-    shutil.copytree(whole / "transformer", base / "transformer")  # HunyuanVideo's own, which is not wanted
-    index = json.loads((whole / "model_index.json").read_text())
-    index["_class_name"] = "HunyuanVideoPipeline"
-    (base / "model_index.json").write_text(json.dumps(index))
-    for part in ("image_encoder", "feature_extractor"):
-        shutil.copytree(whole / part, root / "lllyasviel/flux_redux_bfl" / part)
+    shutil.copytree(root / "lllyasviel/FramePackI2V_HY", base / "transformer")  # HunyuanVideo's own, not wanted
     with hub_server.serve(root) as hub:
         picture = tmp_path / "first.png"
         Image.effect_noise((64, 64), 90).convert("RGB").save(picture)
@@ -110,7 +81,7 @@ def test_framepack_is_joined_of_three_repositories(tmp_path: Path) -> None:
         assert not [f for f in hub.fetched() if f.startswith("hunyuanvideo-community/HunyuanVideo/transformer")]
     (folder,) = (tmp_path / "home/checkpoints").iterdir()
     ours = diffusers.HunyuanVideoFramepackPipeline.from_pretrained(folder)
-    stock = diffusers.HunyuanVideoFramepackPipeline.from_pretrained(whole)
+    stock = by_hand.framepack_parts(root, "framepack-i2v-13b", "HunyuanVideoFramepackPipeline")
     assert {k: type(v) for k, v in ours.components.items()} == {k: type(v) for k, v in stock.components.items()}
     for part in ("transformer", "vae", "image_encoder", "text_encoder"):
         mine, theirs = (getattr(p, part).state_dict() for p in (ours, stock))

@@ -7,12 +7,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import torch
 from overcrank.errors import RequestError
 from overcrank.models import components, family, resolve
 from overcrank.models.base import Preset, Rendering
 from overcrank.models.presets import applied, every_preset, fetched, presets, with_preset
 from overcrank.runtime.request import RenderRequest
+from safetensors.torch import load_file
 
 LTX_DISTILLED = [1000, 993, 987, 981, 975, 909, 725, 0.03]
 # As the publishers list them: what the scheduler counts with, 0 at the end, and what the network is told.
@@ -34,8 +37,6 @@ def named(pair: Any) -> str:
 
 def scheduler_of(variant: str, rendering: Rendering) -> Any:
     """diffusers' own, of the checkpoint's configuration with what the preset lays over it."""
-    import diffusers
-
     config = dict(resolve(variant).configs["scheduler"])
     overlay = dict(rendering.scheduler)
     name = overlay.pop("_class_name", config.pop("_class_name"))
@@ -77,7 +78,6 @@ def test_diffusers_own_four_steps_are_not_these() -> None:
 
     The solver also rounds the timesteps, and looks two steps back.
     """
-    import diffusers
     import numpy as np
 
     euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
@@ -173,7 +173,7 @@ def test_a_render_merges_the_presets_loras_and_says_so(
     from huggingface_hub import constants
 
     from tests.pipelines import saved
-    from tests.test_lora import distilled_file
+    from tests.test_lora import plain_file
 
     folder = saved("wan-two-experts", tmp_path)
     (preset,) = presets(resolve("wan-2.2-t2v-a14b"))
@@ -185,7 +185,7 @@ def test_a_render_merges_the_presets_loras_and_says_so(
     (cache / "refs" / "main").write_text("abc")
     (cache / "snapshots" / "abc").mkdir(parents=True)
     for seed, lora in enumerate(preset.loras):
-        distilled_file(cache / "snapshots" / "abc" / lora.file, seed)
+        plain_file(cache / "snapshots" / "abc" / lora.file, seed)
     common = ["--prompt", "a red circle", "--height", 64, "--width", 64, "--frames", 9, "--formats", "latents"]
     common += ["--model", folder, "--backend", "eager", "--quiet"]
     for name, more in {"plain": ("--steps", 4, "--guidance", 1), "preset": ("--preset", preset.name)}.items():
@@ -198,5 +198,25 @@ def test_a_render_merges_the_presets_loras_and_says_so(
     ]
     assert {x["repository"] for x in said["loras"]} == {"lightx2v/Wan2.2-Distill-Loras"}
     assert (said["request"]["steps"], said["request"]["guidance"]) == (4, 1.0)
-    latents = [(tmp_path / f"{n}.latents.safetensors").read_bytes() for n in ("plain", "preset")]
-    assert latents[0] != latents[1]
+    plain, ours = (load_file(tmp_path / f"{n}.latents.safetensors")["latents"][-1] for n in ("plain", "preset"))
+    files = [cache / "snapshots" / "abc" / lora.file for lora in preset.loras]
+    wanted = _by_hand(folder, *files)
+    assert float((plain - wanted).abs().max()) > 0.01
+    assert torch.allclose(ours, wanted, atol=1e-3)
+
+
+def _by_hand(folder: Path, high: Path, low: Path) -> torch.Tensor:
+    """lightx2v's four steps in plain diffusers, whose LoRA loader needs peft."""
+    pipe = diffusers.WanPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(str(high), adapter_name="high")
+    pipe.load_lora_weights(str(low), adapter_name="low", load_into_transformer_2=True)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    own = pipe.scheduler.set_timesteps
+    shifted = [5 * t / (1 + 4 * t) for t in (1, 0.75, 0.5, 0.25)]  # denoising_step_list, sample_shift
+    pipe.scheduler.set_timesteps = lambda steps, device=None: own(sigmas=shifted, device=device)
+    made = pipe(
+        "a red circle", height=64, width=64, num_frames=9, num_inference_steps=4, guidance_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(0), output_type="latent",
+    )  # fmt: skip
+    latents: torch.Tensor = made.frames
+    return latents
