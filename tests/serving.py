@@ -60,8 +60,8 @@ def _put(variants: dict[str, tuple[Variant, ...]]) -> None:
 
 def built(names: Iterable[str], store: Path) -> dict[str, Path]:
     """Variant → its bundle, built by name; to be called among small families."""
-    words = ["engines", "build", "--models", ",".join(names), "--gpus", CARD, "--precisions", "auto"]
-    result = CliRunner().invoke(cli.main, [*words, "--store", str(store), "--quiet"])
+    words = ["engines", "build", "--yes", "--models", ",".join(names), "--gpus", CARD, "--precisions", "auto"]
+    result = CliRunner().invoke(cli.main, [*words, "--store", str(store)])
     assert result.exit_code == 0, result.output
     return {m.model: path for path, m in Store(store).list() if isinstance(m, Manifest)}
 

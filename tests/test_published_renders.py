@@ -49,6 +49,7 @@ def test_defaults_are_the_publishers_render(name: str, tmp_path: Path, store: Pa
     where = checkpoints.at(root, variant) if variant.hub_file else name
     words = ["render", "--model", where, *prompt, *media_of(case, tmp_path), "--height", way.width, "--width"]
     words += [way.width, "--frames", way.frames, "--backend", "onnxruntime", "--store", store, "--formats", "png"]
+    words += ["--steps", way.steps] if way.steps else []
     with hub_server.serve(root) as hub:
         done = command(hub, tmp_path, *words, "--quiet", "-o", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
