@@ -25,12 +25,12 @@ def _small() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(
-    "names", [FEW, pytest.param(tuple(serving.NAMES), marks=pytest.mark.sweep)], ids=["few", "all"]
-)
-def test_a_bundle_by_name_serves_the_published_checkpoint(names: tuple[str, ...], tmp_path: Path) -> None:
-    bundles = serving.built(names, tmp_path / "store")
-    assert {name: serving.refusal(name, bundles[name], tmp_path / name) for name in names} == dict.fromkeys(names, "")
+NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.sweep) for name in serving.NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_by_name_serves_the_published_checkpoint(name: str, tmp_path: Path) -> None:
+    assert not serving.refusal(name, serving.built(name, tmp_path / "store"), tmp_path / "root")
 
 
 def test_a_fine_tune_is_served_or_refused_by_its_network(
