@@ -123,6 +123,7 @@ def _variant(
     shift: float,
     tasks: Mapping[str, str] = TEXT,
     native: VideoShape = _129,
+    maximum: VideoShape | None = None,
     text_length: int = 256,
     guidance: float = 6.0,
     carried: float = 0.0,
@@ -137,7 +138,7 @@ def _variant(
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
         native=native,
         minimum=VideoShape(256, 256, 5),
-        maximum=native,
+        maximum=maximum or native,
         fps=24,
         dtypes={"": "bf16"} if vae is _VAE_NEWER else DTYPES,
         renders=renderings(
@@ -175,7 +176,7 @@ VARIANTS: tuple[Variant, ...] = (
     ),
     _variant(
         "hunyuan-video-1.5-480p-i2v", f"{_15}-480p_i2v", "HunyuanVideo 1.5 480p I2V",
-        _I2V, _VAE_NEWER, 5.0, tasks=_IMAGE_NEWER, **_480P,
+        _I2V, _VAE_NEWER, 5.0, tasks=_IMAGE_NEWER, maximum=VideoShape(480, 864, 121), **_480P,  # for square pictures
     ),
     _variant(
         "hunyuan-video-1.5-720p", f"{_15}-720p_t2v", "HunyuanVideo 1.5 720p",

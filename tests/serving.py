@@ -1,6 +1,6 @@
 """Builds a bundle by every variant's name, and asks whether it serves the checkpoint that is published under it.
 
-    python -m tests.serving STORE [VARIANT ...]
+    python -m tests.serving STORE [VARIANT ...] [--components denoiser,vae_decoder]
 
 Every variant takes its small form, in the data as in the checkpoint; the data is the product's, the checkpoint the
 publishers' (tests/checkpoints.py). The engines are real ones, of TensorRT for RTX for sm_89; that they are chosen is
@@ -9,6 +9,7 @@ what is asked, for no card is needed for that.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import tempfile
@@ -80,14 +81,17 @@ class Here:
     def stop(self) -> None: ...
 
 
-def built(name: str, store: Path) -> Path:
-    """The bundle of a variant, built by its name as `engines build` does; to be called among small families."""
+def built(name: str, store: Path, names: tuple[str, ...] = ()) -> Path:
+    """The bundle of a variant, built by its name as `engines build` does; to be called among small families.
+
+    `names`: of its components, the default ones if there are none.
+    """
     (request,) = expanded(cells_of(name, CARD, "auto")).requests.values()
-    (made,) = build([request], Store(store), lambda title, done: None, Here)
+    (made,) = build([replace(request, components=names)], Store(store), lambda title, done: None, Here)
     return made.path
 
 
-def refusal(name: str, bundle: Path, root: Path) -> str:
+def refusal(name: str, bundle: Path, root: Path, names: tuple[str, ...] = ()) -> str:
     """Why the bundle does not serve the published checkpoint, of which every part has its published type; else ""."""
     checkpoints.published(root, name)
     pipe = by_hand.loaded(root, name)
@@ -98,7 +102,7 @@ def refusal(name: str, bundle: Path, root: Path) -> str:
     variant = pipe.overcrank.variant
     try:
         fitting = fitting_bundles([bundle], variant, CARD, own_precision(variant))
-        for component in components(variant):
+        for component in components(variant, names):
             bundle_of(component, fitting, "rebuild", compute_type(getattr(pipe, component.subfolder)))
     except CannotServe as error:
         return str(error)
@@ -106,18 +110,23 @@ def refusal(name: str, bundle: Path, root: Path) -> str:
 
 
 def main() -> None:
-    store, *names = sys.argv[1:]
-    names = names or NAMES
+    parser = argparse.ArgumentParser()
+    parser.add_argument("store", type=Path)
+    parser.add_argument("variants", nargs="*", default=NAMES)
+    parser.add_argument("--components", default="", help="[default: each variant's own]")
+    options = parser.parse_args()
+    parts = tuple(filter(None, options.components.split(",")))
     without_torchvision.install()
     without_torchvision.pass_guardrail()
     served = 0
     with small_families(), tempfile.TemporaryDirectory() as root:
-        for name in names:
-            why = refusal(name, built(name, Path(store)), Path(root) / name)
+        for name in options.variants:
+            named = tuple(p for p in parts if p in {c.name for c in components(resolve(name))}) if parts else ()
+            why = refusal(name, built(name, options.store, named), Path(root) / name, named)
             served += not why
             print(f"{name:<34} {why or 'served'}", flush=True)
-    print(f"{served} of {len(names)}")
-    sys.exit(served < len(names))
+    print(f"{served} of {len(options.variants)}")
+    sys.exit(served < len(options.variants))
 
 
 if __name__ == "__main__":

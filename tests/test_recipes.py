@@ -298,6 +298,18 @@ def test_sizes_of_pictures_are_those_of_hunyuan_video() -> None:
             assert size_of(resolve(name), height, width) == stock.calculate_default_height_width(height, width, target)
 
 
+@pytest.mark.parametrize("name", ["hunyuan-video-1.5-480p-i2v", "hunyuan-video-1.5-720p-i2v"])
+def test_the_usual_engine_takes_every_picture(name: str) -> None:
+    """Its one axis is the number of patches, which is largest for a square picture."""
+    from overcrank.models.hunyuan_video import size_of
+
+    variant = resolve(name)
+    longest = variant.maximum.height * variant.maximum.width
+    for shape in ((1, 1), (9, 16), (16, 9), (4, 3), (1, 4), (4, 1), (853, 480)):
+        height, width = size_of(variant, *shape)
+        assert height * width <= longest
+
+
 def test_cosmos_goes_on_from_the_last_frames() -> None:
     from overcrank.models.cosmos import clip_of
 
