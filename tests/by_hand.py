@@ -104,9 +104,10 @@ def hunyuan(guidance: float, media: str = "") -> Way:
 
 
 def hunyuan_15(shift: float, media: str = "") -> Way:
-    """Its guidance (6) is in the checkpoint's guider; of a picture it makes 640 x 640 at least."""
+    """Its guidance (6) is in the checkpoint's guider; of a picture it makes 640 x 640 or 960 x 960."""
     pipeline = "HunyuanVideo15ImageToVideoPipeline" if media else "HunyuanVideo15Pipeline"
-    return Way(pipeline, {"num_inference_steps": 50}, euler(shift), media, steps=3 if media else 0)
+    large = {"width": 640 if shift == 5 else 960, "steps": 2} if media else {}
+    return Way(pipeline, {"num_inference_steps": 50}, euler(shift), media, **large)
 
 
 def with_adapter(root: Path, name: str, pipeline: str) -> Any:
@@ -237,6 +238,8 @@ def loaded(root: Path, name: str) -> Any:
         pipe = getattr(diffusers, way.pipeline).from_pretrained(checkpoints.at(root, resolve(name)), **way.more)
     if getattr(pipe, "scheduler", None) is not None:
         pipe.scheduler = way.scheduler(pipe.scheduler)
+    if name.startswith(("hunyuan", "framepack")):
+        pipe.vae.enable_tiling()  # as every example of theirs does
     pipe.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
