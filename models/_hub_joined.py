@@ -76,9 +76,9 @@ _PLACES = (
 
 def _networks(variant: Variant) -> dict[str, list[str]]:
     """[library, class] of the parts that become engines."""
-    from overcrank.models import components, family
+    from overcrank.models import family
 
-    every = components(variant, tuple(c.name for c in family(variant.family).components(variant)))
+    every = family(variant.family).components(variant)
     return {c.subfolder: [c.cls.rpartition(".")[0] or "diffusers", c.cls.rpartition(".")[2]] for c in every}
 
 
