@@ -36,7 +36,7 @@ def abstract_module(component: Component, config: Config, precision: str) -> nn.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with init_empty_weights(include_buffers=False):
-        whole = _construct(component, config)
+        whole = construct(component, config)
     cast_like_diffusers(whole, torch_dtype(precision))
     module = part(whole, component)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -58,7 +58,7 @@ def random_module(component: Component, config: Config, precision: str, seed: in
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        whole = _construct(component, config)
+        whole = construct(component, config)
         for value in whole.parameters():
             if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
                 value.add_(torch.randn(value.shape, generator=generator) * 0.1)
@@ -101,7 +101,7 @@ def part(whole: nn.Module, component: Component) -> nn.Module:
     return whole.get_submodule(component.attribute) if component.attribute else whole
 
 
-def _construct(component: Component, config: Config) -> nn.Module:
+def construct(component: Component, config: Config) -> nn.Module:
     import diffusers
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from overcrank.models.base import Component, Config, Tensor
+from overcrank.errors import ShapeError
+from overcrank.models._common import given
+from overcrank.models.base import Call, Component, Config, Tensor
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -39,7 +41,7 @@ def component(config: Config, *, hidden: int = 0) -> Component:
         inputs=(Tensor("pixel_values", (1, 3, side, side)),),
         outputs=(out,),
         forward=partial(_encoded, hidden=hidden),
-        adapt=_adapt,
+        adapt=partial(_adapt, hidden=hidden),
         returns=partial(_returns, hidden=hidden, layers=config["num_hidden_layers"]),
         sample=partial(_sample, side=side, hidden=hidden),
         sizes=lambda shape: {},
@@ -56,8 +58,11 @@ def _encoded(module: nn.Module, pixel_values: T, *, hidden: int) -> T:
     return states
 
 
-def _adapt(module: nn.Module, *args: Any, **call: Any) -> dict[str, Any]:
-    return {"pixel_values": call["pixel_values"]}
+def _adapt(module: nn.Module, call: Call, *, hidden: int) -> dict[str, Any]:
+    """Raises ShapeError for hidden states where the graph gives the embedding, and the other way round."""
+    if bool(call.get("output_hidden_states")) != bool(hidden):
+        raise ShapeError(f"this call wants {'no' if hidden else 'its'} hidden states")
+    return given(call, "pixel_values")
 
 
 def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, hidden: int, layers: int) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models import _streaming
-from overcrank.models.base import Component, Config, Tensor, VideoShape
+from overcrank.models.base import Call, Component, Config, Tensor, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -130,16 +130,9 @@ def _traced(module: nn.Module, sample: T, *caches: T, paths: tuple[str, ...]) ->
     return (out, *_flat(kept, paths))
 
 
-def _adapt(
-    module: nn.Module,
-    sample: T,
-    temb: T | None = None,
-    conv_cache: dict[str, Any] | None = None,
-    *,
-    paths: tuple[str, ...],
-    frames: int,
-    cached: bool,
-) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, paths: tuple[str, ...], frames: int, cached: bool) -> dict[str, Any]:
+    sample: T = call["sample"]
+    conv_cache: dict[str, Any] | None = call.get("conv_cache")
     if cached != bool(conv_cache) or sample.shape[2] != frames:
         raise ShapeError(f"this call codes {sample.shape[2]} frames; engines take 8k+1 frames of video")
     made = {"sample": sample}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
-from overcrank.models.base import Arguments, Media, Preset, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import Arguments, Call, Media, Preset, Sizes, Tensor, Variant, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -139,6 +139,23 @@ def from_patches(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: Pa
     return sample_output(unpatched(outputs["sample"], call["hidden_states"], patch), call)
 
 
+def one_time(timestep: Any, device: Any) -> T:
+    """The timestep that all items of a call share, [1] in fp32; raises ShapeError when they do not share one."""
+    import torch
+
+    time = torch.as_tensor(timestep, device=device)
+    if all(step == 0 or length == 1 for length, step in zip(time.shape, time.stride(), strict=True)):
+        return time.as_strided((1,), (1,)).float()  # expanded from one, as pipelines do: nothing to compare
+    return first_of_equal(time.reshape(-1), "timesteps").float()
+
+
+def first_of_equal(tensor: T, what: str) -> T:
+    """[B, …] whose rows are the same → [1, …]; raises ShapeError when a call's items differ in it."""
+    if len(tensor) > 1 and tensor.stride(0) and not bool((tensor == tensor[:1]).all()):
+        raise ShapeError(f"this call gives its videos different {what}")
+    return tensor[:1]
+
+
 def given(call: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The named arguments of a call; raises ShapeError for one that is missing: a call of another kind."""
     for name in names:
@@ -147,7 +164,7 @@ def given(call: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: call[name] for name in names}
 
 
-def tensors_named(module: nn.Module, *, names: tuple[str, ...], **call: Any) -> dict[str, Any]:
+def tensors_named(module: nn.Module, call: Call, *, names: tuple[str, ...]) -> dict[str, Any]:
     """`Component.adapt` for calls whose arguments are the inputs."""
     return given(call, *names)
 

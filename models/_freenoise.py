@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models._common import Kept, forwards
-from overcrank.models.base import Component, Sizes, Tensor, VideoShape
+from overcrank.models.base import Call, Component, Sizes, Tensor, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -36,6 +36,7 @@ def windowed(base: Component) -> Component:
         base,
         name="denoiser_windows",
         default=False,
+        variations=(BLOCK,),
         inputs=(*base.inputs, *more),
         forward=partial(_traced, plain=base.forward),
         adapt=partial(_adapt, plain=base.adapt),
@@ -50,10 +51,10 @@ def windowed(base: Component) -> Component:
 def unwindowed(plain: Component) -> Component:
     """The denoiser that sees all frames at once, which refuses the calls of one that sees windows."""
 
-    def adapt(module: nn.Module, **call: Any) -> dict[str, Any]:
+    def adapt(module: nn.Module, call: Call) -> dict[str, Any]:
+        made: dict[str, Any] = plain.adapt(module, call)
         if is_on(module):
             raise ShapeError("FreeNoise is on")
-        made: dict[str, Any] = plain.adapt(module, **call)
         return made
 
     return replace(plain, adapt=adapt)
@@ -92,14 +93,14 @@ def _block(block: Any, windows: T, mix: T, hidden_states: T, **unused: Any) -> T
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
 
-def _adapt(module: nn.Module, *, plain: Any, **call: Any) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, plain: Any) -> dict[str, Any]:
     """Raises ShapeError when FreeNoise is off, or its windows are not of LENGTH frames."""
+    made: dict[str, Any] = plain(module, call)
     block: Any = next((m for m in module.modules() if type(m).__name__ == BLOCK), None)
     if block is None:
         raise ShapeError("FreeNoise is off")
     if block.context_length != LENGTH:
         raise ShapeError(f"FreeNoise's windows are of {block.context_length} frames, and the engine's of {LENGTH}")
-    made: dict[str, Any] = plain(module, **call)
     frames = made["sample"].shape[2]
     key = (frames, block.context_stride, block.weighting_scheme, made["sample"].device)
     windows, mix = _tables.get(module, key, lambda: _windows_of(block, frames, made["sample"].device))

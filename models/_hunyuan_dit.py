@@ -22,7 +22,7 @@ from overcrank.models._common import (
     sample_output,
     unpatched_first,
 )
-from overcrank.models.base import Config, Tensor
+from overcrank.models.base import Call, Config, Tensor
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -222,10 +222,10 @@ def _normed(attn: Any, to: Any, norm: Any, x: T) -> T:
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
 _tables = Kept()
-_lengths = Kept()
+_lengths, _blanks = Kept(), Kept()
 
 
-def adapt(module: nn.Module, *, names: tuple[str, ...], config: Config, **call: Any) -> dict[str, Any]:
+def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], config: Config) -> dict[str, Any]:
     """The engine's inputs for a call of the transformer (same arguments).
 
     Raises ShapeError for several videos in one call, which have texts of different lengths.
@@ -252,15 +252,35 @@ def adapt(module: nn.Module, *, names: tuple[str, ...], config: Config, **call: 
     for name in ("guidance", "timestep_r"):
         if name in names:
             made[name] = given(call, name)[name].reshape(-1).float()
+    if not config.get("guidance_embeds"):
+        call.ignored("guidance")
+    if "encoder_hidden_states_2" in names and _blank(given(call, "image_embeds")["image_embeds"]) == (
+        "image_embeds" in names
+    ):
+        raise ShapeError(f"this call gives {'no' if 'image_embeds' in names else 'a'} picture")
     return made | given(call, *(n for n in names if n not in made))
 
 
 def _unpadded(call: Mapping[str, Any], name: str, mask: str) -> T:
     """The text's own tokens; a pipeline passes the same mask at every step, so its sum is read once."""
-    padding: T = call[mask]
-    length = _lengths.get(padding, padding._version, lambda: max(1, int(padding.sum())))
+    padding: T = given(call, mask)[mask]
+    length = _lengths.get(padding, padding._version, lambda: _length(padding))
     out: T = call[name][:, :length]
     return out
+
+
+def _length(padding: T) -> int:
+    """Raises ShapeError for a mask that keeps other tokens than the first."""
+    length = max(1, int(padding.sum()))
+    if not bool(padding[:, :length].all()) and bool(padding.any()):
+        raise ShapeError("this call's text has padding among its tokens")
+    return length
+
+
+def _blank(embeds: T) -> bool:
+    """Whether there is no picture: the stock module takes zeros for none, and a render gives the same at every step."""
+    blank: bool = _blanks.get(embeds, embeds._version, lambda: not bool(embeds.any()))
+    return blank
 
 
 def _halves(tables: tuple[T, T]) -> tuple[T, ...]:

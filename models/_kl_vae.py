@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import random_call, tensors_named
-from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models._common import Kept, random_call, tensors_named
+from overcrank.models.base import Call, Component, Config, Sizes, Tensor, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -116,12 +116,23 @@ def _temporal(module: nn.Module, sample: T) -> T:
     return out
 
 
-def _adapt_temporal(
-    module: nn.Module, sample: T, image_only_indicator: T | None = None, num_frames: int = 1
-) -> dict[str, Any]:
+def _adapt_temporal(module: nn.Module, call: Call) -> dict[str, Any]:
+    sample: T = call["sample"]
+    num_frames = call.get("num_frames", 1)
+    _frames_are_video(call)
     if num_frames != sample.shape[0]:
         raise ShapeError(f"this call decodes {sample.shape[0] // max(1, num_frames)} videos at once; one at a time")
     return {"sample": sample}
+
+
+_still = Kept()
+
+
+def _frames_are_video(call: Call) -> None:
+    """Raise ShapeError for frames that are marked as pictures of their own; the graph mixes all of them."""
+    marks = call.get("image_only_indicator")
+    if marks is not None and _still.get(marks, marks._version, lambda: bool(marks.any())):
+        raise ShapeError("this call decodes pictures, not a video")
 
 
 def _sample_temporal(module: nn.Module, sizes: Sizes, generator: Any, *, x: Tensor) -> dict[str, Any]:

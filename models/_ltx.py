@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import flat, forwards, modulations
-from overcrank.models.base import Sizes, Tensor, Variant
+from overcrank.models._common import first_of_equal, flat, forwards, given, modulations, one_time
+from overcrank.models.base import Call, Sizes, Tensor, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -152,61 +152,44 @@ def _norm_silu_conv(block: Any, norm: Any, conv: Any, x: T, shift: T | None, sca
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
 
-def adapt_denoiser(
-    module: nn.Module,
-    hidden_states: T,
-    encoder_hidden_states: T,
-    timestep: T,
-    encoder_attention_mask: T,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    rope_interpolation_scale: Any = None,
-    video_coords: T | None = None,
-    attention_kwargs: Any = None,
-    return_dict: bool = True,
-    *,
-    per_token: bool,
-) -> dict[str, T]:
-    """The engine's inputs for a call of LTXVideoTransformer3DModel (same arguments).
+def adapt_denoiser(module: nn.Module, call: Call, *, per_token: bool) -> dict[str, T]:
+    """The engine's inputs for a call of LTXVideoTransformer3DModel.
 
-    Pipelines give every item of a batch the same timestep and coordinates, so those of the
-    first stand for all, unless `per_token`. Raises ShapeError for a timestep per token on an
-    engine that takes one.
+    Raises ShapeError for a timestep per token on an engine that takes one, and for items of a batch
+    that differ in their timestep or coordinates.
     """
+    hidden_states: T = call["hidden_states"]
     batch, tokens = hidden_states.shape[:2]
-    cos, sin = _rotary(module, hidden_states, num_frames, height, width, rope_interpolation_scale, video_coords)
-    times = timestep.reshape(batch, -1).float()
+    cos, sin = _rotary(module, hidden_states, call)
+    made = given(call, "encoder_hidden_states", "encoder_attention_mask")
+    times = call["timestep"].reshape(batch, -1).float()
     if not per_token and times.shape[1] != 1:
         raise ShapeError(
             f"this call gives each of {times.shape[1]} tokens a timestep (image or video conditioning); "
             f"it needs the engine denoiser_conditioned: build-engine --components denoiser_conditioned"
         )
-    return {
-        "hidden_states": hidden_states,
-        "encoder_hidden_states": encoder_hidden_states,
-        "timestep": times.expand(batch, tokens).contiguous() if per_token else times[0, :1],
-        "encoder_attention_mask": encoder_attention_mask.to(hidden_states.dtype),
-        "rope_cos": cos,
-        "rope_sin": sin,
-    }
+    shared = times.expand(batch, tokens).contiguous() if per_token else one_time(call["timestep"], hidden_states.device)
+    made |= {"hidden_states": hidden_states, "timestep": shared, "rope_cos": cos, "rope_sin": sin}
+    made["encoder_attention_mask"] = made["encoder_attention_mask"].to(hidden_states.dtype)
+    return made
 
 
 _tables: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
 
 
-def _rotary(module: Any, x: T, frames: Any, height: Any, width: Any, scale: Any, coords: T | None) -> tuple[T, T]:
+def _rotary(module: Any, x: T, call: Call) -> tuple[T, T]:
     """Rotary tables [1, S, inner / 2], kept from step to step: they depend on the video's shape only.
 
     The coordinates are kept with their tables, so that their identity stays theirs.
     """
-    version = None if coords is None else coords._version
+    coords: T | None = call.get("video_coords")
+    grid = tuple(call.get(n) for n in ("num_frames", "height", "width"))
+    scale = call.get("rope_interpolation_scale")
     scale = tuple(map(float, scale)) if scale is not None else None
-    key = (x.shape[1], x.device, frames, height, width, scale, id(coords), version)
+    key = (x.shape[1], x.device, *grid, scale, id(coords), None if coords is None else coords._version)
     kept = _tables.get(module)
     if kept is None or kept[0] != key:
-        first = None if coords is None else coords[:1]
-        both = module.rope(x[:1], frames, height, width, scale, first)
+        both = module.rope(x[:1], *grid, scale, None if coords is None else first_of_equal(coords, "coordinates"))
         halves = (t[..., 0::2].contiguous() for t in both)  # the stock tables hold each value twice
         kept = _tables[module] = (key, *halves, coords)
     return kept[1], kept[2]
@@ -233,21 +216,20 @@ def sample_denoiser(module: nn.Module, sizes: Sizes, generator: Any, *, per_toke
     return {
         "hidden_states": torch.randn(batch, tokens, config.in_channels, generator=generator),
         "encoder_hidden_states": torch.randn(batch, text, config.caption_channels, generator=generator),
-        "timestep": torch.where(fixed, 20.0, 750.0) if per_token else torch.full((batch,), 750.0),
+        "timestep": torch.where(fixed, 20.0, 750.0) if per_token else torch.tensor(750.0).expand(batch),
         "encoder_attention_mask": keep.float(),
         "video_coords": coords.expand(batch, -1, -1),
         "return_dict": False,
     }
 
 
-def adapt_vae_decoder(
-    module: nn.Module, hidden_states: T, temb: T | None = None, *, noise: tuple[Tensor, ...] = ()
-) -> dict[str, T]:
+def adapt_vae_decoder(module: nn.Module, call: Call, *, noise: tuple[Tensor, ...] = ()) -> dict[str, T]:
     """Noise planes are drawn here, one by one, exactly as the stock decoder would draw them."""
     import torch
 
+    hidden_states: T = call["hidden_states"]
     height, width = hidden_states.shape[-2:]
-    out = {"hidden_states": hidden_states} | ({} if temb is None else {"temb": temb})
+    out = {"hidden_states": hidden_states} | ({} if call.get("temb") is None else {"temb": call["temb"]})
     for spec in noise:
         scale = int(str(spec.dims[1]).partition("_x")[2])
         size = (height * scale, width * scale)
@@ -267,8 +249,8 @@ def sample_vae_decoder(
     return {"hidden_states": torch.randn(shape, generator=generator)} | temb
 
 
-def adapt_vae_encoder(module: nn.Module, hidden_states: T) -> dict[str, T]:
-    return {"hidden_states": hidden_states}
+def adapt_vae_encoder(module: nn.Module, call: Call) -> dict[str, T]:
+    return {"hidden_states": call["hidden_states"]}
 
 
 def sample_vae_encoder(module: nn.Module, sizes: Sizes, generator: Any, *, channels: int) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import Kept, forwards, given, patched
-from overcrank.models.base import Sizes
+from overcrank.models._common import Kept, first_of_equal, forwards, given, patched
+from overcrank.models.base import Call, Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -120,23 +120,29 @@ def _upsampled(conv: Any, x: T) -> T:
 _tables = Kept()
 
 
-def adapt_denoiser(module: nn.Module, *, names: tuple[str, ...], per_token: bool, **call: Any) -> dict[str, Any]:
+def adapt_denoiser(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: bool) -> dict[str, Any]:
     """The engine's inputs for a call of LTX2VideoTransformer3DModel (same arguments).
 
     Raises ShapeError for what only PyTorch runs: guidance that isolates sound from picture or
-    perturbs blocks, and masks within the video.
+    perturbs blocks, masks within the video, and cross attention with a timestep for each token.
     """
     video, audio = call["hidden_states"], call["audio_hidden_states"]
     batch = video.shape[0]
-    for name in ("isolate_modalities", "spatio_temporal_guidance_blocks", "video_self_attention_mask"):
+    for name in ("isolate_modalities", "spatio_temporal_guidance_blocks"):
         if call.get(name):
             raise ShapeError(f"this call uses {name}, which no engine does")
+    call.ignored("perturbation_mask")  # of those blocks
+    if not module.config.get("use_keyframes_abs_pos_embedding"):  # type: ignore[union-attr, operator]
+        call.ignored("video_keyframes_mask")
     times = call["timestep"].reshape(batch, -1).float()
     if (times.shape[1] > 1) != per_token:
         raise ShapeError(f"this call gives {times.shape[1]} timesteps, for which there is another engine")
     audio_times = call.get("audio_timestep")
-    audio_times = times[:, :1] if audio_times is None else audio_times.reshape(batch, -1).float()
+    audio_times = times if audio_times is None else audio_times.reshape(batch, -1).float()
+    audio_times = first_of_equal(audio_times.T, "timesteps of sound").T
     crossing = call.get("use_cross_timestep")
+    if per_token and not crossing:
+        raise ShapeError("this call gives cross attention a timestep for each token (use_cross_timestep=False)")
     sigma = call["sigma"].reshape(batch, -1).float() if call.get("sigma") is not None else times
     audio_sigma = call.get("audio_sigma")
     audio_sigma = sigma if audio_sigma is None else audio_sigma.reshape(batch, -1).float()
@@ -146,10 +152,11 @@ def adapt_denoiser(module: nn.Module, *, names: tuple[str, ...], per_token: bool
         "cross_timestep": (audio_sigma if crossing else times)[:, 0],
         "cross_timestep_audio": (sigma if crossing else audio_times)[:, 0],
     }
-    key = tuple(
+    key: tuple[Any, ...] = tuple(
         (x.shape[1], id(c), None if c is None else c._version)
         for x, c in ((video, call.get("video_coords")), (audio, call.get("audio_coords")))
     )
+    key += tuple(call.get(n) for n in ("num_frames", "height", "width", "fps", "audio_num_frames"))
     found, _ = _tables.get(
         module, key, lambda: (_rotary(module, call), (call.get("video_coords"), call.get("audio_coords")))
     )
@@ -169,10 +176,10 @@ def _rotary(module: Any, call: Mapping[str, Any]) -> dict[str, T]:
     if audio is None:
         audio = m.audio_rope.prepare_audio_coords(1, call.get("audio_num_frames"), device)
     coordinates = {
-        "rope": video[:1],
-        "audio_rope": audio[:1],
-        "cross_attn_rope": video[:1, 0:1],
-        "cross_attn_audio_rope": audio[:1, 0:1],
+        "rope": (video := first_of_equal(video, "coordinates")),
+        "audio_rope": (audio := first_of_equal(audio, "coordinates of sound")),
+        "cross_attn_rope": video[:, 0:1],
+        "cross_attn_audio_rope": audio[:, 0:1],
     }
     made = {}
     for part, name in ROPES.items():
@@ -209,9 +216,9 @@ def sample_denoiser(module: nn.Module, sizes: Sizes, generator: Any, *, per_toke
         "audio_hidden_states": normal(batch, audio, config.audio_in_channels),
         "encoder_hidden_states": normal(batch, text, config.caption_channels),
         "audio_encoder_hidden_states": normal(batch, text, config.caption_channels),
-        "timestep": torch.where(fixed, 0.0, 750.0) if per_token else torch.full((batch,), 750.0),
-        "audio_timestep": torch.full((batch,), 750.0),
-        "sigma": torch.full((batch,), 750.0),
+        "timestep": torch.where(fixed, 0.0, 750.0) if per_token else torch.tensor(750.0).expand(batch),
+        "audio_timestep": torch.tensor(750.0).expand(batch),
+        "sigma": torch.tensor(750.0).expand(batch),
         "encoder_attention_mask": keep,
         "audio_encoder_attention_mask": keep,
         "video_coords": torch.cat([start, start + 0.04], dim=-1).expand(batch, -1, -1, -1),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models import _kl_vae
-from overcrank.models._common import Kept, forwards, given, patched
-from overcrank.models.base import Component, Config, Sizes, Tensor, Variant, VideoShape
+from overcrank.models._common import Kept, forwards, given, one_time, patched
+from overcrank.models.base import Call, Component, Config, Sizes, Tensor, Variant, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -114,24 +114,18 @@ def _text_by_frame(module: Any) -> bool:
     return type(module).__name__ == "UNetMotionModel"
 
 
-def _adapt(module: nn.Module, *, specs: tuple[Tensor, ...], **call: Any) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, specs: tuple[Tensor, ...]) -> dict[str, Any]:
     """The engine's inputs for a call of the UNet (same arguments).
 
-    Raises ShapeError for what only PyTorch runs: IP-Adapter, ControlNet residuals, a prompt that changes from
-    frame to frame where `specs` give text for each video.
+    Raises ShapeError for what only PyTorch runs: IP-Adapter, a prompt that changes from frame to frame where
+    `specs` give text for each video.
     """
-    import torch
-
     sample: T = call["sample"]
     names = [t.name for t in specs]
-    for name in ("down_block_additional_residuals", "mid_block_additional_residual", "timestep_cond"):
-        if call.get(name) is not None:
-            raise ShapeError(f"this call gives {name}")
-    timestep = torch.as_tensor(call["timestep"], device=sample.device).reshape(-1)[:1].float()
-    made: dict[str, Any] = {"timestep": timestep, "sample": sample}
+    made: dict[str, Any] = {"timestep": one_time(call["timestep"], sample.device), "sample": sample}
     added: Mapping[str, Any] = call.get("added_cond_kwargs") or {}
-    if "image_embeds" in added:
-        raise ShapeError("this call gives an IP-Adapter's image embeddings")
+    if more := set(added) - set(names):
+        raise ShapeError(f"this call gives {', '.join(sorted(more))}, such as an IP-Adapter's")
     made |= given(added, *(n for n in ("text_embeds", "time_ids") if n in names))
     made |= given(call, *(n for n in names if n not in made))
     if _text_by_frame(module):

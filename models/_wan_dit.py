@@ -15,15 +15,17 @@ from overcrank.models._common import (
     Kept,
     attend,
     embedded,
+    first_of_equal,
     forwards,
     from_patches,
     given,
     modulations,
+    one_time,
     patches,
     product,
     rotated,
 )
-from overcrank.models.base import Component, Config, Repeat, Sizes, Tensor, VideoShape
+from overcrank.models.base import Call, Component, Config, Repeat, Sizes, Tensor, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -176,7 +178,7 @@ def _cross_attention(attn: Any, x: T, text: T, image: T | None) -> T:
 _tables = Kept()
 
 
-def adapt(module: nn.Module, *, names: tuple[str, ...], per_token: bool, **call: Any) -> dict[str, Any]:
+def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: bool) -> dict[str, Any]:
     """The engine's inputs for a call of the transformer (same arguments).
 
     Raises ShapeError for timesteps of another kind than the engine takes, and for what only
@@ -185,6 +187,9 @@ def adapt(module: nn.Module, *, names: tuple[str, ...], per_token: bool, **call:
     m: Any = module
     latents: T = call["hidden_states"]
     patch = tuple(m.config.patch_size)
+    call.ignored("enable_diffusion_forcing")  # the timestep's shape says it
+    if not getattr(m.config, "inject_sample_info", False):
+        call.ignored("fps")
     if getattr(m.config, "num_frame_per_block", 1) > 1:
         raise ShapeError("this call attends causally in blocks of frames, which no engine does")
     tokens = patches(latents, patch)
@@ -198,9 +203,7 @@ def adapt(module: nn.Module, *, names: tuple[str, ...], per_token: bool, **call:
     sinusoids = m.condition_embedder.timesteps_proj(time)
     made = {"hidden_states": tokens, "time": sinusoids.float(), "rope_cos": cos, "rope_sin": sin}
     if "fps" in names:
-        import torch
-
-        made["fps"] = torch.as_tensor(call["fps"], device=latents.device).reshape(-1)[:1].long()
+        made["fps"] = one_time(given(call, "fps")["fps"], latents.device).long()
     if "control_hidden_states" in names:
         control = patches(given(call, "control_hidden_states")["control_hidden_states"], patch)
         scale = call.get("control_hidden_states_scale")
@@ -217,11 +220,11 @@ def adapt(module: nn.Module, *, names: tuple[str, ...], per_token: bool, **call:
 
 
 def _times(timestep: T, frames: int, tokens: int) -> T:
-    """[1], [1, S] or one for each latent frame [1, F] → [1] or [S]."""
-    flat: T = timestep.reshape(-1)
-    if timestep.ndim == 2 and frames > 1 and len(flat) == frames:
-        return flat.repeat_interleave(tokens // frames)
-    return flat if timestep.ndim == 2 else flat[:1]
+    """[B], [B, S] or one for each latent frame [B, F], the same for all items → [1] or [S]."""
+    if timestep.ndim != 2:
+        return one_time(timestep, timestep.device)
+    times = first_of_equal(timestep, "timesteps")[0]
+    return times.repeat_interleave(tokens // frames) if frames > 1 and len(times) == frames else times
 
 
 def _rotary(m: Any, latents: T) -> tuple[T, T]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import ShapeError
 from overcrank.models import _streaming
 from overcrank.models._common import patched, scaled_norm
-from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models.base import Call, Component, Config, Sizes, Tensor, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -140,22 +140,15 @@ def _next(module: nn.Module, x: T, *caches: T, count: int) -> tuple[T, ...]:
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
 
-def _adapt(
-    module: nn.Module,
-    x: T,
-    feat_cache: list[Any] | None = None,
-    feat_idx: Any = None,
-    first_chunk: bool = False,
-    *,
-    first: bool,
-    caches: tuple[Cache, ...],
-    side: int,
-) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, first: bool, caches: tuple[Cache, ...], side: int) -> dict[str, Any]:
     from torch.nn.functional import pad
 
+    x: T = call["x"]
+    feat_cache: list[Any] | None = call.get("feat_cache")
+    call.ignored("feat_idx")  # where in the caches the first convolution looks
     if feat_cache is None:
         raise ShapeError("this call streams no frames")
-    if first != (feat_cache[0] is None):
+    if first != (feat_cache[0] is None) or first != bool(call.get("first_chunk", first)):
         raise ShapeError("this call is for another frame")
     made = {"x": x}
     if first:

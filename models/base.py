@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,42 @@ Arguments = dict[str, Any]
 """Of a pipeline's call."""
 Sizes = Mapping[str, int]
 """Axis name → length, for example {"batch": 2, "tokens": 6144, "text": 128}."""
+
+
+class Call(Mapping[str, Any]):
+    """Arguments of a stock module's call, which remembers those that were read.
+
+    What no `adapt` reads is not understood: `unread` tells what keeps an engine from serving the call.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._arguments = arguments
+        self._read = {"return_dict"}  # the results are made after it
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._arguments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arguments)
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def ignored(self, *names: str) -> None:
+        """These are arguments that the module, as it is configured, does not look at either."""
+        self._read.update(names)
+
+    def unread(self, defaults: Mapping[str, Any]) -> list[str]:
+        """Arguments that were not read and are neither empty nor their default."""
+
+        def told(name: str) -> bool:
+            value, default = self._arguments[name], defaults.get(name)
+            if value is None or value is default or (isinstance(value, Mapping | tuple | list) and not value):
+                return False
+            return not (isinstance(value, bool | int | float | str) and value == default)
+
+        return [name for name in self._arguments if name not in self._read and told(name)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +108,8 @@ class Component:
     - `forward(module, *inputs)` is what is traced: tensors in the order of `inputs` to a
       tensor, or a tuple in the order of `outputs`. What follows those keeps the last block of
       a chain like the others, until it is repeated (export/repeat.py), and is no output.
-    - `adapt(module, **call)` turns a call of the stock module into the named inputs.
+    - `adapt(module, call)` turns a call of the stock module into the named inputs; it reads every argument it
+      understands, and raises ShapeError for a value that the graph does not take.
     - `returns(outputs, call)` turns the named outputs into what the stock call returns.
     - `sample(module, sizes, generator)` makes such a call with seeded random tensors.
     - `sizes(shape)` gives the axis lengths of a video shape.
@@ -83,7 +120,8 @@ class Component:
     length is scale * root + offset; `bounds` maps an axis to the smallest and largest length it
     is traced for; `oblivious` has torch.export take every length for neither 0 nor 1, where its
     guards ask for no more; `free_axes` maps an axis that no video shape sets to its smallest
-    length. `twins` are other parts of the pipeline, of the same architecture, that the same
+    length. `variations` are classes that its `adapt` knows in the place of submodules of the stock module.
+    `twins` are other parts of the pipeline, of the same architecture, that the same
     engine serves with their own weights, if the pipeline has them.
     """
 
@@ -101,6 +139,7 @@ class Component:
     attribute: str = ""
     default: bool = True
     twins: tuple[str, ...] = ()
+    variations: tuple[str, ...] = ()
     returns: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] = _only_output
     free_axes: Sizes = field(default_factory=dict)
     traced_config: Config = field(default_factory=dict)

@@ -18,6 +18,7 @@ from overcrank.models._common import (
     flat,
     forwards,
     given,
+    one_time,
     patches,
     product,
     rotated,
@@ -26,6 +27,7 @@ from overcrank.models._common import (
 )  # fmt: skip
 from overcrank.models.base import (
     Arguments,
+    Call,
     Component,
     Config,
     Media,
@@ -299,14 +301,12 @@ def _joint(attn: Any, x: T, c: T, rope: Any, sizes: tuple[Any, Any]) -> tuple[T,
 _tables, _positions = Kept(), Kept()
 
 
-def _adapt(module: nn.Module, *, names: tuple[str, ...], patch: tuple[int, int, int], **call: Any) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], patch: tuple[int, int, int]) -> dict[str, Any]:
     """The engine's inputs for a call of CogVideoXTransformer3DModel, whose batch shares one timestep."""
-    import torch
-
     m: Any = module
     latents: T = call["hidden_states"]  # [B, F, C, H, W]
     made: dict[str, Any] = {"hidden_states": patches(latents.transpose(1, 2), patch)}
-    made["timestep"] = torch.as_tensor(call["timestep"], device=latents.device).reshape(-1)[:1].float()
+    made["timestep"] = one_time(call["timestep"], latents.device)
     if "rope_cos" in names:
         cos, sin = given(call, "image_rotary_emb")["image_rotary_emb"]
         halves = _tables.get(cos, latents.device, lambda: [t[None, :, 0::2].float().contiguous() for t in (cos, sin)])
@@ -315,7 +315,7 @@ def _adapt(module: nn.Module, *, names: tuple[str, ...], patch: tuple[int, int, 
         key = (latents.shape[1:], latents.dtype, latents.device)
         made["position"] = _positions.get(module, key, lambda: _position(m.patch_embed, latents))
     if "ofs" in names:
-        made["ofs"] = given(call, "ofs")["ofs"].reshape(-1)[:1].float()
+        made["ofs"] = one_time(given(call, "ofs")["ofs"], latents.device)
     return made | given(call, "encoder_hidden_states")
 
 
@@ -350,7 +350,7 @@ def _sample(
     call: dict[str, Any] = {
         "hidden_states": torch.randn(shape, generator=generator),
         "encoder_hidden_states": torch.randn(batch, length, config.text_embed_dim, generator=generator),
-        "timestep": torch.full((batch,), 750),
+        "timestep": torch.tensor(750).expand(batch),
         "return_dict": False,
     }
     if "rope_cos" in names:

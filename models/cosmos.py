@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RequestError, ShapeError
 from overcrank.models import _cosmos_vae, _negative_prompts, _wan_vae, wan
-from overcrank.models._common import Kept, attend, forwards, given, patches, product, sample_output
+from overcrank.models._common import Kept, attend, forwards, given, one_time, patches, product, sample_output
 from overcrank.models.base import (
     Arguments,
+    Call,
     Component,
     Config,
     Media,
@@ -281,7 +282,7 @@ def _turned(x: T, cos: T, sin: T) -> T:
 _tables = Kept()
 
 
-def _adapt(module: nn.Module, *, learned: bool, **call: Any) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
     """The engine's inputs for a call of CosmosTransformer3DModel (same arguments)."""
     import torch
     from torch.nn.functional import interpolate
@@ -291,21 +292,23 @@ def _adapt(module: nn.Module, *, learned: bool, **call: Any) -> dict[str, Any]:
     if call.get("condition_mask") is not None:
         latents = torch.cat([latents, call["condition_mask"].to(latents.dtype)], dim=1)
     if m.config.concat_padding_mask:
-        mask = interpolate(call["padding_mask"].to(latents.dtype), latents.shape[-2:], mode="nearest")
+        padding = given(call, "padding_mask")["padding_mask"]
+        mask = interpolate(padding.to(latents.dtype), latents.shape[-2:], mode="nearest")
         latents = torch.cat([latents, mask.unsqueeze(2).expand(latents.shape[0], -1, latents.shape[2], -1, -1)], dim=1)
     fps = call.get("fps")
     key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None)
     places = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
     times = call["timestep"].reshape(-1).float()
-    if not learned:
-        times = times.expand(latents.shape[2])
+    times = one_time(times, latents.device) if learned else times.expand(latents.shape[2])
     tokens = patches(latents, tuple(m.config.patch_size))
     if len(tokens) != 1:
         raise ShapeError(f"this call renders {len(tokens)} videos at once; render one at a time")
     frames = latents.shape[2]
     made = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
-    made |= places
-    return made | given(call, "encoder_hidden_states")
+    made |= places | given(call, "encoder_hidden_states")
+    if isinstance(made["encoder_hidden_states"], tuple):
+        raise ShapeError("this call gives its text together with an image's context")
+    return made
 
 
 def _places(m: Any, latents: T, fps: Any, learned: bool) -> dict[str, T]:

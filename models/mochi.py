@@ -16,6 +16,7 @@ from overcrank.models._common import (
     embedded,
     forwards,
     given,
+    one_time,
     patched,
     patches,
     product,
@@ -24,7 +25,7 @@ from overcrank.models._common import (
     sample_output,
     unpatched,
 )
-from overcrank.models.base import Component, Config, Repeat, Sizes, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import Call, Component, Config, Repeat, Sizes, Tensor, Variant, VideoShape, renderings
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -254,7 +255,7 @@ def _norm(norm: Any, x: T) -> T:
 _tables = Kept()
 
 
-def _adapt(module: nn.Module, *, patch: tuple[int, int, int], **call: Any) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, patch: tuple[int, int, int]) -> dict[str, Any]:
     """The engine's inputs for a call of MochiTransformer3DModel, whose batch shares one timestep."""
     import torch
 
@@ -265,15 +266,15 @@ def _adapt(module: nn.Module, *, patch: tuple[int, int, int], **call: Any) -> di
     made = given(call, "encoder_hidden_states", "encoder_attention_mask")
     made["encoder_attention_mask"] = made["encoder_attention_mask"].to(latents.dtype)
     made["hidden_states"] = patches(latents, patch)
-    made["timestep"] = call["timestep"].reshape(-1)[:1].float()
+    made["timestep"] = one_time(call["timestep"], latents.device)
     key = (grid, latents.device, m.pos_frequencies._version)
     place = {"device": latents.device, "dtype": torch.float32}
     cos, sin = _tables.get(m.pos_frequencies, key, lambda: m.rope(m.pos_frequencies, *grid, **place))
     return made | {"rope_cos": cos, "rope_sin": sin}
 
 
-def _adapt_decoder(module: nn.Module, hidden_states: T, conv_cache: Any = None) -> dict[str, Any]:
-    return {"hidden_states": hidden_states}  # its convolutions repeat the first frame and keep no cache
+def _adapt_decoder(module: nn.Module, call: Call) -> dict[str, Any]:
+    return given(call, "hidden_states")  # its convolutions repeat the first frame and keep no cache
 
 
 def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, int, int]) -> Any:
@@ -291,6 +292,6 @@ def _sample(module: nn.Module, sizes: Sizes, generator: Any) -> dict[str, Any]:
         "hidden_states": torch.randn(latents, generator=generator),
         "encoder_hidden_states": torch.randn(batch, length, config.text_embed_dim, generator=generator),
         "encoder_attention_mask": torch.arange(length)[None] < kept[:, None],
-        "timestep": torch.full((batch,), 750.0),
+        "timestep": torch.tensor(750.0).expand(batch),
         "return_dict": False,
     }

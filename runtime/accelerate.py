@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,16 +72,18 @@ class Acceleration:
         Why one cannot be loaded is said when it is called.
         """
         for module in self.modules:
-            slot = module.slots[0]
-            if pictures or not slot.component.name.endswith("_encoder"):
-                with suppress(CannotServe):
-                    slot.opened()
+            if pictures or not module.slots[0].component.name.endswith("_encoder"):
+                module.preload()
 
     def remove(self) -> None:
         """Give every module its own forward back."""
         for module in self.modules:
             module.remove()
         self.modules.clear()
+
+    def __reduce__(self) -> Any:
+        """Of a pipeline that is copied or pickled, the copy is not accelerated."""
+        return type(None), ()
 
 
 def accelerate(
@@ -107,13 +108,18 @@ def accelerate(
     type]. `slow_engines`: also those that were measured to be slower than eager PyTorch on this card.
     `pull`: URL from which the bundle for this network and card is fetched if the store has none.
 
+    What torch.compile made of a part is taken out again.
+
     Raises UserError for an unknown backend or bundle, ModelError for a pipeline of no known family.
     """
     if backend not in BACKENDS:
         raise UserError(f"Unknown backend '{backend}': use {', '.join(BACKENDS)}.")
+    if not isinstance(getattr(pipe, "components", None), Mapping):
+        raise UserError(f"accelerate() takes a diffusers pipeline, not {type(pipe).__name__}.")
     earlier = getattr(pipe, "overcrank", None)
     if earlier is not None:
         earlier.remove()
+    _unwrap_compiled(pipe)
     variant = _variant_of(pipe, model)
     ledger = Ledger(strict=backend == "tensorrt")
     found = Acceleration(variant, backend, ledger, [], quantization=quantization)
@@ -127,6 +133,15 @@ def accelerate(
     found.source = str(pipe.config.get("_name_or_path", ""))
     pipe.overcrank = found
     return pipe
+
+
+def _unwrap_compiled(pipe: Any) -> None:
+    """What torch.compile made of a part calls the part: an engine takes the part's place, and PyTorch runs it plain."""
+    for name, module in pipe.components.items():
+        plain = getattr(module, "_orig_mod", None)
+        if plain is not None:
+            log.info("%s was compiled by torch.compile; engines run it, and it runs uncompiled without", name)
+            setattr(pipe, name, plain)
 
 
 def _variant_of(pipe: Any, model: str) -> Variant:

@@ -78,6 +78,7 @@ class OrtSession:
 
     backend, engine = "onnxruntime", ""
     replaced: tuple[str, ...] = ()  # in host memory there is nothing to gain
+    copies = True
 
     def __init__(self, model: ir.Model | Path, parameters: Mapping[str, torch.Tensor], device: str = "cpu") -> None:
         """`parameters`: graph input → tensor of the shape the graph declares, or of two fp4 values in a byte."""
@@ -106,6 +107,10 @@ class OrtSession:
         results = self._session.run_with_ort_values(self.outputs, feeds)
         device = next(iter(inputs.values())).device
         return {name: torch.from_numpy(r.numpy()).to(device) for name, r in zip(self.outputs, results, strict=True)}
+
+    def rebind(self, written: bool) -> bool:
+        """What it holds of the module's weights is of when it was made."""
+        return False
 
     def settle(self) -> None:
         """Nothing is compiled."""

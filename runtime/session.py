@@ -26,9 +26,16 @@ class Session(Protocol):
     backend: str  # "onnxruntime", "tensorrt_rtx" or "tensorrt"
     engine: str  # digest of the EngineKey it runs; "" for a graph
     replaced: tuple[str, ...]  # layers of the module whose weights it does not read, as it has packed ones
+    copies: bool  # whether it has copies of the module's weights
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Raises CannotServe for a call it has no engine for."""
+
+    def rebind(self, written: bool) -> bool:
+        """Take the module's parameters from where they are now; False when it has to be made anew.
+
+        `written`: they have other values too.
+        """
 
     def settle(self) -> None:
         """Keep on disk what was compiled for this machine."""
@@ -45,6 +52,8 @@ def run_each(session: Session, component: Component, inputs: Mapping[str, Tensor
     batch = max((inputs[name].shape[0] for name in single), default=1)
     if batch == 1:
         return session(inputs)
+    if odd := [name for name in single if inputs[name].shape[0] not in (1, batch)]:
+        raise CannotServe(f"{component.name}: {odd[0]} is not of {batch} items", "render one at a time", lasting=False)
     batched = {name for name in single if inputs[name].shape[0] == batch}
     made = [session({k: v[i : i + 1] if k in batched else v for k, v in inputs.items()}) for i in range(batch)]
     return {name: torch.cat([out[name] for out in made]) for name in made[0]}

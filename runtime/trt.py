@@ -49,6 +49,7 @@ class TrtSession:
         """`parameters`: engine input → a module's parameter or packed tensor; `rebuild`: the command that fixes."""
         self.backend, self.engine = manifest.flavour, entry.key.digest()
         self.replaced = tuple(name for name, form in entry.formats.items() if form.kind != ATTENTION)
+        self.copies = bool(self.replaced)
         self._entry, self._rebuild, self._workspace = entry, rebuild, workspace
         trt = _flavour_of(manifest, rebuild)
         self._logger = logger_of(trt)
@@ -113,6 +114,10 @@ class TrtSession:
     def _reason(self) -> str:
         """TensorRT's own words."""
         return f" ({self._logger.errors[-1].strip()[:300]})" if self._logger.errors else ""
+
+    def rebind(self, written: bool) -> bool:
+        """Addresses are told at every call; packed weights are of the values that were packed."""
+        return not (written and self.copies)
 
     def settle(self) -> None:
         """Keep the kernels that were compiled."""

@@ -22,7 +22,7 @@ from overcrank.engines.targets import BY_NAME, sixteen_bit
 from overcrank.errors import IntegrityError
 from overcrank.export.weights import Parameter
 from overcrank.models import components, family, variant_from_manifest
-from overcrank.models.base import Component, Variant, VideoShape
+from overcrank.models.base import Call, Component, Variant, VideoShape
 from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.parameters import bound_parameters, compute_of, packed_parameters, parameters_of
 from overcrank.runtime.session import run_each
@@ -98,11 +98,8 @@ def compare(component: Component, session: OrtSession, module: nn.Module, shape:
         torch.manual_seed(1)
         expected = dict(_tensors((module(**call), _written(call))))
         torch.manual_seed(1)
-        found = dict(
-            _tensors(
-                (component.returns(run_each(session, component, component.adapt(module, **own)), own), _written(own))
-            )
-        )
+        outputs = run_each(session, component, component.adapt(module, Call(own)))
+        found = dict(_tensors((component.returns(outputs, own), _written(own))))
     worst = relative = 0.0
     for name, tensor in found.items():
         reference = expected.get(name)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from overcrank.export.module import random_module
+from overcrank.models.base import Call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
@@ -42,8 +43,8 @@ def test_a_step_after_the_first_stalls_nothing(name: str, which: str) -> None:
     call = component.sample(module, sizes, torch.Generator().manual_seed(0))
     first = next(iter(call))
     with torch.no_grad():
-        component.adapt(module, **call)
+        component.adapt(module, Call(call))
         later = call | {first: call[first] + 1}  # other latents; what a job computes once is passed again
         with Watch() as watch:
-            component.adapt(module, **later)
+            component.adapt(module, Call(later))
     assert sorted(set(watch.seen) & set(STALLS)) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from overcrank.errors import ModelError, ShapeError
 from overcrank.models import check_shape, components, families, family, parameter_counts, resolve
-from overcrank.models.base import Variant, VideoShape
+from overcrank.models.base import Call, Variant, VideoShape
 from overcrank.models.ltx import latent, strides
 
 VARIANTS = [v for name in families() for v in family(name).VARIANTS]
@@ -86,9 +86,9 @@ def test_conditioning_is_not_run_on_the_engine_with_one_timestep() -> None:
     module = random_module(plain, plain.config, "fp32")
     sizes = {"batch": 2, "tokens": 6, "text": 4}
     call = conditioned.sample(module, sizes, torch.Generator().manual_seed(0))
-    assert conditioned.adapt(module, **call)["timestep"].shape == (2, 6)
+    assert conditioned.adapt(module, Call(call))["timestep"].shape == (2, 6)
     with pytest.raises(ShapeError, match="needs the engine denoiser_conditioned"):
-        plain.adapt(module, **call)
+        plain.adapt(module, Call(call))
 
 
 def test_the_documentation_is_what_the_data_says() -> None:

@@ -22,7 +22,7 @@ from overcrank.export.graph import Exported, onnx_from_component
 from overcrank.export.module import random_module
 from overcrank.export.passes import products_in_fp16
 from overcrank.models import components, resolve
-from overcrank.models.base import Component
+from overcrank.models.base import Call, Component
 from overcrank.runtime.ort import OrtSession
 from overcrank.runtime.parameters import bound_parameters, packed_parameters
 from overcrank.runtime.session import run_each
@@ -87,7 +87,7 @@ def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerForma
         seen = ranges_of_call(module, layout, call)
     views = bound_parameters(module, component, parameters)
     views |= packed_parameters(module, layout, seen, "bfloat16")
-    outputs = run_each(OrtSession(model, views), component, component.adapt(module, **call))
+    outputs = run_each(OrtSession(model, views), component, component.adapt(module, Call(call)))
     found = component.returns(outputs, call)[0]
     error = float((found - expected).norm() / expected.norm())
     assert 1e-4 < error < 2 * ERRORS[form.format], error  # one that is exact was not quantized
@@ -112,7 +112,7 @@ def test_embedded_weights_compute_the_same(form: LayerFormat, tmp_path: Path) ->
             embed_pack(model, Part("part", "denoiser", "", "bfloat16", layout, packed, seen, read.__getitem__))
             ir.save(model, tmp_path / "g.onnx")
             model = ir.load(tmp_path / "g.onnx")
-        found.append(run_each(OrtSession(model, views), component, component.adapt(module, **call)))
+        found.append(run_each(OrtSession(model, views), component, component.adapt(module, Call(call))))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 

@@ -237,10 +237,10 @@ def test_an_engine_that_lost_on_this_card_is_not_used(tmp_path: Path) -> None:
     assert measurements(store, *CARD) == {}
 
 
-def test_engines_are_loaded_ahead_and_only_those_a_render_calls() -> None:
+def test_engines_are_loaded_ahead_and_only_those_a_render_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     from overcrank.models import resolve
     from overcrank.runtime.accelerate import Acceleration
-    from overcrank.runtime.module import Slot
+    from overcrank.runtime.module import EngineModule, Slot
     from overcrank.runtime.session import Ledger
 
     opened: list[str] = []
@@ -250,9 +250,13 @@ def test_engines_are_loaded_ahead_and_only_those_a_render_calls() -> None:
             opened.append(name)
             if name == "vae_decoder":
                 raise CannotServe("it is damaged", "rebuild it")
-            return SimpleNamespace()
+            return SimpleNamespace(copies=False)
 
-        return SimpleNamespace(slots=[Slot(SimpleNamespace(name=name), make)])  # type: ignore[arg-type]
+        part = torch.nn.Linear(1, 1)
+        component: Any = SimpleNamespace(name=name)
+        module = EngineModule(part, [Slot(component, make)], Ledger(False))
+        monkeypatch.setattr(module, "_bind", lambda: None)
+        return module
 
     modules: Any = [slot(name) for name in ("denoiser", "vae_decoder", "vae_encoder")]
     acceleration = Acceleration(resolve("ltx-demo"), "auto", Ledger(False), modules)
