@@ -181,7 +181,7 @@ CLASSES: dict[str, Subject] = {
     "LTX2DFRPipeline": Subject(makers.ltx2_keyframes, _SIGMAS, steps=False, frames=17),
     "LTX2DFRTemporalRefinePipeline": Subject(
         makers.ltx2_refine,
-        {"latents": _latents(8, 1), "keyframes_latents": lambda w, h, f: _latents(8, 2)(w, h, 1), "keyframe_positions": [8],
+        {"latents": _latents(8, 1), "keyframes_latents": lambda w, h, f: _latents(8, 2)(w, h, 9), "keyframe_positions": [8, 16],
          "audio_latents": _sound, "sigmas": [0.9, 0.5]}, steps=False, frames=17,
     ),
     "LTX2HDRPipeline": Subject(

@@ -98,10 +98,10 @@ def cosmos_transfer() -> Any:
     base = pipelines.cosmos_25()
     config = base.transformer.config
     width = config.num_attention_heads * config.attention_head_dim
-    # The control net adds to every second block, as published (four of 28)
+    # The control net adds to every second block, as published (four of 28 layers)
     transformer = diffusers.CosmosTransformer3DModel.from_config({**config, "controlnet_block_every_n": 2})
     control = diffusers.CosmosControlNetModel(
-        n_controlnet_blocks=2, in_channels=config.in_channels + 1, latent_channels=config.in_channels + 1,
+        n_controlnet_blocks=3, in_channels=config.in_channels + 1, latent_channels=config.in_channels + 1,
         model_channels=width, num_attention_heads=config.num_attention_heads,
         attention_head_dim=config.attention_head_dim, text_embed_dim=config.text_embed_dim,
         adaln_lora_dim=config.adaln_lora_dim, max_size=config.max_size, rope_scale=config.rope_scale,
