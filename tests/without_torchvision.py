@@ -48,5 +48,12 @@ class _PassesAll:
 
 
 def pass_guardrail() -> None:
-    for name in ("cosmos_text2world", "cosmos_video2world", "cosmos2_video2world", "cosmos2_5_predict", "cosmos2_text2image", "cosmos2_5_transfer"):
+    for name in (
+        "cosmos_text2world",
+        "cosmos_video2world",
+        "cosmos2_video2world",
+        "cosmos2_5_predict",
+        "cosmos2_text2image",
+        "cosmos2_5_transfer",
+    ):
         import_module(f"diffusers.pipelines.cosmos.pipeline_{name}").CosmosSafetyChecker = _PassesAll

@@ -16,6 +16,7 @@ import torch
 from tests import without_torchvision
 from tests.diffusers_suite.cells import Outcome, Suite, counts, shared_sessions
 from tests.diffusers_suite.classes import CLASSES
+from tests.diffusers_suite.markdown import page
 from tests.diffusers_suite.variations import VARIATIONS
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     asked.add_argument("--variation", action="append", default=[], help="a part of its name; may be repeated")
     asked.add_argument("--store", type=Path, help="where graphs are kept [default: a new folder]")
     asked.add_argument("--all", action="store_true", help="print good cells too")
+    asked.add_argument("--markdown", type=Path, help="write the table there")
     options = asked.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore")
@@ -43,9 +45,14 @@ def main() -> None:
                 began = time.monotonic()
                 table[name, variation] = found = suite.run(name, VARIATIONS[variation])
                 if options.all or not found.good:
-                    print(f"{found.kind:9} {name} | {variation} | {found.note} | {time.monotonic() - began:.1f}", flush=True)
+                    print(
+                        f"{found.kind:9} {name} | {variation} | {found.note} | {time.monotonic() - began:.1f}",
+                        flush=True,
+                    )
             print(f"# {name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     print(counts(table))
+    if options.markdown:
+        options.markdown.write_text(page(table), "utf-8")
 
 
 if __name__ == "__main__":

@@ -181,8 +181,8 @@ CLASSES: dict[str, Subject] = {
     "LTX2DFRPipeline": Subject(makers.ltx2_keyframes, _SIGMAS, steps=False, frames=17),
     "LTX2DFRTemporalRefinePipeline": Subject(
         makers.ltx2_refine,
-        {"latents": _latents(8, 1), "keyframes_latents": lambda w, h, f: _latents(8, 2)(w, h, 9), "keyframe_positions": [8, 16],
-         "audio_latents": _sound, "sigmas": [0.9, 0.5]}, steps=False, frames=17,
+        {"latents": _latents(8, 1), "keyframes_latents": lambda w, h, f: _latents(8, 2)(w, h, 9),
+         "keyframe_positions": [8, 16], "audio_latents": _sound, "sigmas": [0.9, 0.5]}, steps=False, frames=17,
     ),
     "LTX2HDRPipeline": Subject(
         of_class("LTX2HDRPipeline", pipelines.ltx2), {"reference_conditions": _conditions("hdr"), "output_type": "pt"}
@@ -191,7 +191,6 @@ CLASSES: dict[str, Subject] = {
         of_class("LTX2InContextPipeline", pipelines.ltx2), _FREE | {"reference_conditions": _conditions("context")}
     ),
     "LTX2ImageToVideoPipeline": Subject(of_class("LTX2ImageToVideoPipeline", pipelines.ltx2), _FREE | IMAGE),
-    "LTX2LatentUpsamplePipeline": Subject(makers.ltx2_upsample, VIDEO, prompt=False, steps=False),
     "LucyEditPipeline": Subject(makers.lucy, VIDEO),
     "MochiPipeline": Subject(pipelines.mochi, frames=7),
     "SkyReelsV2Pipeline": Subject(wan("tiny-skyreels", f"{_SKY}Pipeline")),

@@ -22,7 +22,9 @@ def of_class(name: str, make: Maker, **more: Any) -> Maker:
         cls = getattr(diffusers, name)
         taken = inspect.signature(cls.__init__).parameters
         given = {part: value for part, value in pipe.components.items() if part in taken and value is not None}
-        return cls(**given | {part: value(pipe) if inspect.isfunction(value) else value for part, value in more.items()})
+        return cls(
+            **given | {part: value(pipe) if inspect.isfunction(value) else value for part, value in more.items()}
+        )
 
     return made
 
@@ -134,14 +136,6 @@ def ltx2_refine() -> Any:
     return of_class(cls, lambda: base, temporal_latent_upsampler=upsampler.eval(), scheduler=scheduler)()
 
 
-def ltx2_upsample() -> Any:
-    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
-
-    channels = tiny.variant("tiny-ltx2").configs["vae"]["latent_channels"]
-    upsampler = LTX2LatentUpsamplerModel(in_channels=channels, mid_channels=32, num_blocks_per_stage=1)
-    return diffusers.LTX2LatentUpsamplePipeline(vae=pipelines.ltx2().vae, latent_upsampler=upsampler.eval())
-
-
 def lucy() -> Any:
     """Wan 2.2 5B that sees the video to edit beside the noise."""
     base = wan("tiny-wan-2.2-ti2v", expand_timesteps=True)()
@@ -157,15 +151,11 @@ def cosmos_2_image() -> Any:
     base = pipelines.cosmos("tiny-cosmos-2", "Cosmos2VideoToWorldPipeline")
     config = dict(base.transformer.config)
     whole = diffusers.CosmosTransformer3DModel.from_config(config | {"in_channels": config["in_channels"] - 1})
-    return of_class(
-        "Cosmos2TextToImagePipeline", lambda: base, transformer=whole.eval().requires_grad_(False)
-    )()
+    return of_class("Cosmos2TextToImagePipeline", lambda: base, transformer=whole.eval().requires_grad_(False))()
 
 
 def hunyuan_15_image() -> Any:
     """It makes videos of its own area, which is 640 x 640 as published."""
-    pipe = pipelines.hunyuan_15(
-        "tiny-hunyuan-1.5-i2v", "HunyuanVideo15ImageToVideoPipeline", **pipelines.siglip()
-    )
+    pipe = pipelines.hunyuan_15("tiny-hunyuan-1.5-i2v", "HunyuanVideo15ImageToVideoPipeline", **pipelines.siglip())
     pipe.target_size = 64
     return pipe

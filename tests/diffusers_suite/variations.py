@@ -124,7 +124,10 @@ _ROUNDED = {"layerwise casting"}
 BEFORE = {
     f"{name}, before": Variation(before=before(change), changes=name in _CHANGING, rounded=name in _ROUNDED)
     for name, change in {**_CHANGING, **_NEUTRAL}.items()
-} | {f"{name}, before": Variation(calls.more_steps, before=before(change), changes=True) for name, change in _CACHES.items()}
+} | {
+    f"{name}, before": Variation(calls.more_steps, before=before(change), changes=True)
+    for name, change in _CACHES.items()
+}
 AFTER = {
     f"{name}, after": Variation(after=change, changes=name in _CHANGING, rounded=name in _ROUNDED)
     for name, change in {**_CHANGING, **_NEUTRAL}.items()
