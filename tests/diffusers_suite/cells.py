@@ -43,8 +43,8 @@ class Variation:
     """What a user does: to the call, to the pipeline before it is accelerated, or after its first accelerated call.
 
     `changes`: it must change eager's frames, or there is nothing to see. `classes`: it is of these alone. `again`: the
-    pipeline it makes is accelerated anew. `eager`: no engine serves afterwards. `rounded`: in 16 bit eager itself is off by some rounding, and the
-    engines may be off by twice that.
+    pipeline it makes is accelerated anew. `eager`: no engine serves afterwards. `rounded`: in 16 bit eager itself is
+    off by some rounding, and the engines may be off by twice that.
     """
 
     call: Callable[[Any, Subject, Arguments], Arguments] | None = None
