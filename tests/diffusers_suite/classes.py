@@ -216,4 +216,11 @@ CLASSES: dict[str, Subject] = {
     ),
     "WanVACEPipeline": Subject(wan("tiny-wan-2.1-vace", "WanVACEPipeline")),
     "WanVideoToVideoPipeline": Subject(wan("tiny-wan-2.1", "WanVideoToVideoPipeline"), VIDEO, framed=False),
+    "LTX2Pipeline without ratios": Subject(makers.ltx2_without_ratios, _FREE, 128, 128, 17),
+    "Cosmos2VideoToWorldPipeline with a learned embedding": Subject(makers.cosmos_2_learned, IMAGE),
+    "WanImageToVideoPipeline without projections": Subject(makers.wan_without_projections, IMAGE),
+    "WanImageToVideoPipeline of a small image encoder": Subject(makers.wan_small_clip, IMAGE),
+    "HunyuanVideoFramepackPipeline of a small image encoder": Subject(
+        makers.framepack_small_siglip, IMAGE | {"latent_window_size": 3}
+    ),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from tests import pipelines, tiny
 
@@ -159,3 +160,49 @@ def hunyuan_15_image() -> Any:
     pipe = pipelines.hunyuan_15("tiny-hunyuan-1.5-i2v", "HunyuanVideo15ImageToVideoPipeline", **pipelines.siglip())
     pipe.target_size = 64
     return pipe
+
+
+def _with(base: Any, part: str, **fields: Any) -> Any:
+    """The pipeline with a part of the same class made anew, some fields of its configuration being others."""
+    module = getattr(base, part)
+    made = type(module).from_config({**module.config, **fields}).eval().requires_grad_(False)
+    return of_class(type(base).__name__, lambda: base, **{part: made})()
+
+
+def ltx2_without_ratios() -> Any:
+    """A VAE whose configuration leaves its compression to the class."""
+    return _with(pipelines.ltx2(), "vae", spatial_compression_ratio=None, temporal_compression_ratio=None)
+
+
+def cosmos_2_learned() -> Any:
+    base = pipelines.cosmos("tiny-cosmos-2", "Cosmos2VideoToWorldPipeline")
+    return _with(base, "transformer", extra_pos_embed_type="learnable")
+
+
+def wan_without_projections() -> Any:
+    """The picture's tokens are among the text's in every block's attention."""
+    base = with_clip("tiny-wan-2.1-i2v", "WanImageToVideoPipeline")()
+    return _with(base, "transformer", added_kv_proj_dim=None)
+
+
+def wan_small_clip() -> Any:
+    """An image encoder that gives other than 257 tokens."""
+    base = with_clip("tiny-wan-2.1-i2v", "WanImageToVideoPipeline")()
+    size = {"height": 112, "width": 112}
+    config = base.image_encoder.config.to_dict() | {"image_size": 112}
+    encoder = type(base.image_encoder)(type(base.image_encoder.config).from_dict(config)).eval().requires_grad_(False)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size)
+    return of_class("WanImageToVideoPipeline", lambda: base, image_encoder=encoder, image_processor=processor)()
+
+
+def framepack_small_siglip() -> Any:
+    """An image encoder that gives other than 729 tokens."""
+    base = pipelines.framepack()
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=112, patch_size=14
+    )
+    size = {"height": 112, "width": 112}
+    encoder = transformers.SiglipVisionModel(vision).eval()
+    extractor = transformers.SiglipImageProcessor(size=size)
+    cls = "HunyuanVideoFramepackPipeline"
+    return of_class(cls, lambda: base, image_encoder=encoder, feature_extractor=extractor)()

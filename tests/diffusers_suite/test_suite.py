@@ -18,7 +18,7 @@ from tests.diffusers_suite import cells, unserved
 from tests.diffusers_suite.classes import CLASSES
 from tests.diffusers_suite.variations import VARIATIONS
 
-CELLS = [(name, variation) for name in CLASSES for variation in VARIATIONS if VARIATIONS[variation].of(name)]
+CELLS = [(name, v) for name in CLASSES for v in VARIATIONS if VARIATIONS[v].of(name)]
 USUAL = ("LTXPipeline", "WanPipeline", "AnimateDiffPipeline")  # of which graphs are exported in each run
 EVERY = 9
 
@@ -70,7 +70,7 @@ def test_a_class_that_no_family_runs_is_told_so(name: str, tmp_path: Path) -> No
 
 def test_what_is_wrong_is_told_from_what_is_right() -> None:
     """The comparison itself: each kind of outcome from frames and records made by hand."""
-    eager = {"frames": np.zeros((1, 2, 2, 3), np.float32)}
+    eager = {"frames": np.full((1, 2, 2, 3), 0.123, np.float32)}
     near = {"frames": eager["frames"] + 5e-4}
     far = {"frames": eager["frames"] + 0.01}
     engine, slow = ("denoiser", "onnxruntime"), ("denoiser", "eager")
@@ -89,3 +89,9 @@ def test_what_is_wrong_is_told_from_what_is_right() -> None:
     assert kind(eager, [], varied=cells.Variation(eager=True)) == "eager"
     assert kind(near, [], varied=cells.Variation(eager=True)) == "UNEQUAL"
     assert cells.apart(eager, {"frames": eager["frames"][0]}) == float("inf")
+    random = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3)) / 255
+    other = random.copy()
+    other[0, 0, 0, 0] += 1 / 255
+    assert cells.apart({"frames": random}, {"frames": other}) <= cells.LIMIT
+    other[0, 0, 0, 1] += 3 / 255
+    assert cells.apart({"frames": random}, {"frames": other}) > cells.LIMIT

@@ -64,7 +64,7 @@ OWN: dict[str, Variation] = {
     "cross timestep off": _only(*_TWO, changes=False, use_cross_timestep=False),
     "cross timestep on": _only("LTX2HDRPipeline", use_cross_timestep=True),
     "perturbed guidance": _only(
-        *_TWO[:4], stg_scale=1.0, audio_stg_scale=1.0, spatio_temporal_guidance_blocks=[2]
+        *_TWO[:4], stg_scale=20.0, audio_stg_scale=20.0, spatio_temporal_guidance_blocks=[2]
     ),
     "modality guidance": _only(*_TWO[:4], modality_scale=3.0, audio_modality_scale=3.0),
     "weaker context": _only("LTX2InContextPipeline", conditioning_attention_strength=0.5),
