@@ -184,18 +184,22 @@ class Suite:
             return Outcome("CRASHED", f"{_sentence(error)} ({Path(where.filename).name}:{where.lineno})")
 
     def _eagerly(self, subject: Subject, variation: Variation) -> Frames:
+        pipe = self._varied(subject, variation)
+        return rendered(pipe, _arguments(pipe, subject, variation))
+
+    def _varied(self, subject: Subject, variation: Variation) -> Any:
+        """A pipeline without engines, changed as the variation says."""
         pipe = made(subject)
         if variation.before:
             pipe = variation.before(pipe) or pipe
         if variation.after:
             rendered(pipe, subject.arguments())
             pipe = variation.after(pipe).pipe or pipe
-        return rendered(pipe, _arguments(pipe, subject, variation))
+        return pipe
 
     def _widened(self, subject: Subject, variation: Variation) -> Frames:
         """Eager, in fp32, on the weights that were rounded."""
-        pipe = made(subject)
-        pipe = (variation.before(pipe) or pipe) if variation.before else pipe
+        pipe = self._varied(subject, variation)
         pipe.to(torch.float32)
         return rendered(pipe, _arguments(pipe, subject, variation))
 
