@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict
 
@@ -28,7 +29,8 @@ def install() -> None:
     if not hasattr(transformer_cosmos, "transforms"):
         modes = SimpleNamespace(NEAREST="nearest")
         functional = SimpleNamespace(resize=_resize, to_tensor=_to_tensor)
-        transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
+        for module in (transformer_cosmos, controlnet_cosmos):
+            module.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
         pipeline_cosmos2_5_predict.torchvision = SimpleNamespace(transforms=SimpleNamespace(functional=functional))
 
 
@@ -46,5 +48,12 @@ class _PassesAll:
 
 
 def pass_guardrail() -> None:
-    for name in ("cosmos_text2world", "cosmos_video2world", "cosmos2_video2world", "cosmos2_5_predict"):
+    for name in (
+        "cosmos_text2world",
+        "cosmos_video2world",
+        "cosmos2_video2world",
+        "cosmos2_5_predict",
+        "cosmos2_text2image",
+        "cosmos2_5_transfer",
+    ):
         import_module(f"diffusers.pipelines.cosmos.pipeline_{name}").CosmosSafetyChecker = _PassesAll
