@@ -36,7 +36,7 @@ class Slot:
                 try:
                     self.session = self.make()
                 except CannotServe as error:
-                    self.refused = error
+                    self.refused = error if error.lasting else None
                     raise
             return self.session
 
