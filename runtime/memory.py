@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,21 +109,42 @@ def parts_of(pipe: Any, denoisers: Sequence[nn.Module]) -> list[Part]:
 
 
 def place(pipe: Any, moved: Sequence[str], device: torch.device) -> None:
-    """Put every part where the plan says; `moved` ones come to `device` when they are called."""
+    """Put every part where the plan says; `moved` ones come to `device` when they are called.
+
+    When one leaves, so does what its engines had on the card besides weights.
+    """
     import torch
 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     turns = [modules[name] for name in moved]
+
+    def left() -> None:
+        acceleration = getattr(pipe, "overcrank", None)  # which is made after the parts are placed
+        if acceleration is not None:
+            acceleration.workspace.release()
+
     for name, module in modules.items():
         if name not in moved:
-            module.to(device)
+            come(module, device)
         if moved:
-            _takes_turns(module, turns, device)
+            _takes_turns(module, turns, device, left)
 
 
-def _takes_turns(module: nn.Module, turns: Sequence[nn.Module], device: torch.device) -> None:
+def come(module: nn.Module, device: torch.device) -> None:
+    module.to(device)
+
+
+def leave(module: nn.Module) -> None:
+    module.to("cpu")
+
+
+def is_on(module: nn.Module, device: torch.device) -> bool:
+    return next(module.parameters()).device == device
+
+
+def _takes_turns(module: nn.Module, turns: Sequence[nn.Module], device: torch.device, left: Callable[[], None]) -> None:
     """When the module is called, those of `turns` that are not it leave the device, and it comes."""
     from accelerate.hooks import ModelHook, add_hook_to_module, send_to_device
 
@@ -133,13 +154,17 @@ def _takes_turns(module: nn.Module, turns: Sequence[nn.Module], device: torch.de
         execution_device = device
 
         def init_hook(self, module: nn.Module) -> nn.Module:
-            return module.to("cpu") if any(module is other for other in turns) else module
+            if any(module is other for other in turns):
+                leave(module)
+            return module
 
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            for other in turns:
-                if other is not module and next(other.parameters()).device == device:
-                    other.to("cpu")
-            module.to(device)
+            leaving = [other for other in turns if other is not module and is_on(other, device)]
+            for other in leaving:
+                leave(other)
+            if leaving:
+                left()
+            come(module, device)
             return send_to_device(args, device), send_to_device(kwargs, device)
 
     add_hook_to_module(module, Turn(), append=True)

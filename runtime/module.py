@@ -106,7 +106,7 @@ class EngineModule:
             if hook is not None and self._before is not None:  # under this forward, which brings the weights
                 args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
             call = self.__signature__.bind(*args, **kwargs).arguments
-            refusal: CannotServe | None = None
+            refusal: tuple[str, str] | None = None  # not the exception, whose frames hold tensors while PyTorch runs
             other = ""
             for slot in self.slots:
                 try:
@@ -114,11 +114,10 @@ class EngineModule:
                 except CannotServe as error:
                     if error.lasting:
                         slot.refused = error
-                    refusal = refusal or error
+                    refusal = refusal or (error.reason, error.fix)
                 except ShapeError as error:  # a component for calls of another kind
                     other = str(error)
-            refusal = refusal or CannotServe(other, "PyTorch runs it", lasting=False)
-            self.ledger.fall_back([self._name], refusal.reason, refusal.fix)
+            self.ledger.fall_back([self._name], *(refusal or (other, "PyTorch runs it")))
         self.ledger.record.served[self._name, EAGER] += 1
         self._parked.fetch()
         return self._eager(*args, **kwargs)

@@ -89,6 +89,7 @@ class TrtSession:
         self._entry, self._rebuild, self._workspace = entry, rebuild, workspace
         trt = _flavour_of(manifest, card, rebuild)
         self._device = workspace.device_of(card)
+        self._arena = arena_of(self._device)
         self._dtypes = _torch_dtypes(trt)
         self._parameters = dict(parameters)
         self._sizes = {name: tensor.numel() for name, tensor in self._parameters.items()}
@@ -183,7 +184,7 @@ class TrtSession:
     def _run(self, inputs: Mapping[str, torch.Tensor], stream: Stream) -> dict[str, torch.Tensor]:
         self._follow(stream)
         self._take_shapes(inputs)
-        with arena_of(self._device).lent(self._needed, stream) as memory:
+        with self._arena.lent(self._needed, stream) as memory:
             self._tell(ACTIVATIONS, memory)
             held = [self._given(spec.name, inputs[spec.name]) for spec in self._entry.inputs]
             made = {name: self._buffer(name, shape) for name, shape in self._results.items()}
@@ -320,11 +321,11 @@ class TrtSession:
 
     def _tell(self, name: str, tensor: torch.Tensor) -> None:
         """An address that the context does not know yet."""
-        told = tensor.data_ptr(), tensor.numel()
+        address = self._device.address(tensor)
+        told = address, tensor.numel()
         if self._bound.get(name) == told:
             return
         self._bound.pop(name, None)
-        address = self._device.address(tensor)
         if name == ACTIVATIONS:
             self._context.set_device_memory(address, tensor.numel())
         elif not self._context.set_tensor_address(name, address):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
 
 from overcrank.engines.cards import Card
 from overcrank.runtime import device as devices
@@ -67,15 +67,19 @@ class Arena:
                 self._drop()
 
 
-_ARENAS: WeakKeyDictionary[Device, Arena] = WeakKeyDictionary()
+_ARENAS: WeakKeyDictionary[Device, ref[Arena]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def arena_of(device: Device) -> Arena:
+    """The card's, whichever pipeline asks; it lasts as long as a session has it."""
     with _LOCK:
-        if device not in _ARENAS:
-            _ARENAS[device] = Arena(device)
-        return _ARENAS[device]
+        known = _ARENAS.get(device)
+        arena = known() if known is not None else None
+        if arena is None:
+            arena = Arena(device)
+            _ARENAS[device] = ref(arena)
+        return arena
 
 
 class Holder(Protocol):

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from overcrank.engines import cards
 from overcrank.engines.build import Request, build
 from overcrank.engines.compile import Compiled
+from overcrank.engines.manifest import MANIFEST
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
@@ -64,8 +66,15 @@ class Simulated:
         patch, trt = self._patch.setattr, self.trt
         patch("overcrank.runtime.trt.load_flavour", lambda flavour: trt)
         patch("overcrank.runtime.device.device_of", lambda index: self.card)
-        patch("overcrank.runtime.accelerate._card", lambda pipe: CARD)
+        patch("overcrank.runtime.accelerate._card", self.brought)
         patch("overcrank.runtime.driver._own_stream", self.own_stream)
+
+    def brought(self, pipe: Any) -> cards.Card:
+        """The card, with all parts of the pipeline on it, as `load` puts them there."""
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                self.card.bring(part)
+        return CARD
 
     @contextmanager
     def own_stream(self, device: object) -> Iterator[None]:
@@ -80,15 +89,21 @@ def every_component(variant: Variant) -> tuple[Component, ...]:
     return tuple(family(variant.family).components(variant))
 
 
-def bundle_of(variant: Variant, profile: Profile, store: Store, dtype: str = "fp32") -> Path:
-    """Of all components of the variant in one type: the product's own, with plans of a few bytes for engines."""
-    parts = dict.fromkeys(variant.configs, dtype)
-    precision = {"fp32": "float32"}.get(dtype, dtype)
-    names = tuple(c.name for c in every_component(variant))
-    request = Request(variant, BY_NAME["sm_89"], precision, profile, components=names, dtypes=parts)
+def bundle_of(variant: Variant, profile: Profile, store: Store, *names: str, wide: bool = True) -> Path:
+    """Of these components [default: all of the variant's], with plans of a few bytes for engines.
+
+    All else is as the product builds it in bf16. `wide`: for a pipeline in fp32, whose types the engine then has.
+    """
+    parts = dict.fromkeys(variant.configs, "bf16")
+    names = names or tuple(c.name for c in every_component(variant))
+    request = Request(variant, BY_NAME["sm_89"], "bf16", profile, components=names, dtypes=parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("overcrank.engines.worker.engine_from_graph", _compiled)
         (built,) = build([request], store, lambda title, what: None, Here)
+    if wide:
+        entries = [entry.model_copy(update={"compute": "fp32"}) for entry in built.manifest.components]
+        widened = built.manifest.model_copy(update={"precision": "float32", "components": entries})
+        (built.path / MANIFEST).write_text(widened.model_dump_json(), "utf-8")
     return built.path
 
 
@@ -111,4 +126,4 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     made = Simulated(monkeypatch)
     made.install()
     yield made
-    assert not made.card.faults
+    assert not made.card.faults, made.card.faults

@@ -30,6 +30,8 @@ class Plan:
         self._session: Any = None
         self._shapes: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, tuple[int, ...]]] = {}
         model = ir.load(graph)
+        if entry.compute == "fp32":
+            widened(model)
         self.dtypes = {v.name or "": v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
         self.dims = {v.name or "": tuple(v.shape or ()) for v in model.graph.inputs}
         self.outputs = [v.name or "" for v in model.graph.outputs]

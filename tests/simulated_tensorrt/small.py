@@ -43,6 +43,7 @@ def component(folder: Path, attribute: str = "", name: str = "denoiser") -> Comp
     return ComponentEntry.model_construct(
         name=name,
         attribute=attribute,
+        compute="fp16",
         key=EngineKey(name, attribute, "", "sm_89", "", "tensorrt_rtx", "", "", "inputs"),
         engine=file_entry(folder / f"{name}.engine"),
         graph=file_entry(folder / f"{name}.onnx"),
