@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import shlex
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
-from overcrank.engines.targets import FLAVOUR_TITLES
+from overcrank.engines.cards import installed_cards
+from overcrank.engines.targets import FLAVOUR_TITLES, Target
 from overcrank.errors import TargetError
 
 DISTRIBUTIONS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
@@ -71,3 +73,14 @@ def too_old(flavour: str, driver: str) -> tuple[str, str] | None:
         f"driver {driver} is installed, and {title} {flavour_version(flavour)} needs {needed} or newer",
         "install a newer driver from nvidia.com/drivers (under WSL: that of Windows)",
     )
+
+
+def driver_notes(flavour: str, targets: Iterable[Target]) -> list[str]:
+    """What to know before engines are built for a card of this machine whose driver does not run them."""
+    names = {name for target in targets for name in (target.name, *target.members)}
+    try:
+        drivers = {card.driver: card.name for card in installed_cards() if card.target in names}
+    except TargetError:
+        return []
+    found = [(name, reason) for driver, name in drivers.items() if (reason := too_old(flavour, driver))]
+    return [f"{what}: the engines will not run on the {name} here; {fix}." for name, (what, fix) in found]

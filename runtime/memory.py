@@ -3,17 +3,19 @@
 Text and image encoders run once and are the first to be moved, then VAEs, then denoisers. Of the
 moved parts one is on the card at a time, and none while a part that stays is running. The peak
 that is compared with the budget: parts that stay, and the largest of what comes beside them: an
-encoder, or another moved part with the largest activations of the engines of this network.
+encoder, or another moved part with what the engines of this network take when they work.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+from overcrank.engines.manifest import ComponentEntry, ShapeEntry, TensorEntry
 from overcrank.engines.report import human_bytes
 from overcrank.errors import UserError
 
@@ -25,6 +27,10 @@ AUTO, LOW, BALANCED, HIGH = "auto", "low", "balanced", "high"
 MODES = (AUTO, LOW, BALANCED, HIGH)
 RESERVE = 1_000_000_000
 """Of what is free, left to CUDA itself, the decoded frames and what parts hold besides weights (auto only)."""
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "int64": 8, "bool": 1}
+"""Bytes of a value."""
+COLOURS = 3  # channels of what a decoder makes
+OUT = "out_"  # how sides are named that a VAE makes of other sides
 ENCODERS, OTHERS, DENOISERS = range(3)
 log = logging.getLogger("overcrank")
 
@@ -93,6 +99,53 @@ def _peak(parts: Sequence[Part], moved: Sequence[str], working: int) -> int:
     staying = sum(p.weights for p in parts if p.name not in moved)
     beside = [p.weights + (0 if p.rank == ENCODERS else working) for p in parts if p.name in moved]
     return staying + max(working, *beside, 0)
+
+
+def working_bytes(bundled: Sequence[tuple[ComponentEntry, ShapeEntry]]) -> int:
+    """What engines take on the card besides weights, each at the largest video of its bundle.
+
+    Activations lie in one arena, however many lanes there are; the engines themselves stay loaded; and at most one
+    that steps call and one part of a VAE are under way at once, with their inputs, caches and outputs.
+    """
+    entries = [entry for entry, _ in bundled]
+    activations = max((entry.activation_bytes or 0 for entry in entries), default=0)
+    calls: dict[bool, int] = {}
+    for entry, largest in bundled:
+        part = bool(entry.attribute)
+        calls[part] = max(calls.get(part, 0), _call_bytes(entry, largest))
+    return activations + sum(entry.engine.bytes for entry in entries) + sum(calls.values())
+
+
+def _call_bytes(entry: ComponentEntry, largest: ShapeEntry) -> int:
+    """Of inputs and outputs; of an engine that steps call, outputs twice: its own, and those handed over."""
+    lengths = {
+        dim: n
+        for spec in entry.inputs
+        for dim, n in zip(spec.dims, spec.max or (), strict=False)
+        if isinstance(dim, str)
+    }
+    inputs = [_bytes(spec, spec.max or spec.dims, lengths) for spec in entry.inputs]
+    video = largest.frames * largest.height * largest.width
+    outputs = sum(_bytes(spec, spec.dims, lengths) or _unnamed(spec, video, max(inputs)) for spec in entry.outputs)
+    return sum(inputs) + outputs * (1 if entry.attribute else 2)
+
+
+def _bytes(spec: TensorEntry, dims: Sequence[int | str], lengths: Mapping[str, int]) -> int:
+    """0 where a side of an output is none of the inputs' sides; a cache's are named after it."""
+
+    def length(dim: int | str) -> int:
+        if isinstance(dim, int):
+            return dim
+        own = dim if dim.startswith(OUT) else dim.removeprefix(f"{spec.name}_")
+        return lengths.get(dim, lengths.get(own, 0))
+
+    return prod(map(length, dims)) * SIZES.get(spec.dtype, 4)
+
+
+def _unnamed(spec: TensorEntry, video: int, input_bytes: int) -> int:
+    """A decoder's are the pixels of at most the whole video; what an encoder makes is smaller than what it is given."""
+    channels = next((d for d in spec.dims[1:] if isinstance(d, int)), COLOURS)
+    return channels * video * SIZES.get(spec.dtype, 4) if channels <= COLOURS else input_bytes
 
 
 def parts_of(pipe: Any, denoisers: Sequence[nn.Module]) -> list[Part]:

@@ -99,6 +99,9 @@ def test_an_engine_that_lost_on_this_card_is_not_used(tmp_path: Path) -> None:
     store = Store(tmp_path)
     require_not_slower(store, *RTX, "key")
     slow = Measurement(component="denoiser", shape="768x512x121", engine_ms=120.0, eager_ms=100.0, date="2026-11-21")
+    record(store, *RTX, "key", slow)  # with kernels for any shape: not believed
+    require_not_slower(store, *RTX, "key")
+    slow = slow.model_copy(update={"kernels": "eager"})
     record(store, *RTX, "key", slow)
     record(store, *RTX, "other", slow.model_copy(update={"engine_ms": 50.0}))
     assert set(measurements(store, *RTX)) == {"key", "other"}
@@ -138,3 +141,21 @@ def test_engines_are_loaded_ahead_and_only_those_a_render_calls() -> None:
     assert opened == ["denoiser", "vae_decoder", "vae_encoder"]
     with pytest.raises(CannotServe, match="it is damaged"):
         modules[1].slots[0].opened()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "settling"),
+    [
+        ([3.0, 2.9, 1.0, 1.0, 1.0, 1.05, 0.95, 1.0], 2),
+        ([1.0, 1.05, 1.0, 1.0, 3.0, 1.0], 0),
+        ([3.0, 3.0, 1.0, 1.0], 2),
+        ([3.0, 1.0, 1.0], 0),
+    ],
+)
+def test_steps_before_kernels_have_settled_are_left_out_of_the_times(seconds: list[float], settling: int) -> None:
+    from overcrank.runtime.metadata import timing
+
+    found = timing(seconds, lazily=True)
+    assert found.get("settling", 0) == settling
+    assert found == timing(seconds[settling:]) | ({"settling": settling} if settling else {})
+    assert "settling" not in timing(seconds)

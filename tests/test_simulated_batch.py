@@ -16,6 +16,7 @@ from overcrank.engines.store import Store
 from overcrank.models import resolve
 from overcrank.models.base import VideoShape
 from overcrank.runtime import memory
+from overcrank.runtime.bundles import engines_of
 from overcrank.runtime.driver import CANCELLED, DONE, FAILED, Driver, Job, Outcome
 from overcrank.runtime.request import request_of
 
@@ -219,3 +220,17 @@ def test_weights_that_change_between_jobs(loaded: Any, simulated: Simulated, tmp
     weight = pipe.transformer.transformer_blocks[0].attn1.to_q.weight
     weight.data = weight.data + 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     assert both()
+
+
+def test_the_memory_planner_knows_what_a_batch_takes(
+    loaded: Any, demo_bundles: Path, simulated: Simulated, tmp_path: Path
+) -> None:
+    """Bytes beside weights: what it predicts for the largest videos, and what two lanes of them allocate."""
+    card, pipe = simulated.card, loaded("tensorrt")
+    weights = card.allocated
+    predicted = memory.working_bytes(engines_of(Store(demo_bundles), pipe.overcrank.variant))
+    card.peak = 0
+    jobs = [job(tmp_path, i, LARGEST) for i in range(4)]
+    assert {o.status for o in Driver(pipe, "ltx-demo", Watcher(card), lanes=2).run(jobs)} == {DONE}
+    taken = card.peak - weights
+    assert 0.5 * predicted <= taken <= predicted
