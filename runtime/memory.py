@@ -117,7 +117,11 @@ def working_bytes(bundled: Sequence[tuple[ComponentEntry, ShapeEntry]]) -> int:
 
 
 def _call_bytes(entry: ComponentEntry, largest: ShapeEntry) -> int:
-    """Of inputs and outputs; of an engine that steps call, outputs twice: its own, and those handed over."""
+    """Of inputs and outputs.
+
+    Of an engine that steps call, outputs thrice: its own, those handed over, and those of the step before, which the
+    pipeline still has.
+    """
     lengths = {
         dim: n
         for spec in entry.inputs
@@ -127,7 +131,7 @@ def _call_bytes(entry: ComponentEntry, largest: ShapeEntry) -> int:
     inputs = [_bytes(spec, spec.max or spec.dims, lengths) for spec in entry.inputs]
     video = largest.frames * largest.height * largest.width
     outputs = sum(_bytes(spec, spec.dims, lengths) or _unnamed(spec, video, max(inputs)) for spec in entry.outputs)
-    return sum(inputs) + outputs * (1 if entry.attribute else 2)
+    return sum(inputs) + outputs * (1 if entry.attribute else 3)
 
 
 def _bytes(spec: TensorEntry, dims: Sequence[int | str], lengths: Mapping[str, int]) -> int:

@@ -70,6 +70,7 @@ def test_sessions_render_what_eager_renders(
     assert not about["fallbacks"]
     for component, backends in about["calls"].items():
         assert set(backends) == {"tensorrt_rtx"}, component
+    assert simulated.card.loads == len(about["calls"]), "twins do not share their engine"
     eager, engines = (frames_of(tmp_path / f"{b}-frames") for b in ("eager", "tensorrt"))
     decibels = -10 * np.log10(max(float(np.square(eager - engines).mean()), 1e-20))
     record_property("psnr", decibels)
@@ -79,3 +80,41 @@ def test_sessions_render_what_eager_renders(
     gc.collect()
     assert not simulated.card.allocated, "memory of sessions outlives the pipeline"
     assert not simulated.card.engines
+
+
+def test_a_streamed_vae_holds_its_caches_twice(tmp_path: Path, bundles: Path, simulated: Simulated) -> None:
+    """Those that came in and those that go out; and the planner knows it."""
+    import torch
+    from overcrank.engines.manifest import read_manifest
+    from overcrank.runtime import memory
+    from overcrank.runtime.load import load
+
+    folder, card = pipelines.saved("wan", tmp_path), simulated.card
+    variant = load(str(folder), backend="eager", device="cpu", quiet=True).overcrank.variant
+    largest = VideoShape(96, 96, 33, batch=2)
+    profile = Profile(VideoShape(32, 32, 1), replace(largest, batch=1), largest)
+    names = ("vae_decoder_first", "vae_decoder")
+    simulated.plans.register(path := bundle_of(variant, profile, Store(bundles), *names))
+    pipe = load(str(folder), backend="auto", device="cpu", quiet=True, store=bundles, bundle=str(path))
+    latents = torch.randn(1, 4, 9, 12, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with pipe.overcrank.ledger.recording() as record:
+            made = pipe.vae.decode(latents).sample
+        weights, card.peak = card.allocated, 0  # with the arena at its size
+        again = pipe.vae.decode(latents).sample
+        with pipe.overcrank.ledger.eagerly():
+            eager = pipe.vae.decode(latents).sample
+    assert record.backends() == {"vae_decoder": {"tensorrt_rtx": 8}, "vae_decoder_first": {"tensorrt_rtx": 1}}
+    assert torch.allclose(made, eager, atol=1e-4)
+    assert torch.equal(made, again)
+    sessions = {s.component.name: s.session for m in pipe.overcrank.modules for s in m.slots if s.session is not None}
+    session: Any = sessions["vae_decoder"]
+    caches = sum(4 * int(np.prod(shape)) for name, shape in session._shapes.items() if name != "x")
+    pixels = 4 * int(np.prod(session._results["out"]))
+    taken = card.peak - card.engines - weights
+    assert caches > 4 * pixels
+    assert 2 * caches <= taken <= 2 * caches + 3 * pixels
+    manifest = read_manifest(path)
+    planned = memory.working_bytes([(entry, manifest.max) for entry in manifest.components])
+    arena = max(entry.activation_bytes or 0 for entry in manifest.components)
+    assert taken + arena <= planned <= 3 * (taken + arena)

@@ -51,7 +51,8 @@ class Told:
         stream = stream or self.card.new_stream()
         for tensor in (self.memory, *self.tensors.values()):
             self.card.used(tensor, stream)
-        return bool(self.context.execute_async_v3(stream.handle))
+        with self.card.active():
+            return bool(self.context.execute_async_v3(stream.handle))
 
 
 def freed(told: Told) -> None:
@@ -144,8 +145,10 @@ def test_faults(fault: Any, simulated: Simulated, tmp_path: Path) -> None:
 
 def test_the_default_stream_is_not_captured(simulated: Simulated, tmp_path: Path) -> None:
     told = Told(simulated, tmp_path, attribute="")
-    with pytest.raises(Fault, match="the default stream cannot be captured"):
+    with pytest.raises(Fault, match="the default stream cannot be captured"), simulated.card.active():
         told.context.execute_async_v3(0)
+    with pytest.raises(Fault, match="while another card may be the current one"):
+        told.context.execute_async_v3(1)
     simulated.card.faults.clear()
 
 

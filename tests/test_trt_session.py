@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from overcrank.runtime import device as devices
 from overcrank.runtime.session import CannotServe
+from overcrank.runtime.workspace import Workspace
 
 from tests.simulated_tensorrt import Simulated, small
 from tests.simulated_tensorrt.installed import CARD
@@ -376,3 +378,25 @@ def test_pytorchs_cache_makes_room_for_what_tensorrt_takes(tmp_path: Path, monke
     given = small.call(4)
     assert small.right(session(given), given, session.weight)
     assert not card.faults
+
+
+def test_sessions_are_made_on_the_card_that_the_pipeline_is_on(
+    simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(devices, "device_of", lambda index: asked.append(index) or simulated.card)
+    workspace = Workspace()
+    assert workspace.device_of(replace(CARD, index=1)) is simulated.card
+    assert asked == [1]
+    simulated.workspace = workspace
+    session = small.session(simulated, tmp_path, card=replace(CARD, index=1))
+    given = small.call(4)
+    assert small.right(session(given), given, session.weight)  # the simulator asks for the card to be the current one
+
+
+def test_the_card_through_torch_cuda_is_a_device() -> None:
+    """What a session asks of a card, the thin layer over torch.cuda has; that it works test_gpu.py shows."""
+    names = {name for name in vars(devices.Device) if not name.startswith("_")}
+    assert names <= {*vars(devices.Cuda), "alignment"}
+    assert {"handle", "mark", "wait"} <= set(vars(devices.CudaStream))
+    assert devices.device_of(3) is devices.device_of(3)

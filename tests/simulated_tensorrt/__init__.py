@@ -8,7 +8,8 @@ addresses, lifetimes, order and the numbers of the graph. It proves neither Tens
 It is stricter than the real one. Each of these raises `Fault`, with a sentence: an address that is unset, freed,
 misaligned, too small, or of host memory; a shape outside the profile; a call before memory for activations was given,
 or after shapes have changed since; a capture on the default stream; two threads in one context; a stream that reads
-or overwrites what another has not finished with; memory freed while a stream that was not told of may use it.
+or overwrites what another has not finished with; a call under another card than the engine's; memory freed while a
+stream that was not told of may use it.
 """
 
 from tests.simulated_tensorrt.card import Card, Fault

@@ -108,7 +108,16 @@ class Card:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        yield
+        self._local.active = getattr(self._local, "active", 0) + 1
+        try:
+            yield
+        finally:
+            self._local.active -= 1
+
+    def require_active(self) -> None:
+        """On a machine with several cards TensorRT works on the one that is current."""
+        if not getattr(self._local, "active", 0):
+            raise self.fault("TensorRT is called while another card may be the current one")
 
     def stream(self) -> Stream:
         return getattr(self._local, "stream", self._default)

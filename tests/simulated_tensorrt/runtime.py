@@ -97,6 +97,7 @@ class Runtime:
         self._card, self._plans, self.logger = card, plans, logger
 
     def deserialize_cuda_engine(self, plan: Any) -> ICudaEngine | None:
+        self._card.require_active()
         found = self._plans.of(plan)
         if found is None:
             self.logger.log(Severity.ERROR, "the plan is of no bundle that was registered")
@@ -120,6 +121,7 @@ class ICudaEngine:
         return IRuntimeConfig()
 
     def create_execution_context(self, how: Any) -> IExecutionContext | None:
+        self._card.require_active()
         config = how if isinstance(how, IRuntimeConfig) else IRuntimeConfig()
         if config.get_execution_context_allocation_strategy() != ExecutionContextAllocationStrategy.USER_MANAGED:
             raise self._card.fault("a context that takes memory for activations of its own")
@@ -196,6 +198,7 @@ class IExecutionContext:
             self._memory = memory, size
 
     def execute_async_v3(self, stream_handle: int) -> bool:
+        self._card.require_active()
         with self._alone():
             return self._run(stream_handle)
 
