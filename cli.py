@@ -110,6 +110,7 @@ def build_engine(**options: Any) -> None:
 
 def _requests(options: dict[str, Any]) -> list[Any]:
     from overcrank.engines.build import Request
+    from overcrank.engines.flavours import driver_notes
     from overcrank.engines.profiles import profile_for
     from overcrank.engines.targets import precision_for, targets_for
     from overcrank.engines.types import notes, own_precision
@@ -117,6 +118,8 @@ def _requests(options: dict[str, Any]) -> list[Any]:
 
     words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
     targets = targets_for(words, options["flavour"])
+    for note in driver_notes(options["flavour"], targets):
+        click.echo(f"note: {note}", err=True)
     variant = resolve(options["model"])
     dtypes = _part_types(options["dtypes"], variant)
     precisions = [precision_for(t, options["precision"], own_precision(variant)) for t in targets]

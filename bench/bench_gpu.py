@@ -163,7 +163,12 @@ def _record(case: Case, folder: Path, store: Store) -> None:
 
                 card = card_of(torch.device("cuda"))
                 made = Measurement(
-                    component=name, shape=str(case.shape), engine_ms=row["ms"], eager_ms=eager, date=date
+                    component=name,
+                    shape=str(case.shape),
+                    engine_ms=row["ms"],
+                    eager_ms=eager,
+                    date=date,
+                    kernels="eager",
                 )
                 record(store, card.name, card.driver, row["engine_key"], made)
 

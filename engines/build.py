@@ -30,7 +30,7 @@ from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
 
 RECIPE = "recipe.json"
-FLAGS = "strongly_typed,decomposable_attention,no_auxiliary_streams"
+FLAGS = "strongly_typed,decomposable_attention,no_auxiliary_streams,user_allocation"
 
 Progress = Callable[[str, str], None]
 """Called with a job's title and what it does."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from overcrank.errors import TargetError
 
-_FIELDS = ("index", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
+_FIELDS = ("index", "name", "compute_cap", "memory.total", "memory.free", "driver_version", "uuid")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Card:
     free: int
     """Bytes."""
     driver: str
+    uuid: str = ""
+    """By which PyTorch knows it too; its numbers are others than the driver's."""
 
 
 def installed_cards() -> tuple[Card, ...]:
@@ -38,9 +40,10 @@ def installed_cards() -> tuple[Card, ...]:
 
 
 def _card(line: str) -> Card:
-    index, name, capability, total, free, driver = (part.strip() for part in line.rsplit(",", 5)[-6:])
+    head, capability, total, free, driver, uuid = (part.strip() for part in line.rsplit(",", 5))
+    index, _, name = head.partition(",")
     target = "sm_" + capability.replace(".", "")
-    return Card(int(index), name, target, _mebibytes(total), _mebibytes(free), driver)
+    return Card(int(index), name.strip(), target, _mebibytes(total), _mebibytes(free), driver, uuid)
 
 
 def _mebibytes(text: str) -> int:

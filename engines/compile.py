@@ -52,6 +52,8 @@ def engine_from_graph(
         raise CompileError(f"{graph.name}: the compiler cannot read the graph: {what[:500]}")
     _make_attention_decomposable(trt, network)
     config = builder.create_builder_config()
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # nothing is allocated while a call is captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.max_aux_streams = 0  # what runs side by side cannot share memory; a large network fills the card anyway
     if flavour == "tensorrt_rtx" and target is not None:
         config.num_compute_capabilities = len(target.compute_capabilities)

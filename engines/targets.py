@@ -151,7 +151,7 @@ def _named(word: str, flavour: str) -> tuple[Target, ...]:
     if key == "all":
         return tuple(t for t in TARGETS if flavour in t.flavours and not t.members)
     if key == "auto":
-        return (_local_card(),)
+        return _local_cards()
     for target in TARGETS:
         if key in (target.name.replace("_", ""), *target.cards):
             return (target,)
@@ -164,14 +164,16 @@ def _named(word: str, flavour: str) -> tuple[Target, ...]:
     )
 
 
-def _local_card() -> Target:
+def _local_cards() -> tuple[Target, ...]:
+    """Of each kind of card on this machine."""
     try:
-        card = installed_cards()[0]
+        cards = installed_cards()
     except TargetError as error:
         raise TargetError(
             f"--gpu auto needs an NVIDIA card and driver on this machine, and {error}; name the card instead, "
             f"for example --gpu rtx4090 (no GPU is needed to build)."
         ) from error
-    if card.target not in BY_NAME:
-        raise TargetError(f"This machine's {card.name} is {card.target}, which is not among {', '.join(BY_NAME)}.")
-    return BY_NAME[card.target]
+    for card in cards:
+        if card.target not in BY_NAME:
+            raise TargetError(f"This machine's {card.name} is {card.target}, which is not among {', '.join(BY_NAME)}.")
+    return tuple(dict.fromkeys(BY_NAME[card.target] for card in cards))

@@ -16,7 +16,7 @@ from overcrank.errors import StoreError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.bundles import fitting_bundles, pull_missing, rebuild_command
-from overcrank.runtime.card import card_of
+from overcrank.runtime.card import card_of, no_card, require_driver
 from overcrank.runtime.module import EngineModule, Slot
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session
 from overcrank.runtime.sources import BundledGraphs, Engines, Quantization, graph_session, require_renderable
@@ -210,9 +210,14 @@ def _card(pipe: Any) -> Card:
 
     device = device_of(pipe)
     if device.type != "cuda":
-        there = " (one is here: pipe.to('cuda'))" if torch.cuda.is_available() else ""
+        usable = torch.cuda.is_available()
+        if not usable and (reason := no_card()):
+            raise CannotServe(*reason)
+        there = " (one is here: pipe.to('cuda'))" if usable else ""
         raise CannotServe(f"the pipeline is on {device.type}, not on an NVIDIA GPU{there}", "render on one")
-    return card_of(device)
+    card = card_of(device)
+    require_driver(card)
+    return card
 
 
 def _precision(pipe: Any) -> str:

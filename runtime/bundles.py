@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overcrank.engines.manifest import ComponentEntry, Manifest, check_files, read_manifest
+from overcrank.engines.manifest import ComponentEntry, Manifest, ShapeEntry, check_files, read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import SIXTEEN_BIT, serves
 from overcrank.engines.trust import Keyring
@@ -144,11 +144,16 @@ def compute_type(module: nn.Module) -> str:
     return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def activation_bytes(store: Store, variant: Variant) -> int:
-    """The most that an engine of this network in the store takes for activations; 0 without one."""
-    known = [m for _, m in store.list() if isinstance(m, Manifest) and m.family == variant.family]
-    entries = [e for m in known for c in family(variant.family).components(variant) if (e := _entry(c, m)) is not None]
-    return max((entry.activation_bytes or 0 for entry in entries), default=0)
+def engines_of(store: Store, variant: Variant) -> list[tuple[ComponentEntry, ShapeEntry]]:
+    """Of each component of this network that the store has engines of, the one that works on the largest videos."""
+    found: dict[str, tuple[ComponentEntry, ShapeEntry]] = {}
+    for _, manifest in store.list():
+        if isinstance(manifest, Manifest) and manifest.family == variant.family:
+            for component in family(variant.family).components(variant):
+                entry, known = _entry(component, manifest), found.get(component.name)
+                if entry and (not known or (entry.activation_bytes or 0) > (known[0].activation_bytes or 0)):
+                    found[component.name] = entry, manifest.max
+    return list(found.values())
 
 
 def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> None:
@@ -163,7 +168,7 @@ def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> N
 
 
 def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring: Keyring) -> None:
-    """Fetch this network's bundle for the card here from `url`, unless the store has one that fits.
+    """Fetch this network's bundle for each kind of card here from `url`, unless the store has one that fits.
 
     `precision`: a quantized one, or "auto" for the card's 16-bit type. What keeps it from being fetched is a
     warning: the render falls back as without it.
@@ -173,16 +178,16 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
     from overcrank.engines.types import own_precision
 
     try:
-        (card,) = targets_for(["auto"], "tensorrt_rtx")
-        wanted = precision_for(card, precision, own_precision(variant))
-        try:
-            fitting_bundles([path for path, _ in store.list()], variant, card.name, wanted)
-            return
-        except CannotServe:
-            pass
-        remote = Remote(url)
-        listed = fitting(read_index(remote, ring, store), variant.where, card.name, wanted)
-        log.info("fetching %s from %s", listed.name, url)
-        pull(remote, listed, store, ring, lambda name, there, size: None)
+        for card in targets_for(["auto"], "tensorrt_rtx"):
+            wanted = precision_for(card, precision, own_precision(variant))
+            try:
+                fitting_bundles([path for path, _ in store.list()], variant, card.name, wanted)
+                continue
+            except CannotServe:
+                pass
+            remote = Remote(url)
+            listed = fitting(read_index(remote, ring, store), variant.where, card.name, wanted)
+            log.info("fetching %s from %s", listed.name, url)
+            pull(remote, listed, store, ring, lambda name, there, size: None)
     except OvercrankError as error:
         log.warning("--pull %s: %s", url, error)

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,12 +16,13 @@ from typing import Any, Literal
 
 from overcrank import __version__
 from overcrank.engines.cards import Card, installed_cards
-from overcrank.engines.flavours import DISTRIBUTIONS, flavour_version, load_flavour
+from overcrank.engines.flavours import DISTRIBUTIONS, flavour_version, install_command, load_flavour, too_old
 from overcrank.engines.manifest import Manifest
 from overcrank.engines.report import human_bytes
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME, FLAVOUR_TITLES, serves
 from overcrank.errors import IntegrityError, OvercrankError, TargetError
+from overcrank.runtime.card import in_pytorchs_order, why_no_card
 from overcrank.runtime.kernel_cache import kept_caches
 from overcrank.runtime.measured import OVERRIDE, measurements
 
@@ -68,6 +68,8 @@ def examined() -> Machine:
         cards = installed_cards()
     except TargetError as error:
         no_cards = str(error)
+    sees = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cards = in_pytorchs_order(cards, [str(torch.cuda.get_device_properties(i).uuid) for i in range(sees)])
     flavours, broken = {}, {}
     for flavour in DISTRIBUTIONS:
         try:
@@ -80,7 +82,7 @@ def examined() -> Machine:
         no_cards=no_cards,
         torch=torch.__version__,
         torch_cuda=torch.version.cuda or "",
-        torch_sees=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        torch_sees=sees,
         hidden=os.environ.get("CUDA_VISIBLE_DEVICES"),
         flavours=flavours,
         broken=broken,
@@ -106,25 +108,30 @@ def _of_cards(machine: Machine) -> Iterator[Finding]:
     if not machine.cards:
         works = "engines can be built for any card, and videos rendered in PyTorch or ONNX Runtime on the processor"
         yield Finding("note", "card", f"{machine.no_cards}; {works}")
-    for card in machine.cards:
+    for number, card in enumerate(machine.cards):
         target = BY_NAME.get(card.target)
+        usable = [flavour for flavour in machine.flavours if target and flavour in target.flavours]
+        drivers = [too_old(flavour, card.driver) for flavour in usable]
         memory = "memory shared with the processor"
         if card.memory:
             memory = f"{human_bytes(card.memory)}, {human_bytes(card.free)} free"
         text = f"{card.name}, {card.target}, {memory}, driver {card.driver}"
         if target is None:
-            yield Finding("bad", f"card {card.index}", f"{text}: not among {', '.join(BY_NAME)}")
-        elif not any(flavour in machine.flavours for flavour in target.flavours):
+            yield Finding("bad", f"card {number}", f"{text}: not among {', '.join(BY_NAME)}")
+        elif not usable:
             wanted = " or ".join(FLAVOUR_TITLES[f] for f in target.flavours)
-            yield Finding("bad", f"card {card.index}", f"{text}: needs {wanted}, which is not usable here")
+            yield Finding("bad", f"card {number}", f"{text}: needs {wanted}, which is not usable here")
+        elif all(drivers):
+            yield Finding("bad", f"card {number}", f"{text}: {'; '.join(drivers[0] or ())}")
         else:
-            yield Finding("ok", f"card {card.index}", f"{text}: {', '.join(target.precisions)}")
+            yield Finding("ok", f"card {number}", f"{text}: {', '.join(target.precisions)}")
 
 
 def _of_torch(machine: Machine) -> Iterator[Finding]:
     if not machine.torch_cuda:
-        fix = "; install one with it to use the card" if machine.cards else ""
-        yield Finding("bad" if machine.cards else "note", "PyTorch", f"{machine.torch} is a build without CUDA{fix}")
+        reason = why_no_card(machine.torch, None, machine.cards)
+        words = "; ".join(reason).removeprefix("PyTorch ") if reason else f"{machine.torch} is a build without CUDA"
+        yield Finding("bad" if reason else "note", "PyTorch", words)
     elif machine.cards and not machine.torch_sees:
         why = f"the driver may be too old for CUDA {machine.torch_cuda}"
         if machine.hidden is not None:
@@ -146,7 +153,7 @@ def of_store(machine: Machine, store: Store) -> Iterator[Finding]:
     yield Finding("note", "kernels", text)
     for card in machine.cards:
         for found in measurements(store, card.name, card.driver).values():
-            if found.engine_ms > found.eager_ms:
+            if found.lost:
                 text = f"its engine for {found.shape} took {found.engine_ms:.1f} ms and eager {found.eager_ms:.1f} ms"
                 yield Finding("note", found.component, f"{text} ({found.date}): not used without {OVERRIDE}")
 
@@ -160,7 +167,9 @@ def why_not(manifest: Manifest, machine: Machine) -> str:
     version = machine.flavours.get(manifest.flavour)
     title = FLAVOUR_TITLES.get(manifest.flavour, manifest.flavour)
     if version != manifest.flavour_version:
-        return f"built with {title} {manifest.flavour_version}, and {version or 'none'} is usable here; rebuild it"
+        fix = install_command(manifest.flavour, manifest.flavour_version)
+        fix = f"{fix}, or rebuild it" if fix else "rebuild it"
+        return f"built with {title} {manifest.flavour_version}, and {version or 'none'} is usable here; {fix}"
     if manifest.weights != "inputs":
         return "its weights are embedded, and renders bind their own; build it without --weights embedded"
     return ""
@@ -180,8 +189,8 @@ def self_test(machine: Machine) -> Finding:
     start = time.monotonic()
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            error = pool.submit(_compiled_and_run, flavour, target, bool(machine.torch_sees)).result()
-    except (OvercrankError, BrokenProcessPool) as failure:
+            error = pool.submit(_compiled_and_run, flavour, target, _runs(machine, flavour)).result()
+    except Exception as failure:  # whatever TensorRT or the card raises is the finding
         return Finding("bad", "self-test", f"a small engine for {target} failed: {failure}")
     seconds = time.monotonic() - start
     if error is None:
@@ -191,6 +200,11 @@ def self_test(machine: Machine) -> Finding:
     good = error < 1e-2
     text = f"a small engine for {target} compiled, ran, and is within {error:.1e} of PyTorch, in {seconds:.1f} s"
     return Finding("ok" if good else "bad", "self-test", text)
+
+
+def _runs(machine: Machine, flavour: str) -> bool:
+    """Whether there is a card to run the engine on, with a driver that does."""
+    return bool(machine.torch_sees) and not (machine.cards and too_old(flavour, machine.cards[0].driver))
 
 
 def _compiled_and_run(flavour: str, target: str, run: bool) -> float | None:
@@ -215,16 +229,22 @@ def _compiled_and_run(flavour: str, target: str, run: bool) -> float | None:
 
 def _error_on_card(flavour: str, plan: Any) -> float:
     import torch
+    from overcrank.engines.compile import logger_of
 
     trt = load_flavour(flavour)
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
-    context = engine.create_execution_context()
+    log = logger_of(trt)
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    context = engine.create_execution_context() if engine is not None else None
+    if context is None:
+        raise TargetError(f"it cannot be loaded on the card ({log.errors[-1] if log.errors else 'no reason given'})")
     generator = torch.Generator("cpu").manual_seed(0)
     x, w = (torch.randn(SIZE, SIZE, generator=generator).half().cuda() / 8 for _ in range(2))
     y = torch.empty_like(x)
     for name, tensor in (("x", x), ("w", w), ("y", y)):
         context.set_tensor_address(name, tensor.data_ptr())
-    context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+    if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+        raise TargetError(f"it does not run on the card ({log.errors[-1] if log.errors else 'no reason given'})")
     torch.cuda.synchronize()
     expected = (x.float() @ w.float()).tanh()
     return float((y.float() - expected).norm() / expected.norm())

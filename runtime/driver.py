@@ -206,7 +206,7 @@ class Driver:
         if request.audio is not None:
             check_audio(request.audio)
         media = media_of(request, variant)
-        with torch.no_grad(), _own_stream(device_of(pipe)):
+        with torch.no_grad(), _own_stream(device_of(pipe)), self._releasing():
             with self.stage(job, "encoding"), self._preloading(request):
                 text = encoded(pipe, variant, request)
             steps = Steps(self, job, pipe)
@@ -241,6 +241,14 @@ class Driver:
             loading = pool.submit(work)
             yield
             loading.result()
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """However a job ends, what only it used on the card goes back: an encoder may be the next to need room."""
+        try:
+            yield
+        finally:
+            self.acceleration.workspace.release()
 
     @contextmanager
     def stage(self, job: Job, name: str) -> Iterator[None]:

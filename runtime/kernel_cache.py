@@ -1,6 +1,6 @@
 """TensorRT for RTX's runtime cache on disk: kernels compiled for one card and driver, kept from one run to the next.
 
-One file for each engine, driver and card in the store's `runtime` folder: a SHA-256, then what
+One file for each engine, major version of the driver and card in the store's `runtime` folder: a SHA-256, then what
 IRuntimeCache serializes. TensorRT refuses what another driver or card made; a damaged file is
 refused here, since what it holds is code. Either way the kernels are compiled again.
 """
@@ -58,7 +58,9 @@ def kept_caches(store: Store) -> list[tuple[KernelCache, int]]:
 
 def kernel_cache(store: Store, engine: str, card: str, driver: str) -> KernelCache:
     """`engine`: digest of its EngineKey; `card`: its name, as two cards of one architecture share no kernels."""
-    return KernelCache(store, "-".join((engine[:16], *(re.sub(r"\W+", "_", word) for word in (driver, card)))))
+    return KernelCache(
+        store, "-".join((engine[:16], *(re.sub(r"\W+", "_", w) for w in (driver.partition(".")[0], card))))
+    )
 
 
 class Kernels:

@@ -21,9 +21,10 @@ from overcrank.errors import CheckpointError, ModelError, RequestError, UserErro
 from overcrank.models import components, hook, hub_folder, local_folder, resolve
 from overcrank.models.base import Preset, Variant
 from overcrank.models.presets import fetched, with_preset
+from overcrank.runtime.card import card_of, no_card
 from overcrank.runtime.checkpoint import checkpoint_digest, require_calibrated_on
 from overcrank.runtime.dtypes import check_parts, dtypes_of, of_parts
-from overcrank.runtime.memory import AUTO, parts_of, place, planned, vram_of
+from overcrank.runtime.memory import AUTO, parts_of, place, planned, vram_of, working_bytes
 from overcrank.runtime.schedule import scheduler_of
 
 if TYPE_CHECKING:
@@ -139,8 +140,7 @@ def _file_variant(folder: Path | str, variant: Variant) -> str | None:
 def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:
     """Put the parts where they belong; returns those that are on the card only while they run."""
     from overcrank.runtime.accelerate import denoisers
-    from overcrank.runtime.bundles import activation_bytes
-    from overcrank.runtime.card import card_of
+    from overcrank.runtime.bundles import engines_of
 
     if device.type != "cuda":
         if wanted != AUTO:
@@ -148,7 +148,7 @@ def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int
         pipe.to(device)
         return ()
     parts = parts_of(pipe, [module for module, _ in denoisers(pipe, variant)])
-    plan = planned(parts, activation_bytes(store, variant), wanted, card_of(device).free)
+    plan = planned(parts, working_bytes(engines_of(store, variant)), wanted, card_of(device).free)
     if plan.moved:
         log.info("--vram %s: %s", wanted, plan.line())
     place(pipe, plan.moved, device)
@@ -187,6 +187,8 @@ def _usable_device(device: str | None) -> str:
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: use cpu, cuda, or cuda:N.")
     if device.startswith("cuda") and not there:
+        if reason := no_card():
+            raise UserError(f"--device {device}: {'; '.join(reason)}.")
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 from overcrank.engines.store import Store, store_errors, written_whole
 from overcrank.runtime.session import CannotServe
@@ -27,6 +28,13 @@ class Measurement(BaseModel):
     engine_ms: float
     eager_ms: float
     date: str
+    kernels: Literal["eager", "lazy"] = "lazy"
+    """When kernels for the shape were compiled; "lazy" may have been measured with those that fit any shape."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the engine is known to be slower than eager PyTorch."""
+        return self.kernels == "eager" and self.engine_ms > self.eager_ms
 
 
 _FILE = TypeAdapter(dict[str, Measurement])
@@ -58,9 +66,9 @@ def record(store: Store, card: str, driver: str, engine: str, found: Measurement
 
 
 def require_not_slower(store: Store, card: str, driver: str, engine: str) -> None:
-    """Raise CannotServe for an engine that was measured to lose on this card."""
+    """Raise CannotServe for an engine that was measured, with kernels made for its shape, to lose on this card."""
     found = measurements(store, card, driver).get(engine)
-    if found is not None and found.engine_ms > found.eager_ms:
+    if found is not None and found.lost:
         raise CannotServe(
             f"the engine of {found.component} took {found.engine_ms:.1f} ms a call on this card and eager PyTorch "
             f"{found.eager_ms:.1f} ms ({found.shape}, {found.date})",

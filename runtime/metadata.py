@@ -55,15 +55,21 @@ def about_render(
         "bundles": dict(acceleration.bundles),
         "engine_keys": {k: v for k, v in record.engines.items() if v},
         "fallbacks": [asdict(f) for f in record.fallbacks],
-        "steps": timing(outcome.steps),
+        "steps": timing(outcome.steps, lazily=any("tensorrt_rtx" in by for by in record.backends().values())),
         "versions": versions(),
     }
 
 
-def timing(seconds: list[float]) -> dict[str, float]:
-    """Steps a second, and the median and 95th percentile of a step in milliseconds; the first step left out."""
+def timing(seconds: list[float], lazily: bool = False) -> dict[str, float]:
+    """Steps a second, and the median and 95th percentile of a step in milliseconds; the first step left out.
+
+    `lazily`: kernels for the shape may have been compiled meanwhile. Then the slower steps before they were there
+    are left out too, and counted as `settling`.
+    """
     import numpy as np
 
+    settling = _settling(seconds) if lazily else 0
+    seconds = seconds[settling:]
     if not seconds:
         return {}
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
@@ -71,7 +77,19 @@ def timing(seconds: list[float]) -> dict[str, float]:
         "per_second": round(len(seconds) / sum(seconds), 3),
         "p50_ms": round(float(p50), 3),
         "p95_ms": round(float(p95), 3),
+        **({"settling": settling} if settling else {}),
     }
+
+
+def _settling(seconds: list[float]) -> int:
+    """How many of the first half are a tenth slower than the last half's median, before the first that is not."""
+    from statistics import median
+
+    if len(seconds) < 4:
+        return 0
+    usual = median(seconds[len(seconds) // 2 :])
+    first = seconds[: len(seconds) // 2]
+    return next((i for i, each in enumerate(first) if each <= 1.1 * usual), len(first))
 
 
 def _plain(config: Any) -> dict[str, Any]:

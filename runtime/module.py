@@ -34,7 +34,7 @@ class Slot:
     def opened(self) -> Session:
         with self._lock:  # it may be on its way in another thread
             if self.refused is not None:
-                raise self.refused
+                raise CannotServe(self.refused.reason, self.refused.fix)
             if self.session is None:
                 try:
                     self.session = self.make()
@@ -42,9 +42,14 @@ class Slot:
                     raise
                 except Exception as error:
                     refusal = error if isinstance(error, CannotServe) else _unexpected(self.component.name, error, True)
-                    self.refused = refusal if refusal.lasting else None
+                    self.refuse(refusal)
                     raise refusal from error
             return self.session
+
+    def refuse(self, refusal: CannotServe) -> None:
+        """Kept without the frames it was raised in, which hold a call's tensors."""
+        if refusal.lasting:
+            self.refused = CannotServe(refusal.reason, refusal.fix)
 
     def follow(self, change: Change) -> None:
         """The module was changed: what could not be made may be now, and what stays must hold its weights."""
@@ -153,6 +158,7 @@ class EngineModule:
             try:
                 return self._served(slot, Call(arguments))
             except CannotServe as error:
+                slot.refuse(error)
                 refused.append(error)
             except ShapeError as error:  # a component for calls of another kind
                 unfit.append(CannotServe(str(error), "PyTorch runs it", lasting=False))

@@ -112,7 +112,7 @@ class Steps:
         if not bool(torch.isfinite(latents).all()):  # waits for the GPU
             raise NonFinite("non-finite latents")
         self._held.close()
-        self._driver.acceleration.workspace.release(device_of(self._pipe))
+        self._driver.acceleration.workspace.release()
         self._held.enter_context(self._driver.stage(self._job, "decoding"))
         torch.manual_seed(self._job.request.seed)  # some VAEs inject noise of the global generator
 

@@ -1,15 +1,19 @@
 """TensorRT for RTX and TensorRT: an engine on the card, reading the module's own weights.
 
-Inputs and outputs have buffers whose addresses are bound once, so that TensorRT for RTX can
-replay a call as a CUDA graph; parameters are bound where the module keeps them; activations
-are in a workspace that sessions share. A call is enqueued with no host synchronization.
-API: TensorRT's IRuntime, ICudaEngine, IRuntimeConfig and IExecutionContext.
+Parameters are bound where the module keeps them, and activations lie in an arena that all sessions
+of a card share. Of an engine that steps call, inputs and outputs have buffers of its own at
+addresses that stay, so that TensorRT for RTX can replay a call as a CUDA graph; an engine that is
+called once or chunk by chunk, as a VAE's is, reads the caller's tensors where they are and hands
+its outputs over. A call is enqueued with no host synchronization, and either completes or leaves
+nothing behind. API: TensorRT's IRuntime, ICudaEngine, IRuntimeConfig and IExecutionContext.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
+import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,23 +21,51 @@ from typing import TYPE_CHECKING, Any
 from overcrank.calibration.recipe import ATTENTION
 from overcrank.engines.cards import Card
 from overcrank.engines.compile import logger_of
-from overcrank.engines.flavours import flavour_version, load_flavour
+from overcrank.engines.flavours import flavour_version, install_command, load_flavour, too_old
 from overcrank.engines.manifest import ComponentEntry, Manifest, TensorEntry
 from overcrank.engines.store import Store
 from overcrank.engines.targets import FLAVOUR_TITLES
 from overcrank.errors import TargetError
+from overcrank.runtime.device import Device, Stream
 from overcrank.runtime.kernel_cache import Kernels, kernel_cache
 from overcrank.runtime.session import CannotServe
-from overcrank.runtime.workspace import Workspace
+from overcrank.runtime.workspace import LESS, Workspace, arena_of, no_room
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("overcrank")
+DOCTOR = "overcrank doctor tests the card"
+ACTIVATIONS = ""  # stands among the names of tensors for the memory that activations are in
+NO_MEMORY = re.compile(r"out of memory|outofmemory|cudaErrorMemoryAllocation|bad_alloc", re.IGNORECASE)
+
+
+class Loaded:
+    """An engine on the card, which the sessions of twins share."""
+
+    def __init__(self, trt: Any, file: Path, device: Device, rebuild: str) -> None:
+        """Raises CannotServe for a file that TensorRT cannot load here."""
+        self.logger = logger_of(trt)
+        self._runtime = trt.Runtime(self.logger)  # host code in engines stays disallowed: the default
+        device.give_back()
+        self.engine = self._runtime.deserialize_cuda_engine(_mapped(file))
+        if self.engine is None:
+            raise self.refusal(f"{file.name} could not be loaded on this card", rebuild)
+
+    def said(self, since: int = 0) -> str:
+        """TensorRT's own words, of the errors after the first `since`."""
+        errors = self.logger.errors[since:]
+        return f" ({errors[-1].strip()[:300]})" if errors else ""
+
+    def refusal(self, what: str, fix: str) -> CannotServe:
+        """Lasting, unless memory ran out: there may be more of it later."""
+        said = self.said()
+        short = bool(NO_MEMORY.search(said))
+        return CannotServe(f"{what}{said}", LESS if short else fix, lasting=not short)
 
 
 class TrtSession:
-    """One component's engine with its execution context; not for two threads at once."""
+    """One component's engine with its execution context; calls of two threads take turns."""
 
     def __init__(
         self,
@@ -45,75 +77,58 @@ class TrtSession:
         rebuild: str,
         store: Store,
         card: Card,
+        measuring: bool = False,
     ) -> None:
-        """`parameters`: engine input → a module's parameter or packed tensor; `rebuild`: the command that fixes."""
+        """`parameters`: engine input → a module's parameter or packed tensor; `rebuild`: the command that fixes.
+
+        `measuring`: kernels for a shape are compiled before its first call returns, not meanwhile. Raises
+        CannotServe, naming what this machine lacks, and not lastingly where it is memory.
+        """
         self.backend, self.engine = manifest.flavour, entry.key.digest()
         self.replaced = tuple(name for name, form in entry.formats.items() if form.kind != ATTENTION)
         self.copies = bool(self.replaced)
         self._entry, self._rebuild, self._workspace = entry, rebuild, workspace
-        trt = _flavour_of(manifest, rebuild)
-        self._logger = logger_of(trt)
-        self._runtime = trt.Runtime(self._logger)  # host code in engines stays disallowed: the default
-        self._engine = self._runtime.deserialize_cuda_engine(_mapped(bundle / entry.engine.name))
-        if self._engine is None:
-            raise CannotServe(f"{entry.engine.name} could not be loaded on this card{self._reason()}", rebuild)
-        self._kernels: Kernels | None = None
-        self._context = self._made_context(trt, store, card)
-        if self._context is None:
-            raise CannotServe(f"{entry.engine.name} could not be prepared on this card{self._reason()}", rebuild)
+        trt = _flavour_of(manifest, card, rebuild)
+        self._device = workspace.device_of(card)
+        self._arena = arena_of(self._device)
         self._dtypes = _torch_dtypes(trt)
         self._parameters = dict(parameters)
-        self._bound: dict[str, int] = {}
-        self._inputs: dict[str, torch.Tensor] = {}
-        self._outputs: dict[str, torch.Tensor] = {}
-        self._needed = 0  # bytes of activations at the shapes bound now
-        self._side: Any = None
-        self._check_dtypes()
+        self._sizes = {name: tensor.numel() for name, tensor in self._parameters.items()}
+        self._steady = not entry.attribute  # a whole module is what steps call; a part of a VAE, once or in chunks
+        self._kernels: Kernels | None = None
+        with self._device.active():
+            file = bundle / entry.engine.name
+            self._loaded = workspace.engine(self.engine, lambda: Loaded(trt, file, self._device, rebuild))
+            self._context = self._made_context(trt, kernel_cache(store, self.engine, card.name, card.driver), measuring)
+            if self._context is None:
+                raise self._loaded.refusal(f"{entry.engine.name} could not be prepared on this card", rebuild)
+            self._ready = self._device.stream().mark()  # other streams wait for what this thread has enqueued
+        self._lock = threading.RLock()
+        self._streams: set[int] = set()  # that wait for it, and are known to use what it reads
+        self._last: int | None = None  # stream of the last call
+        self._kept: dict[str, torch.Tensor] = {}  # buffers of inputs and outputs whose addresses stay
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of inputs, as the context was told
+        self._results: dict[str, tuple[int, ...]] = {}  # shapes of outputs that follow from them
+        self._needed = 0  # bytes of activations at these shapes
+        self._bound: dict[str, tuple[int, int]] = {}  # address and elements that the context was told
+        workspace.add(self)
 
-    def _made_context(self, trt: Any, store: Store, card: Card) -> Any:
+    def _made_context(self, trt: Any, cache: Any, measuring: bool) -> Any:
         """Activations in memory that is given; on TensorRT for RTX also CUDA graphs and kept kernels."""
-        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        engine, managed = self._loaded.engine, trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._device.give_back()
         if not hasattr(trt, "IRuntimeCache"):
-            return self._engine.create_execution_context(managed)
-        config = self._engine.create_runtime_config()
+            return engine.create_execution_context(managed)
+        config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(managed)
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._kernels = Kernels(config, kernel_cache(store, self.engine, card.name, card.driver))
+        graphs = trt.CudaGraphStrategy
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._steady else graphs.DISABLED
+        kinds = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if measuring else kinds.LAZY
+        self._kernels = Kernels(config, cache)
         if not self._kernels.known:
             log.info("compiling the kernels of %s for this card, which later renders find kept", self._entry.name)
-        return self._engine.create_execution_context(config)
-
-    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Named CUDA tensors in, named CUDA tensors out, enqueued on the current stream."""
-        import torch
-
-        device = next(iter(inputs.values())).device
-        current = torch.cuda.current_stream(device)
-        stream = current
-        if current.cuda_stream == 0:  # the default stream cannot be captured into a CUDA graph
-            self._side = self._side or torch.cuda.Stream(device)
-            stream = self._side
-            stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._bind_parameters(device)
-            reshaped = [self._bind_input(spec, inputs[spec.name]) for spec in self._entry.inputs]
-            if any(reshaped):
-                self._bind_outputs(device)
-            memory = self._workspace.take(self._needed, device, stream.cuda_stream, self._entry.name)
-            self._bind("", memory)
-            if not self._context.execute_async_v3(stream.cuda_stream):
-                what = f"the engine of {self._entry.name} failed while running{self._reason()}"
-                raise CannotServe(what, "overcrank doctor tests the card")
-            made = {name: buffer.clone() for name, buffer in self._outputs.items()}
-        if stream is not current:
-            current.wait_stream(stream)
-            for tensor in made.values():
-                tensor.record_stream(current)
-        return made
-
-    def _reason(self) -> str:
-        """TensorRT's own words."""
-        return f" ({self._logger.errors[-1].strip()[:300]})" if self._logger.errors else ""
+        return engine.create_execution_context(config)
 
     def rebind(self, written: bool) -> bool:
         """Addresses are told at every call; packed weights are of the values that were packed."""
@@ -124,81 +139,222 @@ class TrtSession:
         if self._kernels is not None:
             self._kernels.keep()
 
-    def _bind_input(self, spec: TensorEntry, tensor: torch.Tensor) -> bool:
-        """Copy into the input's buffer; returns whether its shape is another than before."""
+    # ── a call ───────────────────────────────────────────────────────────────────────
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named tensors in, named tensors on the card out, enqueued on the current stream.
+
+        Raises CannotServe for a shape outside the profile, parameters that are elsewhere or otherwise than the engine
+        takes them, memory that runs out though all that can be is given back, and what TensorRT refuses.
+        """
+        with self._lock, self._device.active():
+            current = self._device.stream()
+            stream = current
+            if not current.handle:
+                stream = self._workspace.side(self._device)
+                stream.wait(current.mark())
+            try:
+                with self._device.over(stream):
+                    made = self._with_room(inputs, stream)
+            except CannotServe as refusal:
+                self._forget()
+                raise refusal.with_traceback(None) from None  # whose frames would keep what was made for the call
+            except BaseException:
+                self._forget()
+                raise
+            finally:
+                if stream is not current:
+                    current.wait(stream.mark())  # before the caller's tensors can be freed
+            if stream is not current:
+                for tensor in made.values():
+                    self._device.used(tensor, current)
+            return made
+
+    def _with_room(self, inputs: Mapping[str, torch.Tensor], stream: Stream) -> dict[str, torch.Tensor]:
+        """When memory runs out, once more with all that can be given back.
+
+        What is raised holds no frame in which tensors were made, so that PyTorch has their memory.
+        """
         import torch
 
-        shape = tuple(tensor.shape)
-        buffer = self._inputs.get(spec.name)
-        new = buffer is None or tuple(buffer.shape) != shape or buffer.device != tensor.device
-        if new:
-            check_shape(self._entry.name, spec, shape, self._rebuild)
-            buffer = torch.empty(shape, dtype=self._dtype(spec.name), device=tensor.device)
-            if not self._context.set_input_shape(spec.name, shape):
-                raise CannotServe(f"the engine of {self._entry.name} refuses {spec.name} {list(shape)}", self._rebuild)
-            self._bind(spec.name, buffer)
-            self._inputs[spec.name] = buffer
-        assert buffer is not None
-        buffer.copy_(tensor)
-        return new
+        for _ in range(2):
+            try:
+                return self._run(inputs, stream)
+            except torch.OutOfMemoryError:
+                needed = self._needed
+            self._forget()
+            self._workspace.make_room()
+        raise no_room(self._entry.name, needed, self._device)
 
-    def _bind_outputs(self, device: torch.device) -> None:
-        """Buffers of the shapes that follow from the inputs', and how much memory activations now need."""
+    def _run(self, inputs: Mapping[str, torch.Tensor], stream: Stream) -> dict[str, torch.Tensor]:
+        self._follow(stream)
+        self._take_shapes(inputs)
+        with self._arena.lent(self._needed, stream) as memory:
+            self._tell(ACTIVATIONS, memory)
+            held = [self._given(spec.name, inputs[spec.name]) for spec in self._entry.inputs]
+            made = {name: self._buffer(name, shape) for name, shape in self._results.items()}
+            for name, tensor in made.items():
+                self._tell(name, tensor)
+            self._execute(stream)
+            del held  # copies the engine has been told to read, in the order of this stream
+            self._last = stream.handle
+            return {name: self._copied(t) for name, t in made.items()} if self._steady else made
+
+    def _execute(self, stream: Stream) -> None:
         import torch
 
+        before = len(self._loaded.logger.errors)
+        if self._context.execute_async_v3(stream.handle):
+            return
+        said = self._loaded.said(before)
+        if NO_MEMORY.search(said):
+            raise torch.OutOfMemoryError(said)
+        raise CannotServe(f"the engine of {self._entry.name} failed while running{said}", DOCTOR)
+
+    def _take_shapes(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Tell the shapes that are others than before, and learn those of outputs and the bytes for activations."""
+        specs = self._entry.inputs
+        shapes = {spec.name: tuple(inputs[spec.name].shape) for spec in specs}
+        if shapes == self._shapes:
+            return
+        for spec in specs:
+            check_shape(self._entry.name, spec, shapes[spec.name], self._rebuild)
+        self._forget(parameters=False)
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise self._refused(f"refuses {name} {list(shape)}", self._rebuild)
         for out in self._entry.outputs:
             shape = tuple(self._context.get_tensor_shape(out.name))
-            self._outputs[out.name] = torch.empty(shape, dtype=self._dtype(out.name), device=device)
-            self._bind(out.name, self._outputs[out.name])
+            if min(shape, default=0) < 0:
+                raise self._refused(f"cannot tell the shape of {out.name}", self._rebuild)
+            self._results[out.name] = shape
         self._needed = int(self._context.update_device_memory_size_for_shapes())
-        self._bound.pop("", None)
+        self._shapes = shapes
 
-    def _bind_parameters(self, device: torch.device) -> None:
-        """The engine reads the module's storage; its address changes only when the module is moved."""
-        for name, tensor in self._parameters.items():
-            if tensor.data_ptr() != self._bound.get(name) and tensor.device != device:
-                raise CannotServe(
-                    f"the pipeline holds {name} on {tensor.device} and runs on {device}",
-                    "keep the whole part on the card, or let it come and go with --vram low",
-                    lasting=False,
-                )
-            self._bind(name, tensor)
+    def _given(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the engine reads an input: the caller's tensor if it is as the engine takes it, else a copy."""
+        device = self._device
+        as_it_is = (
+            not self._steady
+            and device.holds(tensor)
+            and tensor.dtype == self._dtype(name)
+            and tensor.is_contiguous()
+            and tensor.data_ptr() % device.alignment == 0
+        )
+        given = tensor if as_it_is else self._buffer(name, tuple(tensor.shape))
+        if not as_it_is:
+            device.copy(given, tensor)
+        self._tell(name, given)
+        return given
 
-    def _bind(self, name: str, tensor: torch.Tensor) -> None:
-        """Tell the context an address that it does not know yet; "" is the activations' memory."""
-        address = tensor.data_ptr()
-        if self._bound.get(name) == address:
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """New memory; for addresses that stay, that of the last call."""
+        if not self._steady:
+            return self._device.empty(shape, self._dtype(name))
+        if name not in self._kept:
+            self._kept[name] = self._device.empty(shape, self._dtype(name))
+            self._streams.clear()  # those known do not know it
+        return self._kept[name]
+
+    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = self._device.empty(tuple(tensor.shape), tensor.dtype)
+        self._device.copy(copy, tensor)
+        return copy
+
+    def _forget(self, parameters: bool = True) -> None:
+        """Free what is kept, and know of nothing that the context has been told."""
+        self._kept, self._shapes, self._results, self._needed = {}, {}, {}, 0
+        self._bound = {} if parameters else {n: a for n, a in self._bound.items() if n in self._parameters}
+
+    def let_go(self, stream: int | None = None) -> None:
+        """Free buffers, unless a call is running or another than `stream` made the last one."""
+        if stream not in (None, self._last) or not self._lock.acquire(blocking=False):
             return
-        if name:
-            self._context.set_tensor_address(name, address)
-        else:
-            self._context.set_device_memory(address, tensor.numel())
-        self._bound[name] = address
+        try:
+            for name in self._kept:
+                self._bound.pop(name, None)
+            self._kept.clear()
+        finally:
+            self._lock.release()
 
-    def _check_dtypes(self) -> None:
-        for name, tensor in self._parameters.items():
-            wanted = self._dtype(name)
-            if not tensor.is_contiguous():
-                raise CannotServe(f"the pipeline holds {name} in another memory format", "keep it contiguous")
-            if tensor.dtype != wanted:
-                raise CannotServe(
-                    f"the engine takes {name} as {wanted} and the pipeline holds it as {tensor.dtype}",
-                    f"load the pipeline with dtype={wanted}",
-                )
+    # ── addresses ────────────────────────────────────────────────────────────────────
+
+    def bind(self) -> None:
+        """Tell the context where the module keeps its parameters now.
+
+        Raises CannotServe for one that is elsewhere, in another type, layout or size than the engine takes.
+        """
+        with self._lock:
+            for name, tensor in self._parameters.items():
+                self._check(name, tensor)
+                self._tell(name, tensor)
+            stream = self._device.stream()
+            stream.wait(self._ready)
+            self._ready = stream.mark()  # what has put them there was enqueued here
+            self._streams.clear()
+
+    def _follow(self, stream: Stream) -> None:
+        """Bind anew what has moved, and let a stream that is new here wait for what others have enqueued."""
+        bound = self._bound
+        if any(name not in bound or t.data_ptr() != bound[name][0] for name, t in self._parameters.items()):
+            self.bind()
+        if stream.handle not in self._streams:
+            stream.wait(self._ready)
+            for tensor in (*self._parameters.values(), *self._kept.values()):
+                self._device.used(tensor, stream)
+            self._streams.add(stream.handle)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        """A parameter as the engine takes it; what is not may be later, such as when its module is moved back."""
+        wanted, fix = self._dtype(name), "keep it as it was loaded"
+        if not self._device.holds(tensor):
+            what = f"holds {name} on {tensor.device}, where the engine is not"
+            fix = "keep the whole part on the card, or let it come and go with --vram low"
+        elif not tensor.is_contiguous():
+            what, fix = f"holds {name} in another memory format", "keep it contiguous"
+        elif tensor.dtype != wanted:
+            what = f"holds {name} as {tensor.dtype}, and the engine takes it as {wanted}"
+            fix = f"load the pipeline with dtype={wanted}"
+        elif tensor.numel() != self._sizes[name]:
+            what = f"holds {name} with {tensor.numel()} values, and the engine takes {self._sizes[name]}"
+        elif tensor.data_ptr() % self._device.alignment:
+            what = f"holds {name} at an address that is no multiple of {self._device.alignment} bytes"
+            fix = "give each parameter memory of its own (parameter.data = parameter.data.clone())"
+        else:
+            return
+        raise CannotServe(f"the pipeline {what}", fix, lasting=False)
+
+    def _tell(self, name: str, tensor: torch.Tensor) -> None:
+        """An address that the context does not know yet."""
+        address = self._device.address(tensor)
+        told = address, tensor.numel()
+        if self._bound.get(name) == told:
+            return
+        self._bound.pop(name, None)
+        if name == ACTIVATIONS:
+            self._context.set_device_memory(address, tensor.numel())
+        elif not self._context.set_tensor_address(name, address):
+            raise self._refused(f"refuses the address of {name}", DOCTOR)
+        self._bound[name] = told
+
+    def _refused(self, what: str, fix: str) -> CannotServe:
+        return CannotServe(f"the engine of {self._entry.name} {what}{self._loaded.said()}", fix, lasting=False)
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._dtypes[self._engine.get_tensor_dtype(name)]
+        return self._dtypes[self._loaded.engine.get_tensor_dtype(name)]
 
 
-def _flavour_of(manifest: Manifest, rebuild: str) -> Any:
-    """The module of the flavour the bundle was built with, in that very version."""
+def _flavour_of(manifest: Manifest, card: Card, rebuild: str) -> Any:
+    """The module of the flavour the bundle was built with, in that very version, on a driver that it runs on."""
     flavour, built_with = manifest.flavour, manifest.flavour_version
+    if reason := too_old(flavour, card.driver):
+        raise CannotServe(*reason)
     found = flavour_version(flavour)
     if found != built_with:
         installed = f"{found} is installed" if found else "it is not installed"
-        raise CannotServe(
-            f"the engine was built with {FLAVOUR_TITLES.get(flavour, flavour)} {built_with} and {installed}", rebuild
-        )
+        what = f"the engine was built with {FLAVOUR_TITLES.get(flavour, flavour)} {built_with} and {installed}"
+        command = install_command(flavour, built_with)
+        raise CannotServe(what, f"{command}, or build again: {rebuild}" if command else rebuild)
     try:
         return load_flavour(flavour)
     except TargetError as error:

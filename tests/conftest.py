@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from overcrank.models import components
 
 from tests import compiling, tiny
+from tests.simulated_tensorrt.installed import simulated as simulated
 
 # A shell that starts the tests in the background ignores SIGINT, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

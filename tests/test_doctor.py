@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 from overcrank.engines import cards
 from overcrank.engines.cards import Card
+from overcrank.engines.flavours import driver_notes
 from overcrank.engines.manifest import Manifest
 from overcrank.engines.store import Store
+from overcrank.engines.targets import targets_for
 from overcrank.errors import IntegrityError, TargetError
+from overcrank.runtime import doctor
+from overcrank.runtime.card import in_pytorchs_order, why_no_card
 from overcrank.runtime.doctor import Machine, findings, of_store, why_not
 from overcrank.runtime.kernel_cache import kernel_cache
 from overcrank.runtime.measured import Measurement, record
@@ -34,7 +38,12 @@ def test_a_good_machine() -> None:
     ("change", "verdict", "says"),
     [
         ({"cards": (), "no_cards": "nvidia-smi is not installed"}, "note", "engines can be built for any card"),
-        ({"torch_cuda": ""}, "bad", "is a build without CUDA; install one with it"),
+        (
+            {"torch_cuda": ""},
+            "bad",
+            "without CUDA, and this machine has NVIDIA GeForce RTX 4090; pip install --force-reinstall 'torch==2.11.0'",
+        ),
+        ({"cards": (replace(ADA, driver="570.86"),)}, "bad", "driver 570.86 is installed, and TensorRT for RTX"),
         ({"torch_sees": 0, "hidden": ""}, "bad", "sees no card: CUDA_VISIBLE_DEVICES is ''"),
         ({"torch_sees": 0}, "bad", "sees no card: the driver may be too old for CUDA 13.0"),
         ({"cards": (replace(ADA, target="sm_61"),)}, "bad", "sm_61, 25.77 GB, 21.47 GB free"),
@@ -52,7 +61,9 @@ def test_what_earlier_renders_have_left(tmp_path: Path) -> None:
     assert [f.text for f in of_store(GOOD, store)] == ["none yet; the first render on a card compiles them"]
     file = kernel_cache(store, "ab" * 32, ADA.name, ADA.driver)
     file.write(b"x" * 2_000_000)
-    lost = Measurement(component="vae_decoder", shape="64x64x17", engine_ms=3.0, eager_ms=2.0, date="2026-11-21")
+    lost = Measurement(
+        component="vae_decoder", shape="64x64x17", engine_ms=3.0, eager_ms=2.0, date="2026-11-21", kernels="eager"
+    )
     record(store, ADA.name, ADA.driver, "key", lost)
     caches, slow = (f.text for f in of_store(GOOD, store))
     assert caches == "1 runtime caches, 2.0 MB"
@@ -79,7 +90,10 @@ def bundle(**fields: Any) -> Manifest:
     [
         ({}, ""),
         ({"target": "sm_120"}, "for sm_120, and the cards here are sm_89"),
-        ({"flavour_version": "1.6.0"}, "built with TensorRT for RTX 1.6.0, and 1.7.1 is usable here; rebuild it"),
+        (
+            {"flavour_version": "1.6.0"},
+            "built with TensorRT for RTX 1.6.0, and 1.7.1 is usable here; pip install tensorrt-rtx==1.6.0, or",
+        ),
         ({"flavour": "tensorrt"}, "built with TensorRT 1.7.1, and none is usable here"),
         ({"weights": "embedded:ab"}, "its weights are embedded"),
     ],
@@ -115,13 +129,83 @@ def test_drivers_that_do_not_answer(answer: str, says: str, tmp_path: Path, monk
 
 
 def test_cards_as_the_driver_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ("0, NVIDIA GeForce RTX 4090, 8.9, 24564, 20000, 580.1", "1, NVIDIA GB10, 12.1, [N/A], [N/A], 580.1")
+    lines = (
+        "0, NVIDIA GeForce RTX 4090, 8.9, 24564, 20000, 580.1, GPU-aa",
+        "1, NVIDIA GB10, 12.1, [N/A], [N/A], 580.1, GPU-bb",
+    )
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     first, second = cards.installed_cards()
-    assert first == Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 24564 * 2**20, 20000 * 2**20, "580.1")
+    assert first == Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 24564 * 2**20, 20000 * 2**20, "580.1", "GPU-aa")
     assert (second.target, second.memory) == ("sm_121", 0)
+
+
+def test_cards_are_numbered_as_pytorch_numbers_them() -> None:
+    first, second, third = (replace(ADA, index=i, uuid=f"GPU-{i}a") for i in range(3))
+    assert in_pytorchs_order((first, second, third), ["2a", "GPU-0a"]) == (third, first, second)
+    assert in_pytorchs_order((first, second), []) == (first, second)
+    two = replace(GOOD, cards=(replace(second, target="sm_120"), first))
+    assert [f.subject for f in findings(two, []) if f.subject.startswith("card")] == ["card 0", "card 1"]
+
+
+def test_why_pytorch_sees_no_card() -> None:
+    assert why_no_card("2.13.0", "13.0", ()) is None
+    without = why_no_card("2.13.0+cpu", None, (ADA,))
+    assert without is not None
+    assert without[0] == "PyTorch 2.13.0+cpu is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090"
+    assert without[1].startswith("pip install --force-reinstall 'torch==2.13.0' --index-url https://")
+    old = why_no_card("2.13.0", "13.0", (replace(ADA, driver="570.1"),))
+    assert old is not None
+    assert "driver 570.1 is installed" in old[0]
+    hidden = why_no_card("2.13.0", "13.0", (ADA,))
+    assert hidden is not None
+    assert "CUDA_VISIBLE_DEVICES" in hidden[1]
+
+
+def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    (folder / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_a_render_without_cuda_names_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    smi(tmp_path, monkeypatch, "0, NVIDIA GeForce RTX 4090, 8.9, 24564, 20000, 580.1, GPU-aa")
+    words = ["render", "--prompt", "x", "--steps", 1, "--frames", 1, "-o", tmp_path / "a.png", "--store", tmp_path]
+    made = run("overcrank", *words)
+    assert made.exit_code == 0, made.output
+    assert "is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090; pip install" in made.output
+    refused = run("overcrank", *words, "--device", "cuda")
+    assert refused.exit_code == 2
+    assert "--device cuda: PyTorch" in refused.output
+    assert "--index-url" in refused.output
+
+
+def test_a_build_for_a_card_whose_driver_is_too_old_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("0, NVIDIA GeForce RTX 4090, 8.9, 1, 1, 570.1, GPU-a", "1, NVIDIA RTX 5090, 12.0, 1, 1, 570.1, GPU-b")
+    smi(tmp_path, monkeypatch, *lines, lines[0])
+    both = targets_for(["auto"], "tensorrt_rtx")
+    assert [t.name for t in both] == ["sm_89", "sm_120"]
+    (note,) = driver_notes("tensorrt_rtx", both)
+    assert note.startswith("driver 570.1 is installed, and TensorRT for RTX")
+    assert not driver_notes("tensorrt_rtx", targets_for(["sm_75"], "tensorrt_rtx"))
+
+
+def test_a_self_test_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the card or TensorRT raises: doctor is run where something is wrong."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error 35")
+
+    monkeypatch.setattr(doctor, "ProcessPoolExecutor", fails)
+    assert doctor.self_test(GOOD).text == "a small engine for sm_89 failed: CUDA error 35"
+    old = replace(GOOD, cards=(replace(ADA, driver="570.1"),))
+    assert not doctor._runs(old, "tensorrt_rtx")
+    assert doctor._runs(GOOD, "tensorrt_rtx")
 
 
 def test_this_machine(tmp_path: Path, run: Any) -> None:

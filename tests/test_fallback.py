@@ -129,7 +129,7 @@ def test_an_engine_of_another_tensorrt_or_without_a_driver_is_refused(bundle: Pa
     other = manifest.model_copy(update={"flavour_version": "0.1"})
     with pytest.raises(CannotServe, match=r"built with TensorRT for RTX 0\.1 and .* is installed") as caught:
         TrtSession(other, bundle, entry, {}, Workspace(), "build-engine --model ltx-demo", store, card)
-    assert caught.value.fix == "build-engine --model ltx-demo"
+    assert caught.value.fix == "pip install tensorrt-rtx==0.1, or build again: build-engine --model ltx-demo"
     if not torch.cuda.is_available():
         with pytest.raises(CannotServe, match="could not be loaded on this card"):
             TrtSession(manifest, bundle, entry, {}, Workspace(), "build", store, card)

@@ -1,7 +1,4 @@
-"""What a TensorRT session does around its engine: kept kernels, shared memory, addresses told once, measurements.
-
-The engine itself needs a card (test_gpu.py); here stand recorders in the place of TensorRT's objects.
-"""
+"""What sessions leave for later ones: kept kernels, measurements; and engines that are loaded ahead."""
 
 from __future__ import annotations
 
@@ -11,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from overcrank.engines.manifest import TensorEntry
 from overcrank.engines.store import Store
 from overcrank.runtime.kernel_cache import Kernels, kernel_cache
 from overcrank.runtime.measured import Measurement, measurements, record, require_not_slower
 from overcrank.runtime.session import CannotServe
-from overcrank.runtime.trt import TrtSession
-from overcrank.runtime.workspace import Workspace
 
-CARD = ("NVIDIA GeForce RTX 4090", "580.95.05")
+RTX = ("NVIDIA GeForce RTX 4090", "580.95.05")
 
 
 class Config:
@@ -41,8 +35,8 @@ class Config:
 
 
 def test_kernels_are_kept_and_found_again(tmp_path: Path) -> None:
-    file = kernel_cache(Store(tmp_path), "ab" * 32, *CARD)
-    assert file.path.name == "abababababababab-580_95_05-NVIDIA_GeForce_RTX_4090.kernels"
+    file = kernel_cache(Store(tmp_path), "ab" * 32, *RTX)
+    assert file.path.name == "abababababababab-580-NVIDIA_GeForce_RTX_4090.kernels"
     first = Config(b"this driver: one kernel")
     kernels = Kernels(first, file)
     assert not kernels.known
@@ -61,7 +55,7 @@ def test_kernels_are_kept_and_found_again(tmp_path: Path) -> None:
 
 
 def test_the_fuller_cache_of_two_processes_stays(tmp_path: Path) -> None:
-    file = kernel_cache(Store(tmp_path), "ab" * 32, *CARD)
+    file = kernel_cache(Store(tmp_path), "ab" * 32, *RTX)
     assert file.write(b"this driver: both kernels")
     assert not file.write(b"this driver: one")
     assert file.read() == b"this driver: both kernels"
@@ -69,7 +63,7 @@ def test_the_fuller_cache_of_two_processes_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "one byte", "empty", "another driver"])
 def test_what_cannot_be_used_is_compiled_again(damage: str, tmp_path: Path) -> None:
-    file = kernel_cache(Store(tmp_path), "ab" * 32, *CARD)
+    file = kernel_cache(Store(tmp_path), "ab" * 32, *RTX)
     file.write(b"that driver: " + b"x" * 100 if damage == "another driver" else b"this driver: " + b"x" * 100)
     content = bytearray(file.path.read_bytes())
     if damage == "truncated":
@@ -93,7 +87,7 @@ def test_a_full_disk_does_not_fail_the_render(tmp_path: Path, caplog: pytest.Log
     from overcrank.runtime.session import Ledger
 
     (tmp_path / "runtime").write_text("a file is in the way")
-    kernels = Kernels(Config(b"this driver: new"), kernel_cache(Store(tmp_path), "ab" * 32, *CARD))
+    kernels = Kernels(Config(b"this driver: new"), kernel_cache(Store(tmp_path), "ab" * 32, *RTX))
     slot: Any = SimpleNamespace(
         session=SimpleNamespace(settle=kernels.keep), component=SimpleNamespace(name="denoiser")
     )
@@ -102,139 +96,25 @@ def test_a_full_disk_does_not_fail_the_render(tmp_path: Path, caplog: pytest.Log
     assert "the kernels compiled for denoiser are not kept" in caplog.text
 
 
-def test_sessions_on_a_stream_share_the_larger_workspace() -> None:
-    workspace, device = Workspace(), torch.device("cpu")
-    small = workspace.take(1000, device, 0, "vae")
-    assert workspace.take(500, device, 0, "denoiser") is small
-    large = workspace.take(4000, device, 0, "denoiser")
-    assert large.numel() == 4000
-    assert workspace.take(1000, device, 0, "vae") is large
-    other = workspace.take(1000, device, 8, "vae")
-    assert other is not large
-    workspace.release(device)
-    assert workspace.take(10, device, 0, "vae").numel() == 10
-    assert workspace.take(10, device, 8, "vae") is other
-
-
-class Context:
-    """An IExecutionContext that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[str, int]] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.memory: list[int] = []
-        self.runs = 0
-
-    def set_tensor_address(self, name: str, address: int) -> None:
-        self.told.append((name, address))
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = shape
-        return True
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes["x"]
-
-    def update_device_memory_size_for_shapes(self) -> int:
-        return 8 * self.shapes["x"][0]
-
-    def set_device_memory(self, address: int, size: int) -> None:
-        self.memory.append(size)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        self.runs += 1
-        return self.runs < 5
-
-
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> Any:
-    import contextlib
-
-    stream = SimpleNamespace(cuda_stream=7)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
-    made = TrtSession.__new__(TrtSession)
-    tensors = {"inputs": [("x", [1], [4], [8])], "outputs": [("y", None, None, None)]}
-    entries = {
-        side: [
-            TensorEntry(name=n, dtype="float16", dims=["tokens"], **({"min": a, "opt": b, "max": c} if a else {}))
-            for n, a, b, c in specs
-        ]
-        for side, specs in tensors.items()
-    }
-    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
-    vars(made).update(
-        _entry=SimpleNamespace(name="denoiser", **entries),
-        _rebuild="rebuild it",
-        _workspace=Workspace(),
-        _context=Context(),
-        _engine=SimpleNamespace(get_tensor_dtype=lambda name: "half"),
-        _dtypes={"half": torch.float16},
-        _parameters={"w": weight},
-        _bound={},
-        _inputs={},
-        _outputs={},
-        _needed=0,
-        _side=None,
-        _kernels=None,
-        _logger=SimpleNamespace(errors=["CUDA error 719"]),
-    )
-    return made
-
-
-def test_addresses_are_told_once_and_again_when_they_change(session: Any) -> None:
-    context, x = session._context, {"x": torch.ones(4)}
-    first = session(x)["y"]
-    assert {name for name, _ in context.told} == {"w", "x", "y"}
-    assert context.memory == [32]
-    told = len(context.told)
-    second = session(x)["y"]
-    assert len(context.told) == told  # the same buffers, so a CUDA graph can be replayed
-    assert first.data_ptr() != second.data_ptr()  # and results of their own
-    session._parameters["w"].data = torch.ones(3, dtype=torch.float16)  # as a module that was moved
-    session({"x": torch.ones(6)})
-    assert [name for name, _ in context.told[told:]] == ["w", "x", "y"]
-    assert context.memory == [32, 48]
-    assert context.shapes["x"] == (6,)
-
-
-def test_calls_that_the_engine_cannot_take(session: Any) -> None:
-    session._parameters["w"] = torch.zeros(3, device="meta")
-    with pytest.raises(CannotServe, match="holds w on meta and runs on cpu"):
-        session({"x": torch.ones(4)})
-    session._parameters = {}
-    with pytest.raises(CannotServe, match="lies outside the engine's profile"):
-        session({"x": torch.ones(9)})
-    session._context.runs = 10
-    with pytest.raises(CannotServe, match=r"of denoiser failed while running .CUDA error 719.; overcrank doctor"):
-        session({"x": torch.ones(4)})
-
-
-def test_a_dtype_or_layout_that_the_pipeline_holds_otherwise(session: Any) -> None:
-    session._parameters["w"] = torch.zeros(3)
-    with pytest.raises(CannotServe, match=r"takes w as torch.float16 and the pipeline holds it as torch.float32"):
-        session._check_dtypes()
-    session._parameters["w"] = torch.zeros(3, 4).half().T
-    with pytest.raises(CannotServe, match="holds w in another memory format"):
-        session._check_dtypes()
-
-
 def test_an_engine_that_lost_on_this_card_is_not_used(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    require_not_slower(store, *CARD, "key")
+    require_not_slower(store, *RTX, "key")
     slow = Measurement(component="denoiser", shape="768x512x121", engine_ms=120.0, eager_ms=100.0, date="2026-11-21")
-    record(store, *CARD, "key", slow)
-    record(store, *CARD, "other", slow.model_copy(update={"engine_ms": 50.0}))
-    assert set(measurements(store, *CARD)) == {"key", "other"}
+    record(store, *RTX, "key", slow)  # with kernels for any shape: not believed
+    require_not_slower(store, *RTX, "key")
+    slow = slow.model_copy(update={"kernels": "eager"})
+    record(store, *RTX, "key", slow)
+    record(store, *RTX, "other", slow.model_copy(update={"engine_ms": 50.0}))
+    assert set(measurements(store, *RTX)) == {"key", "other"}
     with pytest.raises(CannotServe, match=r"took 120\.0 ms a call on this card and eager PyTorch 100\.0 ms") as caught:
-        require_not_slower(store, *CARD, "key")
+        require_not_slower(store, *RTX, "key")
     assert "--slow-engines" in caught.value.fix
-    require_not_slower(store, *CARD, "other")
-    require_not_slower(store, "another card", CARD[1], "key")
+    require_not_slower(store, *RTX, "other")
+    require_not_slower(store, "another card", RTX[1], "key")
     (file,) = (tmp_path / "measured").iterdir()
     file.write_text("damaged")
-    require_not_slower(store, *CARD, "key")
-    assert measurements(store, *CARD) == {}
+    require_not_slower(store, *RTX, "key")
+    assert measurements(store, *RTX) == {}
 
 
 def test_engines_are_loaded_ahead_and_only_those_a_render_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,3 +146,21 @@ def test_engines_are_loaded_ahead_and_only_those_a_render_calls(monkeypatch: pyt
     assert opened == ["denoiser", "vae_decoder", "vae_encoder"]
     with pytest.raises(CannotServe, match="it is damaged"):
         modules[1].slots[0].opened()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "settling"),
+    [
+        ([3.0, 2.9, 1.0, 1.0, 1.0, 1.05, 0.95, 1.0], 2),
+        ([1.0, 1.05, 1.0, 1.0, 3.0, 1.0], 0),
+        ([3.0, 3.0, 1.0, 1.0], 2),
+        ([3.0, 1.0, 1.0], 0),
+    ],
+)
+def test_steps_before_kernels_have_settled_are_left_out_of_the_times(seconds: list[float], settling: int) -> None:
+    from overcrank.runtime.metadata import timing
+
+    found = timing(seconds, lazily=True)
+    assert found.get("settling", 0) == settling
+    assert found == timing(seconds[settling:]) | ({"settling": settling} if settling else {})
+    assert "settling" not in timing(seconds)
