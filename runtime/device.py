@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from overcrank.runtime.session import CannotServe
+
 if TYPE_CHECKING:
     import torch
 
@@ -155,5 +157,12 @@ class Cuda:
 
 @cache
 def device_of(index: int) -> Device:
-    """The card with PyTorch's number; one object for it, so that all that runs there shares its arena."""
+    """The card with PyTorch's number; one object for it, so that all that runs there shares its arena.
+
+    Raises CannotServe where PyTorch sees none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CannotServe(f"PyTorch {torch.__version__} sees no card", "overcrank doctor says why", lasting=False)
     return Cuda(index)

@@ -34,10 +34,10 @@ def _what_cannot_be_installed_here() -> None:
 
 
 def profile_of(variant: Variant, case: pipelines.Case) -> Profile:
-    """The layout's own, wide enough for what the case renders."""
+    """The layout's own, wide enough for what the case renders, and for pictures that encoders are given."""
     layout = tiny.layout(variant.like)
     largest = [max(getattr(layout.maximum, a), getattr(case, a)) for a in ("height", "width", "frames")]
-    return Profile(layout.minimum, replace(layout.native, batch=2), VideoShape(*largest, batch=2))
+    return Profile(replace(layout.minimum, frames=1), replace(layout.native, batch=2), VideoShape(*largest, batch=2))
 
 
 def options_of(name: str, folder: Path, media: Path) -> list[object]:

@@ -394,9 +394,13 @@ def test_sessions_are_made_on_the_card_that_the_pipeline_is_on(
     assert small.right(session(given), given, session.weight)  # the simulator asks for the card to be the current one
 
 
-def test_the_card_through_torch_cuda_is_a_device() -> None:
+def test_the_card_through_torch_cuda_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a session asks of a card, the thin layer over torch.cuda has; that it works test_gpu.py shows."""
     names = {name for name in vars(devices.Device) if not name.startswith("_")}
     assert names <= {*vars(devices.Cuda), "alignment"}
     assert {"handle", "mark", "wait"} <= set(vars(devices.CudaStream))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CannotServe, match="sees no card"):
+        devices.device_of(3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.device_of(3) is devices.device_of(3)
