@@ -219,7 +219,8 @@ def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: b
             raise ShapeError("this call's control video is shorter than the video")
     made |= given(call, *(n for n in names if n not in made))
     if "encoder_hidden_states_image" in names:
-        made["encoder_hidden_states_image"] = made["encoder_hidden_states_image"].flatten(0, 1)[None]
+        pictures: T = made["encoder_hidden_states_image"]  # one a video, or its first and last
+        made["encoder_hidden_states_image"] = pictures.reshape(len(latents), -1, pictures.shape[-1])
     return made
 
 
