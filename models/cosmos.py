@@ -303,6 +303,8 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
     key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None)
     places = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
     times = call["timestep"].reshape(-1).float()
+    if learned and call["timestep"].ndim > 1 and not bool((times == times[0]).all()):
+        raise ShapeError("this call gives each frame its timestep, and the engine takes one for all")
     times = one_time(times, latents.device) if learned else times.expand(latents.shape[2])
     tokens = patches(latents, tuple(m.config.patch_size))
     frames = latents.shape[2]
