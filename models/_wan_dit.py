@@ -94,6 +94,8 @@ def component(
 
 def denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...], per_token: bool) -> T:
     """WanTransformer3DModel.forward on patches, with sinusoids and rotary tables given."""
+    import torch
+
     m: Any = module
     given = dict(zip(names, inputs, strict=True))
     embed = m.condition_embedder
@@ -108,6 +110,8 @@ def denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...], per_token: b
     image = given.get("encoder_hidden_states_image")
     if image is not None:
         image = embed.image_embedder(image.reshape(-1, IMAGE_TOKENS, image.shape[-1]))
+        if m.config.added_kv_proj_dim is None:  # without projections of its own it is read with the text
+            text, image = torch.cat([image, text], dim=1), None
     rope = tuple(given[n][:, :, None, :, None] for n in ("rope_cos", "rope_sin"))
     context = (text, image, modulation, rope, per_token)
     hints = _hints(m, x, given, context)
@@ -215,7 +219,8 @@ def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: b
             raise ShapeError("this call's control video is shorter than the video")
     made |= given(call, *(n for n in names if n not in made))
     if "encoder_hidden_states_image" in names:
-        made["encoder_hidden_states_image"] = made["encoder_hidden_states_image"].flatten(0, 1)[None]
+        pictures: T = made["encoder_hidden_states_image"]  # one a video, or its first and last
+        made["encoder_hidden_states_image"] = pictures.reshape(len(latents), -1, pictures.shape[-1])
     return made
 
 

@@ -289,6 +289,10 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
 
     m: Any = module
     latents: T = call["hidden_states"]
+    if len(latents) != 1:
+        raise ShapeError(f"this call renders {len(latents)} videos at once; render one at a time")
+    if isinstance(call.get("encoder_hidden_states"), tuple):
+        raise ShapeError("this call gives its text together with an image's context")
     if call.get("condition_mask") is not None:
         latents = torch.cat([latents, call["condition_mask"].to(latents.dtype)], dim=1)
     if m.config.concat_padding_mask:
@@ -299,16 +303,13 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
     key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None)
     places = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
     times = call["timestep"].reshape(-1).float()
+    if learned and call["timestep"].ndim > 1 and not bool((times == times[0]).all()):
+        raise ShapeError("this call gives each frame its timestep, and the engine takes one for all")
     times = one_time(times, latents.device) if learned else times.expand(latents.shape[2])
     tokens = patches(latents, tuple(m.config.patch_size))
-    if len(tokens) != 1:
-        raise ShapeError(f"this call renders {len(tokens)} videos at once; render one at a time")
     frames = latents.shape[2]
     made = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
-    made |= places | given(call, "encoder_hidden_states")
-    if isinstance(made["encoder_hidden_states"], tuple):
-        raise ShapeError("this call gives its text together with an image's context")
-    return made
+    return made | places | given(call, "encoder_hidden_states")
 
 
 def _places(m: Any, latents: T, fps: Any, learned: bool) -> dict[str, T]:

@@ -174,18 +174,27 @@ VARIANTS: tuple[Variant, ...] = (
 # ── shapes ───────────────────────────────────────────────────────────────────────────
 
 
+def _strides(variant: Variant) -> tuple[int, int]:
+    """(spatial, temporal) compression; a configuration without them leaves them to the class."""
+    vae = variant.configs["vae"]
+    scaling = vae["spatio_temporal_scaling"]
+    halved = 2 ** sum(scaling if isinstance(scaling, (list, tuple)) else (scaling,))
+    return (
+        vae.get("spatial_compression_ratio") or vae["patch_size"] * halved,
+        vae.get("temporal_compression_ratio") or vae["patch_size_t"] * halved,
+    )
+
+
 def grid(variant: Variant) -> dict[str, tuple[int, int]]:
     """Valid sizes of each axis as (step, offset)."""
-    vae = variant.configs["vae"]
-    side = vae["spatial_compression_ratio"]
-    return {"height": (side, 0), "width": (side, 0), "frames": (vae["temporal_compression_ratio"], 1)}
+    side, temporal = _strides(variant)
+    return {"height": (side, 0), "width": (side, 0), "frames": (temporal, 1)}
 
 
 def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
     """Latent (frames, height, width) of a video shape."""
-    vae = variant.configs["vae"]
-    side = vae["spatial_compression_ratio"]
-    return (shape.frames - 1) // vae["temporal_compression_ratio"] + 1, shape.height // side, shape.width // side
+    side, temporal = _strides(variant)
+    return (shape.frames - 1) // temporal + 1, shape.height // side, shape.width // side
 
 
 def sound(variant: Variant, shape: VideoShape) -> int:
@@ -264,9 +273,8 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
 
 def _vae(variant: Variant) -> tuple[Component, ...]:
     vae = variant.configs["vae"]
-    strides = (vae["spatial_compression_ratio"], vae["temporal_compression_ratio"])
     sizes = _video_vae.whole(partial(latent, variant))
-    return _video_vae.components(vae, "AutoencoderKLLTX2Video", _ltx2.vae, sizes=sizes, strides=strides)
+    return _video_vae.components(vae, "AutoencoderKLLTX2Video", _ltx2.vae, sizes=sizes, strides=_strides(variant))
 
 
 def _audio_decoder(variant: Variant) -> Component:

@@ -103,7 +103,8 @@ def components(variant: Variant) -> tuple[Component, ...]:
 
     plain = replace(_wan_dit.component(DENOISER_CLASSES[0], dit, latent_of), default=not forcing)
     forced = _wan_dit.component(DENOISER_CLASSES[0], dit, latent_of, name="denoiser_forcing", per_token=True)
-    images = (_clip.component(variant.configs["image_encoder"], hidden=-2),) if dit.get("image_dim") else ()
+    encoder = variant.configs.get("image_encoder")  # diffusion forcing has none, whatever its transformer takes
+    images = (_clip.component(encoder, hidden=-2),) if encoder and dit.get("image_dim") else ()
     return (plain, replace(forced, default=forcing), *_wan_vae.components(variant.configs["vae"], latent_of), *images)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_ltx_shapes() -> None:
     assert sizes["tokens"] == 6144
     with pytest.raises(ShapeError, match=r"height 511 is not a multiple of 32 \(nearest: 480 or 512\); frames 8"):
         check_shape(variant, VideoShape(511, 768, 8))
+
+
+def test_what_configurations_leave_out_is_not_missed() -> None:
+    variant = resolve("ltx2-19b")
+    ratios = ("spatial_compression_ratio", "temporal_compression_ratio")
+    # The class: its patch, times two for each scaling; the published one has its own ratio in time
+    bare = {k: v for k, v in variant.configs["vae"].items() if k not in ratios}
+    for vae, steps in (
+        (bare, (64, 16)),
+        (bare | dict.fromkeys(ratios) | {"spatio_temporal_scaling": [True, True, True, False]}, (32, 8)),
+        (bare | {"spatial_compression_ratio": 32}, (32, 16)),
+    ):
+        grid = family("ltx2").grid(replace(variant, configs={**variant.configs, "vae": vae}))
+        assert (grid["height"][0], grid["frames"][0]) == steps
+    forcing = resolve("skyreels-v2-df-14b-540p")
+    pictured = {**forcing.configs["transformer"], "image_dim": 1280, "added_kv_proj_dim": 5120}
+    made = family("skyreels").components(replace(forcing, configs={**forcing.configs, "transformer": pictured}))
+    assert "image_encoder" not in [c.name for c in made]
 
 
 def test_conditioning_is_not_run_on_the_engine_with_one_timestep() -> None:
