@@ -309,7 +309,8 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
     tokens = patches(latents, tuple(m.config.patch_size))
     frames = latents.shape[2]
     made = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
-    return made | places | given(call, "encoder_hidden_states")
+    made |= places
+    return made | given(call, "encoder_hidden_states")
 
 
 def _places(m: Any, latents: T, fps: Any, learned: bool) -> dict[str, T]:
