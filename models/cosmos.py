@@ -308,9 +308,9 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
     times = one_time(times, latents.device) if learned else times.expand(latents.shape[2])
     tokens = patches(latents, tuple(m.config.patch_size))
     frames = latents.shape[2]
-    made = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
-    made |= places
-    return made | given(call, "encoder_hidden_states")
+    made: dict[str, Any] = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
+    made |= places | given(call, "encoder_hidden_states")
+    return made
 
 
 def _places(m: Any, latents: T, fps: Any, learned: bool) -> dict[str, T]:
