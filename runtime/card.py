@@ -13,8 +13,8 @@ from overcrank.runtime.session import CannotServe
 if TYPE_CHECKING:
     import torch
 
-WHEELS = "https://download.pytorch.org/whl/cu130"
-"""Where PyTorch is with CUDA; what pip installs by default is without on Windows."""
+WHEEL = "cu130"
+"""PyTorch's build for the CUDA that engines need; what pip installs by default on Windows is without."""
 
 
 def card_of(device: torch.device) -> Card:
@@ -48,7 +48,7 @@ def why_no_card(version: str, cuda: str | None, cards: Sequence[Card]) -> tuple[
     names = ", ".join(dict.fromkeys(card.name for card in cards))
     if not cuda:
         plain = version.partition("+")[0]
-        install = f"pip install --force-reinstall 'torch=={plain}' --index-url {WHEELS}"
+        install = f"install the wheel torch=={plain}+{WHEEL} in its place (pytorch.org/get-started has the command)"
         return f"PyTorch {version} is a build without CUDA, and this machine has {names}", install
     if reason := next((r for f in DISTRIBUTIONS if flavour_version(f) and (r := too_old(f, cards[0].driver))), None):
         return reason

@@ -154,7 +154,7 @@ def test_why_pytorch_sees_no_card() -> None:
     without = why_no_card("2.13.0+cpu", None, (ADA,))
     assert without is not None
     assert without[0] == "PyTorch 2.13.0+cpu is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090"
-    assert without[1].startswith("pip install --force-reinstall 'torch==2.13.0' --index-url https://")
+    assert without[1].startswith("install the wheel torch==2.13.0+cu130 in its place")
     old = why_no_card("2.13.0", "13.0", (replace(ADA, driver="570.1"),))
     assert old is not None
     assert "driver 570.1 is installed" in old[0]
@@ -178,11 +178,11 @@ def test_a_render_without_cuda_names_the_wheel(tmp_path: Path, monkeypatch: pyte
     words = ["render", "--prompt", "x", "--steps", 1, "--frames", 1, "-o", tmp_path / "a.png", "--store", tmp_path]
     made = run("overcrank", *words)
     assert made.exit_code == 0, made.output
-    assert "is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090; pip install" in made.output
+    assert "is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090; install the wheel" in made.output
     refused = run("overcrank", *words, "--device", "cuda")
     assert refused.exit_code == 2
     assert "--device cuda: PyTorch" in refused.output
-    assert "--index-url" in refused.output
+    assert "+cu130" in refused.output
 
 
 def test_a_build_for_a_card_whose_driver_is_too_old_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
