@@ -100,7 +100,7 @@ def test_a_render_is_eagers(loaded: Any, simulated: Simulated, tmp_path: Path) -
 
 @pytest.mark.parametrize(("lanes", "count"), [(1, 12), (2, 40)])
 def test_a_batch_whose_memory_is_flat_after_the_second_job(
-    lanes: int, count: int, loaded: Any, simulated: Simulated, tmp_path: Path
+    lanes: int, count: int, loaded: Any, simulated: Simulated, tmp_path: Path, record_property: Any
 ) -> None:
     """In two lanes it is a matter of chance what comes together; no more than a tenth is."""
     card = simulated.card
@@ -111,6 +111,8 @@ def test_a_batch_whose_memory_is_flat_after_the_second_job(
     sizes = [LARGEST, LARGEST, *(rng.choice(SIZES) for _ in range(count - 2))]
     outcomes = Driver(pipe, "ltx-demo", watcher, lanes=lanes).run([job(tmp_path, i, s) for i, s in enumerate(sizes)])
     assert [o.status for o in outcomes] == [DONE] * count
+    for key, value in {"weights": weights, "peaks": watcher.peaks, "left": card.allocated}.items():
+        record_property(key, value)  # docs/reliability.md
     grown = watcher.peaks[-1] / watcher.peaks[1]
     assert grown <= (1.0 if lanes == 1 else 1.1)
     assert card.allocated == weights
@@ -118,8 +120,8 @@ def test_a_batch_whose_memory_is_flat_after_the_second_job(
     assert card.loads == len(loads)
 
 
-def test_memory_that_runs_out_at_every_allocation_of_a_render(
-    loaded: Any, simulated: Simulated, tmp_path: Path
+def test_memory_that_runs_out_at_every_allocation(
+    loaded: Any, simulated: Simulated, tmp_path: Path, record_property: Any
 ) -> None:
     """Once, and from then on for the rest of the job: it ends right, by the engine or eagerly with a named reason."""
     card = simulated.card
@@ -147,16 +149,20 @@ def test_memory_that_runs_out_at_every_allocation_of_a_render(
             (again,) = driver.run([job(tmp_path, 0)])
             assert not again.record.fallbacks
     assert fallen == usual
+    record_property("allocations", usual)
 
 
 @pytest.mark.parametrize("what", ["cancel", "fail"])
-def test_a_job_that_ends_at_any_point(what: str, loaded: Any, simulated: Simulated, tmp_path: Path) -> None:
+def test_a_job_that_ends_at_any_point(
+    what: str, loaded: Any, simulated: Simulated, tmp_path: Path, record_property: Any
+) -> None:
     card = simulated.card
     points: list[str] = []
     driver = Driver(loaded("tensorrt"), "ltx-demo", Watcher(card, points.append), lanes=1)
     (first,) = driver.run([job(tmp_path, 0)])
     right, weights = pixels(first), card.allocated
     assert len(points) >= STEPS + 3
+    record_property("points", points)
     for point in list(points):
 
         def ends(where: str, point: str = point) -> None:
@@ -223,7 +229,7 @@ def test_weights_that_change_between_jobs(loaded: Any, simulated: Simulated, tmp
 
 
 def test_the_memory_planner_knows_what_a_batch_takes(
-    loaded: Any, demo_bundles: Path, simulated: Simulated, tmp_path: Path
+    loaded: Any, demo_bundles: Path, simulated: Simulated, tmp_path: Path, record_property: Any
 ) -> None:
     """Bytes beside weights: what it predicts for the largest videos, and what two lanes of them allocate."""
     card, pipe = simulated.card, loaded("tensorrt")
@@ -233,4 +239,5 @@ def test_the_memory_planner_knows_what_a_batch_takes(
     jobs = [job(tmp_path, i, LARGEST) for i in range(4)]
     assert {o.status for o in Driver(pipe, "ltx-demo", Watcher(card), lanes=2).run(jobs)} == {DONE}
     taken = card.peak - weights
+    record_property("predicted and taken", (predicted, taken))
     assert 0.5 * predicted <= taken <= predicted

@@ -100,12 +100,13 @@ def test_a_refused_input_leaves_nothing_for_the_next_call(simulated: Simulated, 
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("attribute", ["", "decoder"])
 def test_memory_that_runs_out_at_every_allocation_in_turn(
-    attribute: str, lasting: bool, simulated: Simulated, tmp_path: Path
+    attribute: str, lasting: bool, simulated: Simulated, tmp_path: Path, record_property: Any
 ) -> None:
     """For once: a call is made with what is given back. For good: one sentence, nothing is left. The next is right."""
     card = simulated.card
     usual = Shortage(simulated, tmp_path, attribute).allocations()
     assert usual >= 6  # engine, context, kernels, arena, two outputs; and buffers whose addresses stay
+    record_property("allocations", usual)
     for n in range(1, usual + 1):
         outcome = Shortage(simulated, tmp_path, attribute).at(n, lasting)
         loading = n <= 2  # the engine, and its context
