@@ -40,7 +40,7 @@ def test_every_variant_has_its_publishers_call() -> None:
     assert set(by_hand.WAYS) == set(NAMES)
 
 
-@pytest.mark.parametrize("name", tiny.thinned(NAMES, every=12))
+@pytest.mark.parametrize("name", tiny.thinned(NAMES, every=30))
 def test_defaults_are_the_publishers_render(name: str, tmp_path: Path, store: Path, record_property: Any) -> None:  # noqa: F811
     root, way, variant = tmp_path / "root", by_hand.WAYS[name], resolve(name)
     checkpoints.published(root, name)

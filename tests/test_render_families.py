@@ -48,7 +48,7 @@ def media_of(case: pipelines.Case, folder: Path) -> list[object]:
     return first + (["--last-image", folder / "last.png"] if case.media == "ends" else [])
 
 
-@pytest.mark.parametrize("name", tiny.thinned(pipelines.CASES, every=4))
+@pytest.mark.parametrize("name", tiny.thinned(pipelines.CASES, every=8))
 def test_engines_graphs_render_what_eager_renders(
     name: str, run: Any, tmp_path: Path, store: Path, record_property: Any
 ) -> None:
