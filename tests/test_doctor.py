@@ -41,7 +41,7 @@ def test_a_good_machine() -> None:
         (
             {"torch_cuda": ""},
             "bad",
-            "without CUDA, and this machine has NVIDIA GeForce RTX 4090; pip install --force-reinstall 'torch==2.11.0'",
+            "without CUDA, and this machine has NVIDIA GeForce RTX 4090; install the wheel torch==2.11.0+cu130",
         ),
         ({"cards": (replace(ADA, driver="570.86"),)}, "bad", "driver 570.86 is installed, and TensorRT for RTX"),
         ({"torch_sees": 0, "hidden": ""}, "bad", "sees no card: CUDA_VISIBLE_DEVICES is ''"),
