@@ -21,7 +21,7 @@ from tests.test_render_families import STEPS, frames_of, media_of
 
 OF_PICTURES = 256  # pixels a side, where the pipeline makes the size of the picture's shape
 PARTLY = {"framepack": {"vae_decoder"}, "framepack-ends": {"vae_decoder"}}
-"""Cases → components of which engines serve not every call: FramePack decodes its first section from one latent frame."""
+"""Cases → components of which engines do not serve every call: FramePack first decodes one latent frame alone."""
 
 
 @pytest.fixture(scope="session")
