@@ -19,7 +19,7 @@ from tests import pipelines, tiny, without_torchvision
 from tests.simulated_tensorrt import Simulated, bundle_of
 from tests.test_render_families import STEPS, frames_of, media_of
 
-OF_PICTURES = 256  # pixels a side, where the pipeline makes the size of the picture's shape
+OF_PICTURES = 640  # pixels a side, where the pipeline makes the size of the picture's shape
 PARTLY = {"framepack": {"vae_decoder"}, "framepack-ends": {"vae_decoder"}}
 """Cases → components of which engines do not serve every call: FramePack first decodes one latent frame alone."""
 
