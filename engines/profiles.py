@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from overcrank.errors import ShapeError
 from overcrank.models.base import Component, Variant, VideoShape
 
+ENCODER = "vae_encoder"
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -28,8 +29,13 @@ class Profile:
                 )
 
     def ranges(self, component: Component) -> dict[str, Range]:
-        """(min, opt, max) shape of each input of `component` that is dynamic."""
-        low, best, high = (dict(component.sizes(s)) for s in (self.min, self.opt, self.max))
+        """(min, opt, max) shape of each input of `component` that is dynamic.
+
+        A VAE's encoder is given pictures too, also where the shortest video has more frames than one.
+        """
+        pictures = component.name.startswith(ENCODER) and self.min != self.max
+        shortest = replace(self.min, frames=1) if pictures else self.min
+        low, best, high = (dict(component.sizes(s)) for s in (shortest, self.opt, self.max))
         low |= dict(component.free_axes)
         return {
             t.name: (t.shape(low), t.shape(best), t.shape(high))

@@ -19,6 +19,10 @@ from tests import pipelines, tiny, without_torchvision
 from tests.simulated_tensorrt import Simulated, bundle_of
 from tests.test_render_families import STEPS, frames_of, media_of
 
+OF_PICTURES = 640  # pixels a side, where the pipeline makes the size of the picture's shape
+PARTLY = {"framepack": {"vae_decoder"}, "framepack-ends": {"vae_decoder"}}
+"""Cases → components of which engines do not serve every call: FramePack first decodes one latent frame alone."""
+
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,10 +38,12 @@ def _what_cannot_be_installed_here() -> None:
 
 
 def profile_of(variant: Variant, case: pipelines.Case) -> Profile:
-    """The layout's own, wide enough for what the case renders, and for pictures that encoders are given."""
+    """The layout's own, wide enough for what the case renders, also where that has the size of its picture's shape."""
     layout = tiny.layout(variant.like)
     largest = [max(getattr(layout.maximum, a), getattr(case, a)) for a in ("height", "width", "frames")]
-    return Profile(replace(layout.minimum, frames=1), replace(layout.native, batch=2), VideoShape(*largest, batch=2))
+    if not all(rendering.sized for rendering in variant.renders.values()):
+        largest[:2] = OF_PICTURES, OF_PICTURES
+    return Profile(layout.minimum, replace(layout.native, batch=2), VideoShape(*largest, batch=2))
 
 
 def options_of(name: str, folder: Path, media: Path) -> list[object]:
@@ -63,15 +69,17 @@ def test_sessions_render_what_eager_renders(
     folder = pipelines.saved(name, tmp_path)
     bundle = built(name, folder, bundles, simulated)
     options = [*options_of(name, folder, tmp_path), "--store", bundles]
-    for backend, more in (("eager", []), ("tensorrt", ["--bundle", bundle.name])):
+    for backend, more in (("eager", []), ("auto", ["--bundle", bundle.name])):
         result = run("overcrank", "render", *options, *more, "--backend", backend, "-o", tmp_path / f"{backend}.png")
         assert result.exit_code == 0, result.output
-    about = json.loads((tmp_path / "tensorrt.json").read_text())
-    assert not about["fallbacks"]
+    about = json.loads((tmp_path / "auto.json").read_text())
+    reasons = {fallback["component"]: fallback["reason"] for fallback in about["fallbacks"]}
+    assert set(reasons) == PARTLY.get(name, set()), reasons
+    assert all("lies outside the engine's profile" in reason for reason in reasons.values())
     for component, backends in about["calls"].items():
-        assert set(backends) == {"tensorrt_rtx"}, component
+        assert set(backends) == {"tensorrt_rtx", *(["eager"] if component in reasons else [])}, component
     assert simulated.card.loads == len(about["calls"]), "twins do not share their engine"
-    eager, engines = (frames_of(tmp_path / f"{b}-frames") for b in ("eager", "tensorrt"))
+    eager, engines = (frames_of(tmp_path / f"{b}-frames") for b in ("eager", "auto"))
     decibels = -10 * np.log10(max(float(np.square(eager - engines).mean()), 1e-20))
     record_property("psnr", decibels)
     record_property("allocations", simulated.card.allocations)
