@@ -80,7 +80,7 @@ def test_sessions_render_what_eager_renders(
         assert set(backends) == {"tensorrt_rtx", *(["eager"] if component in reasons else [])}, component
     assert simulated.card.loads == len(about["calls"]), "twins do not share their engine"
     eager, engines = (frames_of(tmp_path / f"{b}-frames") for b in ("eager", "auto"))
-    decibels = -10 * np.log10(max(float(np.square(eager - engines).mean()), 1e-20))
+    decibels = -10 * float(np.log10(max(float(np.square(eager - engines).mean()), 1e-20)))
     record_property("psnr", decibels)
     record_property("allocations", simulated.card.allocations)
     assert decibels >= 50
