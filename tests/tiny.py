@@ -18,8 +18,8 @@ from overcrank.models.base import Variant, VideoShape
 _LTX_DIT = {
     "in_channels": 8,
     "out_channels": 8,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,  # with 8 no fused attention exists, and scores of a large video fill any card
     "cross_attention_dim": 32,
     "caption_channels": 32,
     "num_layers": 5,
