@@ -1,7 +1,7 @@
 """`python -m tests.diffusers_suite [CLASS…] [--variation WORD…] [--results FILE] [--markdown FILE]`: the table.
 
-All cells take hours. With `--results` each outcome is a line of that file as soon as it is known: what is right there is
-not run again, so that a run can be stopped, go on, and run beside another one of other classes.
+All cells take hours. With `--results` each outcome is a line of that file as soon as it is known: what is right
+there is not run again, so that a run can be stopped, go on, and run beside another one of other classes.
 """
 
 from __future__ import annotations
