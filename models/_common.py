@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -198,6 +198,11 @@ class Kept:
         if found is None or found[0] != key:
             found = self._kept[owner] = (key, make())
         return found[1]
+
+
+def state_of(tensors: Iterable[T]) -> tuple[tuple[int, int], ...]:
+    """Changes when tensors that something was made of are written, replaced or moved."""
+    return tuple((t.data_ptr(), t._version) for t in tensors)
 
 
 # ── what a family may leave out ──────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ from overcrank.models._common import (
     patches,
     product,
     rotated,
+    state_of,
 )
 from overcrank.models.base import Call, Component, Config, Repeat, Sizes, Tensor, VideoShape
 
@@ -202,7 +203,7 @@ def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: b
         raise ShapeError(f"this call gives each of {len(time)} tokens or frames its timestep")
     if per_token:
         time = time.expand(tokens.shape[1])
-    key = (latents.shape[2:], latents.device)
+    key = (latents.shape[2:], latents.device, state_of(m.rope.buffers()))
     cos, sin = _tables.get(module, key, lambda: _rotary(m, latents))
     sinusoids = m.condition_embedder.timesteps_proj(time)
     made = {"hidden_states": tokens, "time": sinusoids.float(), "rope_cos": cos, "rope_sin": sin}

@@ -121,6 +121,7 @@ class Component:
     is traced for; `oblivious` has torch.export take every length for neither 0 nor 1, where its
     guards ask for no more; `free_axes` maps an axis that no video shape sets to its smallest
     length. `variations` are classes that its `adapt` knows in the place of submodules of the stock module.
+    `fed` are stored buffers whose values `adapt` passes on; others are constants of the graph.
     `twins` are other parts of the pipeline, of the same architecture, that the same
     engine serves with their own weights, if the pipeline has them.
     """
@@ -140,6 +141,7 @@ class Component:
     default: bool = True
     twins: tuple[str, ...] = ()
     variations: tuple[str, ...] = ()
+    fed: tuple[str, ...] = ()
     returns: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] = _only_output
     free_axes: Sizes = field(default_factory=dict)
     traced_config: Config = field(default_factory=dict)

@@ -23,6 +23,7 @@ from overcrank.models._common import (
     product,
     rotated,
     sample_output,
+    state_of,
     unpatched_first,
 )  # fmt: skip
 from overcrank.models.base import (
@@ -228,6 +229,7 @@ def _denoiser(variant: Variant) -> Component:
         sizes=sizes,
         trace_sizes={"batch": 2, "tokens": 24, "text": 12},
         free_axes={"text": 1},
+        fed=("patch_embed.pos_embedding",),
     )
 
 
@@ -312,7 +314,7 @@ def _adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], patch: tupl
         halves = _tables.get(cos, latents.device, lambda: [t[None, :, 0::2].float().contiguous() for t in (cos, sin)])
         made["rope_cos"], made["rope_sin"] = (t.to(latents.device) for t in halves)
     if "position" in names:
-        key = (latents.shape[1:], latents.dtype, latents.device)
+        key = (latents.shape[1:], latents.dtype, latents.device, state_of(m.patch_embed.buffers()))
         made["position"] = _positions.get(module, key, lambda: _position(m.patch_embed, latents))
     if "ofs" in names:
         made["ofs"] = one_time(given(call, "ofs")["ofs"], latents.device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RequestError, ShapeError
 from overcrank.models import _cosmos_vae, _negative_prompts, _wan_vae, wan
-from overcrank.models._common import Kept, attend, forwards, given, one_time, patches, product, sample_output
+from overcrank.models._common import Kept, attend, forwards, given, one_time, patches, product, sample_output, state_of
 from overcrank.models.base import (
     Arguments,
     Call,
@@ -300,7 +300,8 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
         mask = interpolate(padding.to(latents.dtype), latents.shape[-2:], mode="nearest")
         latents = torch.cat([latents, mask.unsqueeze(2).expand(latents.shape[0], -1, latents.shape[2], -1, -1)], dim=1)
     fps = call.get("fps")
-    key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None)
+    made_of = state_of(m.learnable_pos_embed.parameters()) if learned else ()
+    key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None, made_of)
     places = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
     times = call["timestep"].reshape(-1).float()
     if learned and call["timestep"].ndim > 1 and not bool((times == times[0]).all()):

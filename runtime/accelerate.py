@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,7 +234,7 @@ def _install(pipe: Any, variant: Variant, ledger: Ledger, session: SessionMaker)
     for component in family(variant.family).components(variant):
         for part in (component.subfolder, *component.twins):
             grouped[part, component.attribute].append(component)
-    installed = []
+    installed: dict[tuple[str, str], EngineModule] = {}
     for (part, attribute), serving in grouped.items():
         owner = getattr(pipe, part, None)
         if owner is None:  # such as the second expert of a model that has one
@@ -242,5 +244,22 @@ def _install(pipe: Any, variant: Variant, ledger: Ledger, session: SessionMaker)
         def maker(component: Component, part: str = part, module: nn.Module = module) -> Callable[[], Session]:
             return lambda: session(component, part, module)
 
-        installed.append(EngineModule(module, [Slot(c, maker(c)) for c in serving], ledger))
-    return installed
+        installed[part, attribute] = EngineModule(module, [Slot(c, maker(c)) for c in serving], ledger)
+    ledger.look = partial(_look_for_others, weakref.ref(pipe), installed, ledger)
+    return list(installed.values())
+
+
+def _look_for_others(
+    pipe: Callable[[], Any], installed: Mapping[tuple[str, str], EngineModule], ledger: Ledger
+) -> None:
+    """Tell of parts that were put in the places of those that engines run, which nothing else would."""
+    for (part, attribute), module in installed.items():
+        owner = getattr(pipe(), part, None)
+        if owner is None or not module.slots:  # taken out to save memory, or engines were removed
+            continue
+        found = getattr(owner, attribute, None) if attribute else owner
+        if getattr(found, "_orig_mod", found) is not module.module:
+            place = f"pipe.{part}.{attribute}".rstrip(".")
+            ledger.fall_back(
+                [module.name], f"{place} is not the one that was accelerated", "call accelerate(pipe) again"
+            )

@@ -15,6 +15,7 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+from overcrank.models._common import state_of
 from overcrank.runtime.stock import Kinds, require_stock
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class Change(enum.IntEnum):
 class Fingerprint:
     """What of a module changes when anything that an engine relies on does; `same` asks in microseconds.
 
-    Where parameters lie, attributes that are replaced, how many each submodule has, and what PyTorch tells of
-    submodules, parameters and hooks that are registered. `copies`: a session holds copies of weights, so what is
-    written into the module's own counts too.
+    Where parameters lie, attributes that are replaced, how many each submodule has, buffers and whether they were
+    written, and what PyTorch tells of submodules, parameters and hooks that are registered. `copies`: a session holds
+    copies of weights, so what is written into the module's own counts too.
     """
 
     def __init__(self, module: nn.Module, kinds: Kinds, copies: bool) -> None:
@@ -56,6 +57,9 @@ class Fingerprint:
         some = [(t, key) for t in gaps for key, value in t.items() if value is not None]
         self._some = [t for t, _ in some], [key for _, key in some]
         self._parameters = self._current()
+        places = [(m._buffers, name) for m in self._submodules for name in m._buffers]
+        self._places = [table for table, _ in places], [name for _, name in places]
+        self._buffers = self._buffers_now()
         self._types = list({type(m) for m in self._submodules})
         self._forwards = list(map(_FORWARD, self._types))
         self._attributes = [vars(m) for m in self._submodules]
@@ -75,6 +79,9 @@ class Fingerprint:
         """The parameters that are in their places now."""
         return list(chain(chain.from_iterable(map(dict.values, self._full)), map(dict.get, *self._some)))
 
+    def _buffers_now(self) -> list[Any]:
+        return list(map(dict.get, *self._places))
+
     def count_writes(self) -> None:
         """A session has just copied the weights."""
         self.copies = True
@@ -83,6 +90,7 @@ class Fingerprint:
     def noted(self) -> None:
         """Take where the parameters are now for right."""
         self._addresses = _addresses(self._parameters)
+        self._constants = state_of(b for b in self._buffers if b is not None)
         self._versions = _versions(self._parameters) if self.copies else []
         self.__dict__.pop("_samples", None)
         self._content = self._sampled() if self.copies else None
@@ -96,6 +104,7 @@ class Fingerprint:
             and list(map(len, self._attributes)) == self._counts
             and all(map(is_, map(dict.get, *self._watched), self._values))
             and all(map(is_, chain.from_iterable(map(dict.values, self._children)), self._inside))
+            and (not self._buffers or self._same_buffers())
             and _at(self._current(), self._addresses)
             and (not self.copies or self._unwritten())
         )
@@ -112,6 +121,10 @@ class Fingerprint:
         if self._versions != earlier._versions or self._content != earlier._content:
             return Change.WRITTEN
         return Change.NOTHING if self._addresses == earlier._addresses else Change.MOVED
+
+    def _same_buffers(self) -> bool:
+        now = self._buffers_now()
+        return all(map(is_, now, self._buffers)) and self._constants == state_of(b for b in now if b is not None)
 
     def _unwritten(self) -> bool:
         if _versions(self._parameters) != self._versions:

@@ -110,7 +110,7 @@ class EngineModule:
         self._eager = module.forward
         self._before = vars(module).get("forward")  # an offload hook's, if there is one
         self._compiled = vars(module).pop("_compiled_call_impl", None)  # by module.compile()
-        self._name = slots[0].component.name
+        self.name = slots[0].component.name
         self._parked = Parked(module)
         self._bound: Fingerprint | None = None
         self._binding = threading.Lock()
@@ -136,14 +136,15 @@ class EngineModule:
         import torch
 
         if self.slots and not (torch.is_grad_enabled() or self.ledger.forced_eager):
+            self.ledger.look()
             hook = getattr(self.module, "_hf_hook", None)
             if hook is not None and self._before is not None:  # under this forward, which brings the weights
                 args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
             try:
                 return self._by_an_engine(_arguments(self.__signature__, args, kwargs))
             except CannotServe as refusal:
-                self.ledger.fall_back([self._name], refusal.reason, refusal.fix)
-        self.ledger.record.served[self._name, EAGER] += 1
+                self.ledger.fall_back([self.name], refusal.reason, refusal.fix)
+        self.ledger.record.served[self.name, EAGER] += 1
         self._parked.fetch()
         return self._eager(*args, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -100,6 +100,7 @@ class Ledger:
         """`strict`: a fallback raises BackendError in place of a warning."""
         self.strict = strict
         self.standing: list[Fallback] = []  # known before any call
+        self.look: Callable[[], None] = lambda: None  # for what is asked of no engine, before every call
         self._warned: set[str] = set()
         self._local = threading.local()
         self._outside = Record()
@@ -119,6 +120,7 @@ class Ledger:
         self._local.record = record = Record(fallbacks=list(self.standing))
         try:
             yield record
+            self.look()
         finally:
             del self._local.record
 

@@ -123,12 +123,16 @@ def require_renderable(path: Path, variant: Variant, quantization: Quantization 
 def graph_session(
     component: Component, part: str, module: nn.Module, store: Store, quantization: Quantization | None
 ) -> Session:
-    """The component's graph from the store's cache, exported into it the first time, quantized as asked."""
+    """The component's graph from the store's cache, exported into it the first time, quantized as asked.
+
+    It is of the module's own type, as its constants are; quantized layers compute in bf16.
+    """
     import onnx_ir as ir
     from overcrank.calibration.quantize import layout_in, quantized
     from overcrank.runtime.ort import OrtSession
 
-    graph = store.graph(component, "bf16")
+    own = compute_type(module)
+    graph = store.graph(component, own if quantization is None and own in ("fp16", "fp32") else "bf16")
     model, parameters = ir.load(graph.onnx), graph.parameters
     packs: Mapping[str, Tensor] = {}
     if quantization is not None:

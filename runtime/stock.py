@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from overcrank.models.base import Component
 from overcrank.runtime.session import CannotServe
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 FREE_U = ("s1", "s2", "b1", "b2")
@@ -21,17 +22,23 @@ Types = Mapping[str, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Kinds:
-    """What a component's class makes: its submodules, and the classes that may stand in their places."""
+    """What a component's class makes: its submodules, the classes that may stand in their places, and constants.
+
+    `buffers` are those that a checkpoint stores and the graph holds, by their path.
+    """
 
     types: Types
     variations: frozenset[str] = frozenset()
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def kinds_of(components: Sequence[Component]) -> Kinds:
     """Of components that serve the same module."""
     first = components[0]
     config = json.dumps(dict(first.config), sort_keys=True, default=str)
-    return Kinds(_types(_Made(first, config)), frozenset(n for c in components for n in c.variations))
+    types, stored = _types_and_buffers(_Made(first, config))
+    constant = {path: value for path, value in stored.items() if path not in first.fed}
+    return Kinds(types, frozenset(n for c in components for n in c.variations), constant)
 
 
 class _Made:
@@ -48,13 +55,24 @@ class _Made:
 
 
 @lru_cache(maxsize=32)
-def _types(made: _Made) -> Types:
+def _types_and_buffers(made: _Made) -> tuple[Types, Mapping[str, torch.Tensor]]:
     from accelerate import init_empty_weights
     from overcrank.export.module import construct, part
 
     with init_empty_weights(include_buffers=False):
         whole = construct(made.component, made.component.config)
-    return {path: _type(module) for path, module in part(whole, made.component).named_modules()}
+    module = part(whole, made.component)
+    return {path: _type(sub) for path, sub in module.named_modules()}, stored_buffers(module)
+
+
+def stored_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of floating point that are in the module's state dict, by their path."""
+    names = {p for p, sub in module.named_modules() for p in (f"{p}.{b}".lstrip(".") for b in _stored(sub))}
+    return {path: value for path, value in module.named_buffers() if path in names and value.is_floating_point()}
+
+
+def _stored(sub: nn.Module) -> set[str]:
+    return set(sub._buffers) - sub._non_persistent_buffers_set
 
 
 def _type(module: nn.Module) -> tuple[str, str]:
@@ -70,6 +88,7 @@ def require_stock(module: nn.Module, kinds: Kinds) -> None:
             raise CannotServe(reason, fix, lasting=False)
     if (missing := set(kinds.types) - set(paths)) and not kinds.variations:
         raise CannotServe(f"the module has no {min(missing)}", "load the checkpoint anew", lasting=False)
+    _require_own_constants(module, kinds)
     for cls in {type(m) for m in paths.values()}:
         _require_own_forward(cls)
     _require_no_global_hooks()
@@ -117,6 +136,23 @@ def _is_own(sub: nn.Module, forward: Any) -> bool:
     if forward is None:
         return True
     return getattr(forward, "__self__", None) is sub and getattr(forward, "__func__", None) is type(sub).forward
+
+
+def _require_own_constants(module: nn.Module, kinds: Kinds) -> None:
+    """Buffers of a checkpoint are its class's, but for their rounding to 16 bit."""
+    import torch
+
+    own = dict(module.named_buffers()) if kinds.buffers else {}
+    for path, stock in kinds.buffers.items():
+        value = own.get(path)
+        if value is None and kinds.variations:
+            continue
+        if value is None or not torch.allclose(value.float().cpu(), stock, rtol=2**-7, atol=2**-8):
+            raise CannotServe(
+                f"{path} has other values than its class gives it, which engines hold as constants",
+                "load the checkpoint as published",
+                lasting=False,
+            )
 
 
 def _require_own_forward(cls: type[nn.Module]) -> None:

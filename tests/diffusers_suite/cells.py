@@ -263,6 +263,8 @@ def judged(eager: Frames, frames: Frames, record: Record, allowed: float, variat
     if off > allowed or (not served and not same_bits(eager, frames)):
         said = f", though it fell back: {reasons}" if reasons else ""
         return Outcome("UNEQUAL", f"off by {off:.2g}{said}")
+    if any(f.component.startswith(MAIN) for f in record.fallbacks) and not any(c.startswith(MAIN) for c in served):
+        return Outcome("fallback", reasons)
     if not any(component.startswith(MAIN) for component, _ in record.served):
         return Outcome("UNNAMED", "no call of the denoiser is recorded")
     if not_served and not reasons:

@@ -235,6 +235,9 @@ def switched(on: str, off: str, **options: Any) -> Callable[[Pipe], Changed]:
         if not hasattr(pipe, on):
             raise NotHere(f"no {on}")
         getattr(pipe, on)(**options)
+        middle = getattr(getattr(pipe, "unet", None), "mid_block", None)
+        if on == "enable_free_noise" and not hasattr(middle, "motion_modules"):
+            return Changed()  # diffusers cannot switch it off: disable_free_noise() raises AttributeError
         return Changed(undo=getattr(pipe, off))
 
     return made
@@ -298,13 +301,13 @@ def pickled(pipe: Pipe) -> Changed:
 
 
 def part_copied(pipe: Pipe) -> Changed:
-    """A copy of the denoiser, changed, in a pipeline of its own: the first one's engine must not answer for it."""
-    other = copy.copy(pipe)
-    module = copy.deepcopy(denoiser(pipe))
+    """A copy of the denoiser, changed, in its place: the first one's engine must not answer for it."""
+    own = denoiser(pipe)
+    module = copy.deepcopy(own)
     with torch.no_grad():
         next(p for n, p in module.named_parameters() if n.endswith("to_out.0.weight") or p.ndim > 1).mul_(3.0)
-    setattr(other, part_name(pipe), module)
-    return Changed(other)
+    setattr(pipe, part_name(pipe), module)
+    return Changed(undo=lambda: setattr(pipe, part_name(pipe), own))
 
 
 def part_pickled(pipe: Pipe) -> Changed:
