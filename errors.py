@@ -21,6 +21,10 @@ OvercrankError            exit 1: something failed that the user could not have 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class OvercrankError(Exception):
     """Base of every error that is shown as one sentence; `exit_code` is the process's."""
@@ -90,3 +94,10 @@ class BuildCancelled(OvercrankError):
 
 class RenderCancelled(OvercrankError):
     exit_code = 130
+
+
+def present(value: T | None, what: str) -> T:
+    """What cannot be missing; raises OvercrankError, which names it, if it is."""
+    if value is None:
+        raise OvercrankError(f"{what} is missing; this is a fault of overcrank, please report it.")
+    return value

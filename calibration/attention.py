@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.nodes import NUMBERS, Packed, Rewriting
 from overcrank.calibration.recipe import OPERANDS, Range
+from overcrank.errors import present
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,16 +52,13 @@ def attentions(model: ir.Model) -> Iterator[Attention]:
     for node in model.graph:
         if node.op_type != "Attention" or node.attributes.get_int("is_causal"):
             continue
-        query, key, *_ = node.inputs
+        query, key = (present(x, "an input of an attention") for x in node.inputs[:2])
+        shape, other = (present(x.shape, "the shape of an attention's input") for x in (query, key))
         mask = node.inputs[3] if len(node.inputs) > 3 else None
-        assert query is not None
-        assert query.shape is not None
-        assert key is not None
-        assert key.shape is not None
-        if query.shape[1:3] != key.shape[1:3] or (mask is not None and mask.dtype != query.dtype):
+        if shape[1:3] != other[1:3] or (mask is not None and mask.dtype != query.dtype):
             continue
         if name := _module_of(node.inputs[2]):
-            yield Attention(name, node, str(query.shape[2]))
+            yield Attention(name, node, str(shape[2]))
 
 
 def fusable(model: ir.Model, ranges: Mapping[str, Range3]) -> Iterator[Attention]:
@@ -101,10 +99,8 @@ def in_fp8(model: ir.Model, names: Collection[str]) -> list[Packed]:
             same.setdefault(attention.name, []).append(attention.node)
     packed: list[Packed] = []
     for name, nodes in same.items():
-        query = nodes[0].inputs[0]
-        assert query is not None
-        assert query.dtype is not None
-        rewriting = _Rewriting(model.graph, name, FP8, query.dtype)
+        query = present(nodes[0].inputs[0], "an attention's query")
+        rewriting = _Rewriting(model.graph, name, FP8, present(query.dtype, "the type of an attention's query"))
         for i, node in enumerate(nodes):
             rewriting.one(node, f"{name}/{i}" if i else name)
         packed += rewriting.packed
@@ -117,10 +113,8 @@ class _Rewriting(Rewriting):
         if not self.packed:
             self.factors = {role: self.input(role, self.compute, (1, 1, 1, 1)) for role in FACTORS}
         self.at = node
-        query = node.inputs[0]
-        assert query is not None
-        assert query.shape is not None
-        size = node.attributes.get_float("scale", 0.0) or int(str(query.shape[3])) ** -0.5
+        width = present(present(node.inputs[0], "an attention's query").shape, "the shape of an attention's query")[3]
+        size = node.attributes.get_float("scale", 0.0) or int(str(width)) ** -0.5
         q, k, v = (self._operand(x, name) for x, name in zip(node.inputs, OPERANDS, strict=False))
         scores = self.node("MatMul", q, self.node("Transpose", k, perm=[0, 1, 3, 2]))
         scores = self.node("Mul", scores, self.constant(f"quant_size_{size:.6g}", size))
@@ -134,8 +128,7 @@ class _Rewriting(Rewriting):
         self.replace(node, y)
 
     def _operand(self, x: ir.Value | None, name: str) -> ir.Value:
-        assert x is not None
-        scaled = self.node("Mul", x, self.factors[f"{name}_before"])
+        scaled = self.node("Mul", present(x, "an input of an attention"), self.factors[f"{name}_before"])
         return self.rounded(scaled, self.constant("quant_step_attention", STEP))
 
 

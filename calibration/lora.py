@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import CheckpointError, UserError
+from overcrank.errors import CheckpointError, UserError, present
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,8 +97,7 @@ def merge(loras: Sequence[Lora], parts: Parts) -> None:
         for lora in loras:
             for part, name in lora.parameters():
                 parameter = parts[part].get_parameter(name)
-                added = lora.delta(part, name)
-                assert added is not None
+                added = present(lora.delta(part, name), f"what the LoRA adds to {name}")
                 parameter.add_(added.reshape(parameter.shape).to(parameter))
 
 
@@ -148,11 +147,9 @@ def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
     if read < given:
         raise CheckpointError(f"--lora {file}: diffusers drops {given - read} of its {given} layers; it is not merged.")
     own = next((p for p in ("transformer", "unet") if p in parts), "")
-    for key in tensors.keys() - rest.keys():
-        match = _DIFFERENCE.fullmatch(key)
-        assert match is not None
+    for match in filter(None, map(_DIFFERENCE.fullmatch, tensors)):
         parameter = f"{match['name']}.{'bias' if match['kind'] == 'diff_b' else 'weight'}"
-        found.differences[own, _known(parameter, own, parts)] = tensors[key]
+        found.differences[own, _known(parameter, own, parts)] = tensors[match.string]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from overcrank.calibration.attention import packed_factors
 from overcrank.calibration.nodes import BLOCK, NUMBERS
 from overcrank.calibration.recipe import ATTENTION, LayerFormat, Range
-from overcrank.errors import CheckpointError
+from overcrank.errors import CheckpointError, present
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +68,7 @@ def _before(weight: Tensor, form: LayerFormat, seen: Range | None, reach: float)
     if seen is not None and seen.smoothing is not None:
         factor = factor / torch.tensor(seen.smoothing, device=weight.device)
     if form.activations == "static":
-        assert seen is not None
-        factor = factor * (reach / seen.amax)
+        factor = factor * (reach / present(seen, "the range of a layer").amax)
     return factor
 
 

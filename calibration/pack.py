@@ -81,7 +81,8 @@ def _write_part(stream: BinaryIO, part: Part, progress: Callable[[str], None]) -
         made = packed_tensors(layer, form, part.read, part.ranges, part.compute)
         for entry in entries:
             tensor = made[entry.role]
-            assert list(tensor.shape) == _stored(entry), entry
+            if list(tensor.shape) != _stored(entry):
+                raise CheckpointError(f"{layer}: its {entry.role} is {list(tensor.shape)}, not {_stored(entry)}.")
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 

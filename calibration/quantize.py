@@ -16,6 +16,7 @@ import numpy as np
 from overcrank.calibration.attention import Range3, attentions, fusable, in_fp8
 from overcrank.calibration.nodes import BLOCK, NUMBERS, Packed, Rewriting
 from overcrank.calibration.recipe import ATTENTION, ComponentRecipe, LayerFormat
+from overcrank.errors import present
 from overcrank.export.weights import Parameter
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ class _Rewrite(Rewriting):
     def __init__(self, model: ir.Model, name: str, form: LayerFormat, weight: ir.Value) -> None:
         import onnx_ir as ir
 
-        assert weight.dtype is not None
-        super().__init__(model.graph, name, NUMBERS[form.format], weight.dtype)
+        super().__init__(model.graph, name, NUMBERS[form.format], present(weight.dtype, "a weight's type"))
         self.form, self.turned = form, form.activations == "16bit"
         _, self.outputs, self.inner = (int(str(d)) for d in weight.shape or ())
         shape = (1, self.outputs, self.inner)
@@ -110,8 +110,7 @@ class _Rewrite(Rewriting):
     def _one(self, product: ir.Node, called: str) -> None:
         """`called` names the product in the plan, where the lint looks for it."""
         self.at = product
-        x = product.inputs[0]
-        assert x is not None
+        x = present(product.inputs[0], "a product's input")
         token = None
         x = self.node("Mul", x, self.before)
         if self.form.activations == "dynamic":

@@ -96,12 +96,8 @@ class Keyring:
     def trust(self, line: str) -> Publisher:
         """Put a public key, as `Publisher.line` writes it, on the allow-list."""
         words = line.split()
-        try:
-            assert len(words) == 3
-            assert words[0] == WORD
-            assert len(base64.b64decode(words[1], validate=True)) == 32
-        except (AssertionError, ValueError) as error:
-            raise UserError(f"'{line[:80]}' is no public key; it looks like '{WORD} BASE64 NAME'.") from error
+        if len(words) != 3 or words[0] != WORD or not _is_key(words[1]):
+            raise UserError(f"'{line[:80]}' is no public key; it looks like '{WORD} BASE64 NAME'.")
         _check_name(words[2])
         return self._add(words[2], words[1])
 
@@ -217,6 +213,14 @@ def _verifies(who: Publisher, found: Signature, content: bytes) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return base64.b64encode(signature).decode() == found.signature  # one spelling, not several
+
+
+def _is_key(text: str) -> bool:
+    """Whether it is 32 bytes in base64."""
+    try:
+        return len(base64.b64decode(text, validate=True)) == 32
+    except ValueError:
+        return False
 
 
 def _public(key: Ed25519PrivateKey) -> str:

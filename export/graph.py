@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import ExportError
+from overcrank.errors import ExportError, present
 from overcrank.export import linear, operators
 from overcrank.export.module import abstract_module, torch_dtype
 from overcrank.export.passes import cleaned, deduplicated
@@ -137,8 +137,7 @@ def _converted(program: Any) -> ir.Model:
             verbose=False,
             custom_translation_table=operators.translations(),
         )
-    assert out is not None
-    model: ir.Model = out.model
+    model: ir.Model = present(out, "the exported program").model
     return model
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor as T
     from torch import nn
 
-TEXT_LENGTH = 512  # the cross attention tells image tokens from text by this number
+TEXT_LENGTH = 512  # beside a picture the stock cross attention tells its tokens from text by this number
 IMAGE_TOKENS = 257  # of the CLIP image encoder
 TRACED_BLOCKS = 3
 
@@ -42,7 +42,7 @@ def component(
 ) -> Component:
     """The transformer as a component; `latent(shape)` gives latent (frames, height, width).
 
-    With `per_token` every token has its timestep.
+    With `per_token` every token has its timestep. Without pictures the text may be shorter than usual.
     """
     patch = tuple(config["patch_size"])
     features = patch[0] * patch[1] * patch[2]
@@ -51,7 +51,7 @@ def component(
     images = IMAGE_TOKENS * (2 if config.get("pos_embed_seq_len") else 1)
     inputs = [
         Tensor("hidden_states", (1, "tokens", config["in_channels"] * features)),
-        Tensor("encoder_hidden_states", (1, TEXT_LENGTH, config["text_dim"])),
+        Tensor("encoder_hidden_states", (1, TEXT_LENGTH if image else "text", config["text_dim"])),
         Tensor("time", ("tokens" if per_token else 1, config["freq_dim"]), "float32"),
         Tensor("rope_cos", (1, "tokens", config["attention_head_dim"] // 2), "float32"),
         Tensor("rope_sin", (1, "tokens", config["attention_head_dim"] // 2), "float32"),
@@ -69,7 +69,7 @@ def component(
     def sizes(shape: VideoShape) -> Sizes:
         frames, height, width = latent(shape)
         sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {"tokens": product(latent(shape), patch)} | sides
+        return {"tokens": product(latent(shape), patch), "text": TEXT_LENGTH} | sides
 
     return Component(
         name=name,
@@ -85,7 +85,8 @@ def component(
         returns=partial(from_patches, patch=patch),
         sample=partial(sample, names=names, per_token=per_token),
         sizes=sizes,
-        trace_sizes={"tokens": 24},
+        trace_sizes={"tokens": 24, "text": 12},
+        free_axes={} if image else {"text": 1},
         **more,
     )
 
@@ -256,7 +257,7 @@ def sample(
 
     call: dict[str, Any] = {
         "hidden_states": normal(1, config.in_channels, *video),
-        "encoder_hidden_states": normal(1, TEXT_LENGTH, config.text_dim),
+        "encoder_hidden_states": normal(1, TEXT_LENGTH if config.image_dim else sizes["text"], config.text_dim),
         "timestep": torch.tensor([750.0]),
         "return_dict": False,
     }

@@ -20,7 +20,7 @@ from overcrank.calibration.recipe import (
     default_recipe,
 )
 from overcrank.engines.store import Store, written_whole
-from overcrank.errors import RequestError, UserError
+from overcrank.errors import RequestError, UserError, present
 from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.checkpoint import checkpoint_digest
@@ -110,7 +110,7 @@ def _searched(
     from overcrank.runtime.load import load
     from overcrank.runtime.show import counting
 
-    assert wanted.target is not None
+    target = present(wanted.target, "the target of a search")
     pipe = load(model, backend="eager", device=wanted.device, store=wanted.store, quiet=wanted.quiet)
     parts = {
         name: ((component.subfolder, *component.twins), layout_of(component, own, Store(wanted.store)))
@@ -119,8 +119,8 @@ def _searched(
     }
     latents = [r.model_copy(update={"formats": ("latents",)}) for r in requests]
     with counting("searching", "tries", wanted.quiet) as progress:
-        found = searched(pipe, recipe, parts, latents, wanted.target, progress)
-    show_search(found, wanted.target)
+        found = searched(pipe, recipe, parts, latents, target, progress)
+    show_search(found, target)
     return found.recipe
 
 

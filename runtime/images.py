@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import RequestError
+from overcrank.errors import RequestError, present
 from overcrank.models import hook
 from overcrank.models.base import Media, Variant, VideoShape
 
@@ -26,8 +26,7 @@ def media_of(request: RenderRequest, variant: Variant) -> Media:
     if request.video is not None:
         count, last = hook(variant, "clip_of")(variant, request.shape)
         video = fitted_video(request.video, request.shape, count, last)
-    assert request.fps is not None
-    return Media(images, video, request.strength, request.fps)
+    return Media(images, video, request.strength, present(request.fps, "fps of the request"))
 
 
 def rate_of(path: Path) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import BuildCancelled, OvercrankError, RenderCancelled, ShapeError
 from overcrank.models.base import Call, Component
 from overcrank.runtime.fingerprint import Change, Fingerprint
+from overcrank.runtime.parked import Parked
 from overcrank.runtime.session import EAGER, CannotServe, Ledger, Session, log, run_each
 from overcrank.runtime.stock import kinds_of
 from overcrank.runtime.workspace import out_of_memory
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -60,37 +60,6 @@ class Slot:
             kept = change < Change.REBUILT and self.session is not None
             if not (kept and self.session.rebind(change is Change.WRITTEN)):  # type: ignore[union-attr]
                 self.session = None
-
-
-class Parked:
-    """Weights of a module's quantized layers, in host memory while an engine multiplies packed ones in their place.
-
-    A module with hooks that move it is left alone. Its first parameter stays, as it tells where the module is.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._away: dict[str, torch.device] = {}
-
-    def park(self, layers: Sequence[str]) -> bool:
-        """Returns whether any was moved."""
-        first = next(self._module.parameters())
-        if first.device.type == "cpu" or hasattr(self._module, "_hf_hook"):
-            return False
-        before = len(self._away)
-        for name in layers:
-            weight = self._module.get_parameter(f"{name}.weight")
-            if weight is not first and name not in self._away:
-                self._away[name] = weight.device
-                weight.data = weight.data.cpu()
-        return len(self._away) > before
-
-    def fetch(self) -> None:
-        """Back to where they were, for PyTorch to multiply; of those that have been moved since, none."""
-        for name, device in self._away.items():
-            weight = self._module.get_parameter(f"{name}.weight")
-            weight.data = weight.data.to(device)
-        self._away.clear()
 
 
 class EngineModule:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from overcrank.calibration.nodes import BLOCK
+from overcrank.errors import present
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,8 +44,8 @@ def _scale_outright(graph: ir.Graph, node: ir.Node) -> None:
     """A weight holds its values times their block scales: only the step is left to multiply by."""
     import onnx_ir as ir
 
-    inner = node.inputs[1].producer()  # type: ignore[union-attr]
-    assert inner is not None
+    scale = present(node.inputs[1], "a weight's scale")
+    inner = present(scale.producer(), "the product of a weight's scales")
     made = ir.node("Mul", [node.inputs[0], inner.inputs[1]])
     graph.insert_before(node, made)
     node.outputs[0].replace_all_uses_with(made.outputs[0])

@@ -8,9 +8,9 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from overcrank.errors import RequestError
+from overcrank.errors import RequestError, present
 from overcrank.models import check_shape, hook, local_folder
 from overcrank.models._schedulers import RESCALING
 from overcrank.models.base import Rendering, Variant, VideoShape
@@ -146,10 +146,8 @@ class RenderRequest(BaseModel):
     @property
     def shape(self) -> VideoShape:
         """Of a completed request."""
-        assert self.height is not None
-        assert self.width is not None
-        assert self.frames is not None
-        return VideoShape(self.height, self.width, self.frames)
+        sizes = {"height": self.height, "width": self.width, "frames": self.frames}
+        return VideoShape(**{name: present(value, f"{name} of the request") for name, value in sizes.items()})
 
     def digest(self, model: str, settings: Mapping[str, object] | None = None) -> str:
         """SHA-256 of what decides the frames and files of a completed request, the content of its files included.
@@ -248,9 +246,8 @@ def _job(line: str, number: int) -> RenderRequest:
     return job
 
 
-def _reason(error: object) -> str:
+def _reason(error: Mapping[str, Any]) -> str:
     """One pydantic error as "field: what is wrong"."""
-    assert isinstance(error, dict)
     field = ".".join(map(str, error["loc"])) or "job"
     if error["type"] == "extra_forbidden":
         return f"{field}: no such field; there are {', '.join(RenderRequest.model_fields)}"

@@ -109,7 +109,7 @@ def test_a_portable_engine_renders(run: Any, tmp_path: Path) -> None:
 
 
 def test_parked_weights_come_back() -> None:
-    from overcrank.runtime.module import Parked
+    from overcrank.runtime.parked import Parked
 
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).cuda()
     before = module[1].weight.detach().clone()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from overcrank.errors import UserError
 from overcrank.runtime.memory import DENOISERS, ENCODERS, OTHERS, RESERVE, Part, parts_of, place, planned, vram_of
-from overcrank.runtime.module import Parked
+from overcrank.runtime.parked import Parked
 
 GB = 10**9
 PARTS = [

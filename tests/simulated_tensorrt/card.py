@@ -281,15 +281,24 @@ class Card:
         """As `.to("cpu")` does on a machine with a card."""
         for tensor in (*module.parameters(), *module.buffers()):
             if self.holds(tensor):
-                tensor.data = tensor.data.clone()
-                storage = tensor.untyped_storage()
-                self._host[storage.data_ptr()] = StorageWeakRef(storage)
+                tensor.data = self.sent_away(tensor.data)
 
     def bring(self, module: torch.nn.Module) -> None:
         """As `.to("cuda")` does: each parameter into memory of its own on the card."""
         for tensor in (*module.parameters(), *module.buffers()):
             here = self._regions.get(tensor.untyped_storage().data_ptr())
             if here is None or here.backing is None or not here.alive:
-                own = self.empty(tuple(tensor.shape), tensor.dtype)
-                self.copy(own, tensor.data)
-                tensor.data = own
+                tensor.data = self.brought(tensor.data)
+
+    def sent_away(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory."""
+        copy = tensor.clone()
+        storage = copy.untyped_storage()
+        self._host[storage.data_ptr()] = StorageWeakRef(storage)
+        return copy
+
+    def brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the card."""
+        own = self.empty(tuple(tensor.shape), tensor.dtype)
+        self.copy(own, tensor)
+        return own

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from overcrank.calibration.recipe import IN_16_BIT, LayerFormat
 from overcrank.engines import cards
 from overcrank.engines.build import Request, build
 from overcrank.engines.compile import Compiled
@@ -89,14 +90,23 @@ def every_component(variant: Variant) -> tuple[Component, ...]:
     return tuple(family(variant.family).components(variant))
 
 
-def bundle_of(variant: Variant, profile: Profile, store: Store, *names: str, wide: bool = True) -> Path:
+def bundle_of(
+    variant: Variant,
+    profile: Profile,
+    store: Store,
+    *names: str,
+    wide: bool = True,
+    layers: LayerFormat = IN_16_BIT,
+) -> Path:
     """Of these components [default: all of the variant's], with plans of a few bytes for engines.
 
-    All else is as the product builds it in bf16. `wide`: for a pipeline in fp32, whose types the engine then has.
+    All else is as the product builds it in bf16, or with quantized `layers`. `wide`: for a pipeline in fp32, whose
+    types the engine then has.
     """
+    precision = "bf16" if layers == IN_16_BIT else layers.format
     parts = dict.fromkeys(variant.configs, "bf16")
     names = names or tuple(c.name for c in every_component(variant))
-    request = Request(variant, BY_NAME["sm_89"], "bf16", profile, components=names, dtypes=parts)
+    request = Request(variant, BY_NAME["sm_89"], precision, profile, components=names, dtypes=parts, layers=layers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("overcrank.engines.worker.engine_from_graph", _compiled)
         (built,) = build([request], store, lambda title, what: None, Here)

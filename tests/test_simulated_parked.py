@@ -1,0 +1,67 @@
+"""A quantized engine through the simulated runtime: packed weights are on the card, those they stand for are not."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from overcrank import accelerate
+from overcrank.calibration.recipe import LayerFormat
+from overcrank.engines.store import Store
+from overcrank.models import resolve
+from overcrank.runtime import parked
+from overcrank.runtime.load import load
+from overcrank.runtime.sources import Quantization
+
+from tests.simulated_tensorrt import Simulated, bundle_of
+from tests.test_simulated_batch import PROFILE
+
+INT8 = LayerFormat("int8", "dynamic")
+CALL = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+
+
+@pytest.fixture
+def pipe(simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    card = simulated.card
+    monkeypatch.setattr(parked, "on_a_card", card.holds)
+    monkeypatch.setattr(parked, "to_host", card.sent_away)
+    monkeypatch.setattr(parked, "to_device", lambda tensor, device: card.brought(tensor))
+    built = bundle_of(resolve("ltx-demo"), PROFILE, Store(tmp_path), "denoiser", wide=False, layers=INT8)
+    simulated.plans.register(built)
+    made = load("ltx-demo", backend="eager", device="cpu", dtype=torch.bfloat16)
+    made.set_progress_bar_config(disable=True)
+    return accelerate(made, backend="tensorrt", store=tmp_path, quantization=Quantization(INT8))
+
+
+def latents(pipe: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    made: torch.Tensor = pipe(**CALL, output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+    return made
+
+
+def test_weights_are_parked_fetched_for_pytorch_and_parked_again(simulated: Simulated, pipe: Any) -> None:
+    card, ledger = simulated.card, pipe.overcrank.ledger
+    whole = card.allocated
+    with ledger.eagerly():
+        eager = latents(pipe)
+    with ledger.recording() as record:
+        first = latents(pipe)
+    assert record.backends() == {"denoiser": {"tensorrt_rtx": 2}}
+    layers = pipe.overcrank.modules[0].slots[0].session.replaced
+    weights = [pipe.transformer.get_parameter(f"{name}.weight") for name in layers]
+    assert len(weights) > 20
+    assert not any(map(card.holds, weights))
+    gc.collect()
+    assert card.allocated < whole - sum(w.nbytes for w in weights) * 0.4  # an int8 weight and two factors in its place
+    with ledger.eagerly():
+        assert torch.equal(latents(pipe), eager)
+    assert all(map(card.holds, weights))
+    with ledger.recording() as record:
+        assert torch.equal(latents(pipe), first)
+    assert record.backends() == {"denoiser": {"tensorrt_rtx": 2}}
+    assert not any(map(card.holds, weights))
+    error = (first.float() - eager.float()).pow(2).mean() / eager.float().pow(2).mean()
+    assert 0 < float(error) < 1e-2
