@@ -5,6 +5,7 @@ OvercrankError            exit 1: something failed that the user could not have 
 │   ├── ModelError        unknown model, not a diffusers folder, hub unreachable
 │   ├── TargetError       unknown card, or a precision the card lacks
 │   ├── ShapeError        a video shape the model cannot make
+│   │   └── OtherKind     a call of the kind that another component of the module serves
 │   ├── CheckpointError   weights that are truncated or of another architecture
 │   ├── StoreError        a store or output folder that cannot be used
 │   └── RequestError      a render request or job file that is not valid
@@ -45,6 +46,10 @@ class TargetError(UserError):
 
 
 class ShapeError(UserError):
+    pass
+
+
+class OtherKind(ShapeError):
     pass
 
 

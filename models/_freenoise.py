@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import ShapeError
+from overcrank.errors import OtherKind, ShapeError
 from overcrank.models._common import Kept, forwards
 from overcrank.models.base import Call, Component, Sizes, Tensor, VideoShape
 
@@ -52,9 +52,9 @@ def unwindowed(plain: Component) -> Component:
     """The denoiser that sees all frames at once, which refuses the calls of one that sees windows."""
 
     def adapt(module: nn.Module, call: Call) -> dict[str, Any]:
-        made: dict[str, Any] = plain.adapt(module, call)
         if is_on(module):
-            raise ShapeError("FreeNoise is on")
+            raise OtherKind("FreeNoise is on")
+        made: dict[str, Any] = plain.adapt(module, call)
         return made
 
     return replace(plain, adapt=adapt)
@@ -95,10 +95,10 @@ def _block(block: Any, windows: T, mix: T, hidden_states: T, **unused: Any) -> T
 
 def _adapt(module: nn.Module, call: Call, *, plain: Any) -> dict[str, Any]:
     """Raises ShapeError when FreeNoise is off, or its windows are not of LENGTH frames."""
-    made: dict[str, Any] = plain(module, call)
     block: Any = next((m for m in module.modules() if type(m).__name__ == BLOCK), None)
     if block is None:
-        raise ShapeError("FreeNoise is off")
+        raise OtherKind("FreeNoise is off")
+    made: dict[str, Any] = plain(module, call)
     if block.context_length != LENGTH:
         raise ShapeError(f"FreeNoise's windows are of {block.context_length} frames, and the engine's of {LENGTH}")
     frames = made["sample"].shape[2]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import ShapeError
+from overcrank.errors import OtherKind, ShapeError
 from overcrank.models._common import (
     Kept,
     attend,
@@ -257,7 +257,7 @@ def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], config: Conf
     if "encoder_hidden_states_2" in names and _blank(given(call, "image_embeds")["image_embeds"]) == (
         "image_embeds" in names
     ):
-        raise ShapeError(f"this call gives {'no' if 'image_embeds' in names else 'a'} picture")
+        raise OtherKind(f"this call gives {'no' if 'image_embeds' in names else 'a'} picture")
     return made | given(call, *(n for n in names if n not in made))
 
 

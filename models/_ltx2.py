@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from overcrank.errors import ShapeError
+from overcrank.errors import OtherKind, ShapeError
 from overcrank.models._common import Kept, first_of_equal, forwards, given, patched
 from overcrank.models.base import Call, Sizes
 
@@ -136,7 +136,7 @@ def adapt_denoiser(module: nn.Module, call: Call, *, names: tuple[str, ...], per
         call.ignored("video_keyframes_mask")
     times = call["timestep"].reshape(batch, -1).float()
     if (times.shape[1] > 1) != per_token:
-        raise ShapeError(f"this call gives {times.shape[1]} timesteps, for which there is another engine")
+        raise OtherKind(f"this call gives {times.shape[1]} timesteps, for which there is another engine")
     audio_times = call.get("audio_timestep")
     audio_times = times if audio_times is None else audio_times.reshape(batch, -1).float()
     audio_times = first_of_equal(audio_times.T, "timesteps of sound").T

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import ShapeError
+from overcrank.errors import OtherKind, ShapeError
 from overcrank.models._common import (
     Kept,
     attend,
@@ -201,7 +201,7 @@ def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: b
     tokens = patches(latents, patch)
     time = _times(call["timestep"], latents.shape[2] // patch[0], tokens.shape[1])
     if not per_token and len(time) != 1:
-        raise ShapeError(f"this call gives each of {len(time)} tokens or frames its timestep")
+        raise OtherKind(f"this call gives each of {len(time)} tokens or frames its timestep")
     if per_token:
         time = time.expand(tokens.shape[1])
     key = (latents.shape[2:], latents.device, state_of(m.rope.buffers()))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import ShapeError
+from overcrank.errors import OtherKind
 from overcrank.models import _streaming
 from overcrank.models._common import patched, scaled_norm
 from overcrank.models.base import Call, Component, Config, Sizes, Tensor, VideoShape
@@ -147,9 +147,9 @@ def _adapt(module: nn.Module, call: Call, *, first: bool, caches: tuple[Cache, .
     feat_cache: list[Any] | None = call.get("feat_cache")
     call.ignored("feat_idx")  # where in the caches the first convolution looks
     if feat_cache is None:
-        raise ShapeError("this call streams no frames")
+        raise OtherKind("this call streams no frames")
     if first != (feat_cache[0] is None) or first != bool(call.get("first_chunk", first)):
-        raise ShapeError("this call is for another frame")
+        raise OtherKind("this call is for another frame")
     made = {"x": x}
     if first:
         return made

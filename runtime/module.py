@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import BuildCancelled, OvercrankError, RenderCancelled, ShapeError
+from overcrank.errors import BuildCancelled, OtherKind, OvercrankError, RenderCancelled, ShapeError
 from overcrank.models.base import Call, Component
 from overcrank.runtime.fingerprint import Change, Fingerprint
 from overcrank.runtime.parked import Parked
@@ -120,23 +120,28 @@ class EngineModule:
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it as it is
 
     def _by_an_engine(self, arguments: dict[str, Any]) -> Any:
-        """Raises CannotServe with the reason of the slot that came closest: the first that understood the call."""
+        """Raises CannotServe with the reason of the slot that came closest.
+
+        That is the first that understood the call, else the first that is for calls of its kind.
+        """
         self._bind()
         refused: list[CannotServe] = []
         unfit: list[CannotServe] = []
+        others: list[CannotServe] = []
         for slot in self.slots:
             try:
                 return self._served(slot, Call(arguments))
             except CannotServe as error:
                 slot.refuse(error)
                 refused.append(error)
-            except ShapeError as error:  # a component for calls of another kind
-                unfit.append(CannotServe(str(error), "PyTorch runs it", lasting=False))
+            except ShapeError as error:
+                reason = CannotServe(str(error), "PyTorch runs it", lasting=False)
+                (others if isinstance(error, OtherKind) else unfit).append(reason)
             except (RenderCancelled, BuildCancelled):
                 raise
             except Exception as error:
                 refused.append(_unexpected(slot.component.name, error))
-        raise (refused or unfit)[0]
+        raise (refused or unfit or others)[0]
 
     def _bind(self) -> None:
         """Have every session follow what was done to the module; raises CannotServe while it is none of its class's."""
