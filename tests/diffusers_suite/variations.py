@@ -82,7 +82,6 @@ OWN: dict[str, Variation] = {
 }  # fmt: skip
 SWITCHES = {
     "FreeU": changes.switched("enable_freeu", "disable_freeu", s1=0.6, s2=0.4, b1=1.4, b2=1.6),
-    "FreeInit": changes.switched("enable_free_init", "disable_free_init", num_iters=2),
     "FreeNoise": changes.switched("enable_free_noise", "disable_free_noise", context_length=2, context_stride=1),
 }
 _CHANGING = {
@@ -118,7 +117,8 @@ _NEUTRAL = {
     "denoiser saved and loaded": changes.weights_of_part_saved,
     "denoiser pickled": changes.part_pickled,
 }
-_CACHES = {f"{kind} cache": changes.cache(kind) for kind in ("first block", "pyramid", "mag", "faster", "taylor")}
+_IN_STEPS = {f"{kind} cache": changes.cache(kind) for kind in ("first block", "pyramid", "mag", "faster", "taylor")}
+_IN_STEPS["FreeInit"] = changes.switched("enable_free_init", "disable_free_init", num_iters=2)
 _ROUNDED = {"layerwise casting"}
 
 BEFORE = {
@@ -126,12 +126,12 @@ BEFORE = {
     for name, change in {**_CHANGING, **_NEUTRAL}.items()
 } | {
     f"{name}, before": Variation(calls.more_steps, before=before(change), changes=True)
-    for name, change in _CACHES.items()
+    for name, change in _IN_STEPS.items()
 }
 AFTER = {
     f"{name}, after": Variation(after=change, changes=name in _CHANGING, rounded=name in _ROUNDED)
     for name, change in {**_CHANGING, **_NEUTRAL}.items()
-} | {f"{name}, after": Variation(calls.more_steps, after=change, changes=True) for name, change in _CACHES.items()}
+} | {f"{name}, after": Variation(calls.more_steps, after=change, changes=True) for name, change in _IN_STEPS.items()}
 WHOLE = {
     "fp16": Variation(before=before(changes.in_type(torch.float16)), rounded=True),
     "bf16": Variation(before=before(changes.in_type(torch.bfloat16)), rounded=True),
