@@ -12,13 +12,13 @@ __version__ = "0.2.0"
 __all__ = ["__version__", "accelerate", "load"]
 
 if TYPE_CHECKING:
-    from overcrank.runtime.accelerate import accelerate
-    from overcrank.runtime.load import load
+    from overcrank.runtime.pipeline.accelerate import accelerate
+    from overcrank.runtime.pipeline.load import load
 
 
 def __getattr__(name: str) -> Any:
     if name in ("accelerate", "load"):
         from importlib import import_module
 
-        return getattr(import_module(f"overcrank.runtime.{name}"), name)
+        return getattr(import_module(f"overcrank.runtime.pipeline.{name}"), name)
     raise AttributeError(f"module 'overcrank' has no attribute '{name}'")

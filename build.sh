@@ -45,7 +45,7 @@ case "${1:-}" in
     exec mypy ;;
   docs)
     overcrank models --markdown docs/models.notes.md --figures bench/results > docs/models.md
-    python -m overcrank.engines.recipes > docs/recipes.md
+    python -m overcrank.cli.recipes > docs/recipes.md
     exec python bench/published.py > docs/published.md ;;
   bench-gpu) shift; exec python bench/bench_gpu.py "$@" ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;

@@ -27,7 +27,7 @@ import gpu_report
 from gpu_ways import CASES, Case, Way, ways_on
 from overcrank.engines.store import Store
 from overcrank.models import local_folder, resolve
-from overcrank.runtime.metadata import versions
+from overcrank.runtime.render.sidecar import versions
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 480  # seconds of a part
@@ -87,7 +87,7 @@ def _about(device: str, seconds: float) -> dict[str, Any]:
 
     found = {"card": "no card", "date": datetime.now(UTC).date().isoformat(), "device": device, "dtype": "fp32"}
     if device == "cuda":
-        from overcrank.runtime.card import card_of
+        from overcrank.runtime.sessions.card import card_of
 
         card = card_of(torch.device("cuda"))
         found |= {"card": card.name, "driver": card.driver, "architecture": card.target, "dtype": "bf16"}
@@ -150,8 +150,8 @@ def _run_part(cases: list[Case], ways: list[Way], options: argparse.Namespace, d
 
 def _record(case: Case, folder: Path, store: Store) -> None:
     """Into the store, for renders to see: engines beside eager, both of this run."""
-    from overcrank.runtime.card import card_of
-    from overcrank.runtime.measured import Measurement, record
+    from overcrank.engines.measurements import Measurement, record
+    from overcrank.runtime.sessions.card import card_of
 
     parts = {n.partition("/")[2]: p for n, p in gpu_report.read_parts(folder).items() if n.startswith(f"{case.name}/")}
     date = datetime.now(UTC).date().isoformat()

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from overcrank.models import components, resolve
-from overcrank.runtime.driver import Driver, Job
-from overcrank.runtime.load import load
-from overcrank.runtime.module import EngineModule, Slot
-from overcrank.runtime.request import RenderRequest
-from overcrank.runtime.show import Silent
+from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.render.renderer import Driver, Job, Silent
+from overcrank.runtime.render.request import RenderRequest
+from overcrank.runtime.sessions.engine_module import EngineModule, Slot
 
 RESULTS = Path(__file__).parent / "results"
 SHORT, LONG, ROUNDS, BUDGET_US = 20, 520, 9, 200

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from overcrank.export.module import random_module
 from overcrank.models import components
-from overcrank.runtime.fingerprint import Fingerprint
-from overcrank.runtime.stock import kinds_of
+from overcrank.runtime.sessions.fingerprint import Fingerprint
+from overcrank.runtime.sessions.stock import kinds_of
 
 from tests import tiny
 

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_ways import COMPONENTS, Case, Way
-from overcrank.calibration.recipe import IN_16_BIT, QUANTIZED, LayerFormat, Recipe, Rule, default_recipe
 from overcrank.engines.manifest import read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
 from overcrank.export.module import part, random_module
+from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat, Recipe, Rule, default_recipe
 from overcrank.models import components, local_folder, resolve
 from overcrank.models.base import Component
-from overcrank.runtime.card import card_of
-from overcrank.runtime.module import EngineModule, Slot
-from overcrank.runtime.parameters import compute_of, own_parameters, packed_parameters, parameters_of
-from overcrank.runtime.session import Ledger, Session
-from overcrank.runtime.sources import Quantization, graph_session
-from overcrank.runtime.workspace import Workspace
+from overcrank.runtime.sessions.card import card_of
+from overcrank.runtime.sessions.engine_module import EngineModule, Slot
+from overcrank.runtime.sessions.parameters import compute_of, own_parameters, packed_parameters, parameters_of
+from overcrank.runtime.sessions.session import Ledger, Session
+from overcrank.runtime.sessions.sources import Quantization, graph_session
+from overcrank.runtime.sessions.workspace import Workspace
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -209,7 +209,7 @@ def _session(case: Case, way: Way, component: Component, module: Any, at: Settin
     if way.kind == "onnxruntime":
         quantization = Quantization(_layers(way), _recipe(case, way)) if way.precision in QUANTIZED else None
         return graph_session(component, component.subfolder, module, at.store, quantization), {}
-    from overcrank.runtime.trt import TrtSession
+    from overcrank.runtime.sessions.trt import TrtSession
 
     start = time.perf_counter()
     bundle = built(case, way, component, module, at)

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from gpu_part import Setting, _layers, _recipe
 from gpu_ways import Case, Way
-from overcrank.calibration.recipe import QUANTIZED
+from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import resolve
-from overcrank.runtime.accelerate import main_module
-from overcrank.runtime.driver import Driver, Job, Outcome
-from overcrank.runtime.load import load
-from overcrank.runtime.metadata import timing
-from overcrank.runtime.request import RenderRequest
-from overcrank.runtime.show import Silent
-from overcrank.runtime.sources import Quantization
-from overcrank.runtime.stepcache import BACKEND, threshold_of
+from overcrank.runtime.pipeline.accelerate import main_module
+from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.render.renderer import Driver, Job, Outcome, Silent
+from overcrank.runtime.render.request import RenderRequest
+from overcrank.runtime.render.sidecar import timing
+from overcrank.runtime.render.stepcache import BACKEND, threshold_of
+from overcrank.runtime.sessions.sources import Quantization
 from skimage.metrics import peak_signal_noise_ratio
 
 BACKENDS = {"eager": "eager", "compile": "eager", "onnxruntime": "onnxruntime", "engine": "tensorrt"}

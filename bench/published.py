@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from overcrank.engines.catalogue import variants
+from overcrank.cli.catalogue import variants
 
 FACTS = Path(__file__).parents[1] / "tests/published"
 HEAD = """# What is known of the published checkpoints

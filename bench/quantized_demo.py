@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from overcrank.calibration.recipe import IN_16_BIT, LayerFormat, Recipe, Rule, default_recipe
-from overcrank.calibration.reference import ranges_of_call
+from overcrank.calibration.run import Wanted, calibrate, layout_of
 from overcrank.engines.store import Store
+from overcrank.export.quantization.recipe import IN_16_BIT, LayerFormat, Recipe, Rule, default_recipe
+from overcrank.export.quantization.reference import ranges_of_call
 from overcrank.models import components, resolve
 from overcrank.models.demo.evaluate import Trial, prompts, scores, trials
-from overcrank.runtime.calibrate import Wanted, calibrate, layout_of
-from overcrank.runtime.load import load
-from overcrank.runtime.sources import Quantization
+from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.sessions.sources import Quantization
 from skimage.metrics import peak_signal_noise_ratio
 
 RESULTS = Path(__file__).parent / "results" / "quantized-demo.json"

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from overcrank.models import resolve
-from overcrank.runtime import stepcache
-from overcrank.runtime.load import load
-from overcrank.runtime.stepcache import BACKEND, StepCache, threshold_of
+from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.render import stepcache
+from overcrank.runtime.render.stepcache import BACKEND, StepCache, threshold_of
 from quantized_demo import MODEL, Rendered, compared, recorded, when
 
 RESULTS = Path(__file__).parent / "results" / "step-cache.json"

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from overcrank.calibration.attention import intercepted
-from overcrank.calibration.recipe import ATTENTION, OPERANDS, LayerFormat, Method, Range
 from overcrank.errors import CalibrationError, UserError
+from overcrank.export.quantization.attention import intercepted
+from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, LayerFormat, Method, Range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,188 +1,138 @@
-"""The weight pack: quantized layers of a checkpoint as their graph inputs, written one layer at a time.
-
-A safetensors file: "PART/INPUT" → tensor, and in its header what it was made of.
-"""
+"""`overcrank pack`: a checkpoint and a recipe → the weight pack that quantized engines read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from overcrank.calibration.nodes import Packed
-from overcrank.calibration.numbers import packed_tensors
-from overcrank.calibration.recipe import LayerFormat, Range, unmeasured
-from overcrank.errors import CheckpointError, UserError
+from overcrank.engines.store import Store
+from overcrank.errors import UserError
+from overcrank.export.module import DTYPES, abstract_module
+from overcrank.export.quantization.linear import layout_in, quantized
+from overcrank.export.quantization.pack import Part, write_pack
+from overcrank.export.quantization.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
+from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
+from overcrank.files import atomic_write
+from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models.base import Component, Variant
+from overcrank.runtime.pipeline.checkpoint import require_calibrated_on
+from overcrank.runtime.pipeline.lora import Lora
+from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
 
-VERSION = "1"
-_TYPES = {
-    "float8e4m3fn": ("F8_E4M3", 1),
-    "int8": ("I8", 1),
-    "bfloat16": ("BF16", 2),
-    "float16": ("F16", 2),
-    "float4e2m1": ("U8", 1),  # two values in a byte
-}
 
-
-@dataclass(frozen=True)
-class Part:
-    """One module of a pipeline; `read` gives a layer's weight, `layout` is the recipe's digest."""
-
-    name: str
-    component: str
-    layout: str
-    compute: str
-    formats: Mapping[str, LayerFormat]
-    packed: tuple[Packed, ...]
-    ranges: Mapping[str, Range]
-    read: Callable[[str], Tensor]
-
-
-def write_pack(
-    stream: BinaryIO, parts: Sequence[Part], about: Mapping[str, str], progress: Callable[[str], None]
+def pack(
+    model: str,
+    layers: LayerFormat,
+    recipe: Recipe | None,
+    compute: str,
+    loras: Sequence[str],
+    out: Path,
+    store: Store,
+    progress: Callable[[str], None] = lambda layer: None,
 ) -> None:
-    """Write the file; one layer is in memory at a time. `progress` is told each layer's name.
+    """Write `out`. `compute`: the engines' 16-bit type, "bf16" or "fp16".
 
-    Raises UserError for a static layer without a range.
+    Raises UserError for a model without quantizable layers, CheckpointError for files that
+    are damaged or of another architecture.
     """
-    entries: dict[str, object] = {"__metadata__": {"overcrank_pack": VERSION, **about, **_layouts(parts)}}
-    offset = 0
-    for part in parts:
-        for entry in part.packed:
-            kind, size = _TYPES[entry.dtype]
-            shape = _stored(entry)
-            end = offset + size * _product(shape)
-            entries[f"{part.name}/{entry.input}"] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    stream.write(len(header).to_bytes(8, "little") + header)
-    for part in parts:
-        _write_part(stream, part, progress)
+    variant = resolve(model)
+    folder = local_folder(model) or hub_folder(variant, home=store.root)
+    require_calibrated_on(folder, recipe, variant, store)
+    parts: list[Part] = []
+    files: list[Path] = []
+    merged = _loras(variant, folder, loras)
+    for component in components(variant):
+        own = recipe_of(recipe, component, layers)
+        for name in (component.subfolder, *component.twins):
+            if not own.rules or not (folder / name).is_dir():
+                continue
+            part = _part(component, name, own, compute, folder / name, merged, store)
+            if part.formats:
+                files += weight_files(folder / name)
+                parts.append(_without_shared(part, parts))
+    if not parts:
+        raise UserError(f"{variant.name} has no layer that this recipe quantizes.")
+    about = {
+        "model": variant.name,
+        "precision": layers.format,
+        "recipe": recipe.digest() if recipe else "",
+        "checkpoint": weights_digest(dict.fromkeys(files)),
+        "loras": json.dumps([[x.about()["sha256"], x.scale, x.parts] for x in merged]),
+    }
+    with atomic_write(out) as partial, partial.open("wb") as stream:
+        write_pack(stream, parts, about, progress)
 
 
-def _write_part(stream: BinaryIO, part: Part, progress: Callable[[str], None]) -> None:
-    import torch
+def _part(
+    component: Component,
+    name: str,
+    recipe: ComponentRecipe,
+    compute: str,
+    folder: Path,
+    loras: Sequence[Lora],
+    store: Store,
+) -> Part:
+    model, parameters = _graph(component, compute, store)
+    layout = layout_in(model, recipe)
+    weights = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
+    values = checkpoint_values(weight_files(folder) if layout else (), weights.values())
+    _, packed = quantized(model, parameters, layout)
 
-    by_layer: dict[str, list[Packed]] = {}
+    def read(layer: str) -> Tensor:
+        weight: Tensor = values(weights[layer].name)
+        for lora in loras:
+            added = lora.delta(name, f"{layer}.weight")
+            weight = weight if added is None else weight.float() + added.reshape(weight.shape)
+        return weight
+
+    return Part(
+        name=name,
+        component=component.name,
+        layout=recipe.digest(),
+        compute=DTYPES[compute],
+        formats=layout,
+        packed=packed,
+        ranges=recipe.ranges.get(name, {}),
+        read=read,
+    )
+
+
+def _without_shared(part: Part, earlier: Sequence[Part]) -> Part:
+    """Components that describe one module share its layers, which are written once."""
+    known = {p.input: p for other in earlier if other.name == part.name for p in other.packed}
     for entry in part.packed:
-        by_layer.setdefault(entry.layer, []).append(entry)
-    for layer, entries in by_layer.items():
-        progress(layer)
-        form = part.formats[layer]
-        _require_ranges(part, layer, form)
-        made = packed_tensors(layer, form, part.read, part.ranges, part.compute)
-        for entry in entries:
-            tensor = made[entry.role]
-            if list(tensor.shape) != _stored(entry):
-                raise CheckpointError(f"{layer}: its {entry.role} is {list(tensor.shape)}, not {_stored(entry)}.")
-            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        if known.get(entry.input, entry) != entry:
+            raise UserError(
+                f"the recipe has {entry.layer} of {part.name} in two formats, one in {part.component}; make them agree."
+            )
+    return replace(part, packed=tuple(p for p in part.packed if p.input not in known))
 
 
-def embed_pack(model: ir.Model, part: Part) -> None:
-    """The part's packed inputs become initializers, made of the checkpoint as the model is saved.
-
-    Raises UserError for a static layer without a range.
-    """
+def _graph(component: Component, compute: str, store: Store) -> tuple[ir.Model, tuple[Parameter, ...]]:
     import onnx_ir as ir
 
-    for layer, form in part.formats.items():
-        _require_ranges(part, layer, form)
-
-    @lru_cache(maxsize=1)
-    def tensors(layer: str) -> dict[str, Tensor]:
-        return packed_tensors(layer, part.formats[layer], part.read, part.ranges, part.compute)
-
-    inputs = {v.name: v for v in model.graph.inputs}
-    for entry in part.packed:
-        value = inputs[entry.input]
-        model.graph.inputs.remove(value)
-        dtype = ir.DataType[entry.dtype.upper()]
-
-        def read(entry: Packed = entry, dtype: ir.DataType = dtype) -> ir.TensorProtocol:
-            import torch
-
-            raw = tensors(entry.layer)[entry.role].contiguous().flatten().view(torch.uint8).numpy()
-            if entry.dtype == "float4e2m1":
-                return ir.PackedTensor(raw, dtype, shape=entry.shape, name=entry.input)
-            return ir.Tensor(raw.view(dtype.numpy()).reshape(entry.shape), dtype, name=entry.input)
-
-        value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(entry.shape), name=entry.input)
-        model.graph.register_initializer(value)
+    graph = store.graph(component, compute)
+    return ir.load(graph.onnx), graph.parameters
 
 
-def _require_ranges(part: Part, layer: str, form: LayerFormat) -> None:
-    if missing := unmeasured(layer, form, part.ranges):
-        raise UserError(f"{missing} of {part.name} needs a range that no recipe gives; calibrate this model.")
+def _loras(variant: Variant, folder: Path, arguments: Sequence[str]) -> list[Lora]:
+    if not arguments:
+        return []
+    import diffusers
 
-
-def read_pack(file: Path, part: str, component: str, layout: str, compute: str) -> dict[str, Tensor]:
-    """Graph input → tensor of a part, memory-mapped.
-
-    Raises CheckpointError for a file that is no pack, or that was made for another recipe or
-    16-bit type than the engine's, naming what differs.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            about = opened.metadata() or {}
-            _check(file, about, component, layout, compute)
-            names = [name for name in opened.keys() if name.startswith(f"{part}/")]  # noqa: SIM118
-            return {name.partition("/")[2]: opened.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read as a weight pack: {error}; pack it again.") from error
-
-
-def require_loras(file: Path, merged: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError where the pack's layers were made with other LoRAs than those merged into the pipeline.
-
-    `merged`: what a sidecar says of them.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            packed = json.loads((opened.metadata() or {}).get("loras", "[]"))
-    except (OSError, SafetensorError, ValueError):
-        return  # read_pack says what is wrong with it
-    if packed != [[x["sha256"], x["scale"], x["parts"]] for x in merged]:
-        names = ", ".join(str(x["file"]) for x in merged) or "none"
-        raise UserError(
-            f"--pack {file} was packed with other LoRAs than this render merges ({names}); pack it again with them."
-        )
-
-
-def _check(file: Path, about: Mapping[str, str], component: str, layout: str, compute: str) -> None:
-    if about.get("overcrank_pack") != VERSION:
-        raise CheckpointError(f"{file} is no weight pack of version {VERSION}; make it with overcrank pack.")
-    for field, wanted in ((f"layout.{component}", layout), (f"compute.{component}", compute)):
-        if about.get(field) != wanted:
-            raise CheckpointError(
-                f"{file} does not match the engine: {field} is {about.get(field, 'missing')}, the engine's is "
-                f"{wanted}; pack it again with the engine's recipe."
-            )
-
-
-def _layouts(parts: Sequence[Part]) -> dict[str, str]:
-    found = {f"layout.{p.component}": p.layout for p in parts}
-    return found | {f"compute.{p.component}": p.compute for p in parts}
-
-
-def _stored(entry: Packed) -> list[int]:
-    shape = list(entry.shape)
-    return [*shape[:-1], shape[-1] // 2] if entry.dtype == "float4e2m1" else shape
-
-
-def _product(shape: Sequence[int]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
+    asked = [lora_of(argument) for argument in arguments]
+    known: dict[str, Any] = {}
+    for component in components(variant):
+        if not component.attribute:
+            module = abstract_module(component, component.config, "bf16")
+            there = [part for part in (component.subfolder, *component.twins) if (folder / part).is_dir()]
+            known |= dict.fromkeys(there, module)
+    pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
+    return read_loras(asked, pipeline, known, hook(variant, "PART_WORDS"))

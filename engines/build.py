@@ -14,18 +14,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from overcrank import __version__
-from overcrank.calibration.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
-from overcrank.engines.flavours import require_flavour
 from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, file_entry, read_manifest
 from overcrank.engines.profiles import Profile
-from overcrank.engines.store import Store, store_errors, sync_folder, written_whole
+from overcrank.engines.store import Store
 from overcrank.engines.targets import Target
+from overcrank.engines.tensorrt import require_flavour
 from overcrank.engines.types import compute_of
 from overcrank.engines.worker import Job, compile_component, export_component, finished, has_graph
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import BuildCancelled, OvercrankError, UserError
 from overcrank.export.cache import exporter_versions, graph_digest
+from overcrank.export.quantization.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.export.weights import weight_files, weights_digest
+from overcrank.files import atomic_write, sync_folder, write_errors
 from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
 
@@ -197,7 +198,7 @@ class _Run:
         """Jobs to do; bundles of which an earlier run left nothing to do are published."""
         todo = []
         for bundle in self.bundles:
-            with store_errors(bundle.staging):
+            with write_errors(bundle.staging):
                 bundle.staging.mkdir(exist_ok=True)
             _tidy(bundle.staging)
             own = [job for job in bundle.jobs if not finished(job)]
@@ -279,7 +280,7 @@ def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
     entries = [e for j in bundle.jobs if (e := finished(j))]
     recipe = None
     if request.recipe is not None:
-        with written_whole(bundle.staging / RECIPE) as part:
+        with atomic_write(bundle.staging / RECIPE) as part:
             part.write_text(request.recipe.model_dump_json(indent=1), "utf-8")
         recipe = file_entry(bundle.staging / RECIPE)
     manifest = Manifest(
@@ -304,13 +305,13 @@ def _publish(bundle: _Bundle, store: Store, seconds: float, peak: int) -> None:
         components=entries,
         recipe=recipe,
     )
-    with written_whole(bundle.staging / MANIFEST) as part:
+    with atomic_write(bundle.staging / MANIFEST) as part:
         part.write_text(manifest.model_dump_json(indent=1), "utf-8")
     for job in bundle.jobs:
         job.done.unlink(missing_ok=True)
     _tidy(bundle.staging)
     name = f"{_safe(request.variant.name)}-{request.target.name}-{request.precision}-{bundle.key[:16]}"
-    with store_errors(store.bundles):
+    with write_errors(store.bundles):
         bundle.staging.rename(store.bundles / name)
         sync_folder(store.bundles)
 

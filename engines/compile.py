@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overcrank.engines.flavours import load_flavour
 from overcrank.engines.profiles import Range
 from overcrank.engines.targets import Target
+from overcrank.engines.tensorrt import load_flavour
 from overcrank.errors import CompileError, TargetError
 
 Progress = Callable[[str], None]

@@ -11,8 +11,7 @@ from overcrank.engines.compile import engine_from_graph
 from overcrank.engines.manifest import Manifest, read_manifest
 from overcrank.engines.plan import PlanReport, read_plan
 from overcrank.engines.profiles import Profile
-from overcrank.engines.targets import BY_NAME, Target
-from overcrank.models import components, variant_from_manifest
+from overcrank.engines.targets import Target
 from overcrank.models.base import Component, VideoShape
 
 
@@ -56,29 +55,6 @@ def compared(
         ir.save(exported.model, graph, external_data="embedded.weights")
         plan = engine_from_graph(graph, target, ranges, flavour=flavour).plan
         return Comparison(inputs, read_plan(bytes(memoryview(plan)), []))
-
-
-def print_lint(bundle: Path, compare: bool) -> None:
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False)
-    for name, report in lint_bundle(bundle):
-        console.print(f"{name}: {report.verdict()}")
-        for epilogue, count in report.epilogues.most_common():
-            console.print(f"  {count:>5} × GEMM+{epilogue}")
-    if not compare:
-        return
-    manifest = read_manifest(bundle)
-    variant = variant_from_manifest(manifest)
-    profile = profile_of(manifest)
-    for component in components(variant, tuple(e.name for e in manifest.components)):
-        target = BY_NAME[manifest.target].narrowed(manifest.precision)
-        result = compared(component, manifest.precision, target, profile, manifest.flavour)
-        depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats) or "full depth"
-        console.print(f"\n{component.name} at {depth}, compiled both ways")
-        console.print(f"  weights as inputs  {result.inputs.verdict()}")
-        console.print(f"  weights embedded   {result.embedded.verdict()}")
-        console.print(f"  difference         {result.inputs.difference(result.embedded)}")
 
 
 def profile_of(manifest: Manifest) -> Profile:

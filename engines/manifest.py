@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from overcrank.calibration.recipe import LayerFormat
 from overcrank.errors import IntegrityError, OutdatedBundle
+from overcrank.export.quantization.recipe import LayerFormat
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 SCHEMA = 2
@@ -206,3 +206,9 @@ def _wrong_with(bundle: Path, file: File) -> str:
     if path.stat().st_size != file.bytes:  # before a file of any size is read
         return f"{file.name} does not match the manifest (size differs)"
     return "" if file_entry(path) == file else f"{file.name} does not match the manifest (SHA-256 differs)"
+
+
+def profile_line(manifest: Manifest) -> str:
+    low, best, high = (f"{s.width}x{s.height}x{s.frames}" for s in (manifest.min, manifest.opt, manifest.max))
+    batch = f"batch {manifest.min.batch} … {manifest.max.batch}"
+    return f"{best} static, {batch}" if low == high else f"{best} ({low} … {high}), {batch}"

@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from overcrank.calibration.recipe import IN_16_BIT, QUANTIZED, LayerFormat
 from overcrank.engines.build import Built, Progress, Request, build_each, key_of
+from overcrank.engines.manifest import profile_line
 from overcrank.engines.profiles import profile_for
-from overcrank.engines.report import human_bytes, profile_line
-from overcrank.engines.store import Store, written_whole
+from overcrank.engines.store import Store
 from overcrank.engines.targets import PRECISIONS, precision_for, targets_for
 from overcrank.engines.types import notes, own_precision
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import TargetError, UserError
+from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat
+from overcrank.files import atomic_write
 from overcrank.models import components, resolve
+from overcrank.units import human_bytes
 
 EXPORT_SECONDS, COMPILE_SECONDS, ENGINE_BYTES = 14.0, 2.6, 12_000_000
 """Medians of the full-size components in bench/results/families.json, on one core."""
@@ -100,7 +102,7 @@ def run(matrix: Matrix, store: Store, progress: Progress, hire: Callable[[], Wor
 
 def _remember(store: Store, failed: dict[Cell, str]) -> None:
     store.prepare()
-    with written_whole(store.root / "failed.json") as part:
+    with atomic_write(store.root / "failed.json") as part:
         rows = [cell._asdict() | {"error": error} for cell, error in failed.items()]
         part.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
@@ -155,7 +157,7 @@ def write_index(file: Path, result: Result) -> None:
         activation = human_bytes(max(c.activation_bytes or 0 for c in m.components))
         cells = [m.model, m.target, m.precision, profile_line(m), size, activation, built.path.name]
         lines.append(f"| {' | '.join(cells)} |")
-    with written_whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text("\n".join([*lines, ""]), "utf-8")
 
 

@@ -25,12 +25,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from overcrank.engines.flavours import flavour_version
 from overcrank.engines.manifest import LARGEST, MANIFEST, File, Manifest, check_files, file_entry, read_manifest
-from overcrank.engines.store import Store, store_errors, written_whole
+from overcrank.engines.store import Store
 from overcrank.engines.targets import serves
+from overcrank.engines.tensorrt import flavour_version
 from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, Signature
 from overcrank.errors import IntegrityError, StoreError, UserError
+from overcrank.files import atomic_write, write_errors
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 CHUNK = 1_000_000
@@ -256,7 +257,7 @@ def read_index(remote: Remote, ring: Keyring, store: Store, unsigned: bool = Fal
     name = hashlib.sha256(remote.url.rstrip("/").encode()).hexdigest()[:32]
     seen = store.root / "remotes" / name
     store.prepare()
-    with store_errors(seen.parent):
+    with write_errors(seen.parent):
         seen.parent.mkdir(exist_ok=True)
     with store.lock(f"remote-{name}"):
         newest = int(seen.read_text()) if seen.is_file() else 0
@@ -265,7 +266,7 @@ def read_index(remote: Remote, ring: Keyring, store: Store, unsigned: bool = Fal
                 f"the index of {remote.url} is number {index.serial} and number {newest} was seen before: someone "
                 f"shows an old one, or it was made anew; remove {seen} if its publisher says so."
             )
-        with written_whole(seen) as part:
+        with atomic_write(seen) as part:
             part.write_text(str(index.serial), "utf-8")
     return index
 
@@ -305,11 +306,11 @@ def pull(
         if (path / MANIFEST).is_file():
             return path
         staging = store.bundles / f".pulling-{listed.name}"
-        with store_errors(staging):
+        with write_errors(staging):
             staging.mkdir(exist_ok=True)
             for file in listed.files:
                 _download(remote, file, staging, lambda there, f=file: progress(f.name, there, f.bytes))  # type: ignore[misc]
-            with written_whole(staging / PULLED) as part:
+            with atomic_write(staging / PULLED) as part:
                 part.write_text(json.dumps({"url": remote.url} | ({"unsigned": True} if unsigned else {})), "utf-8")
         try:
             manifest = read_manifest(staging)
@@ -320,7 +321,7 @@ def pull(
         except IntegrityError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        with store_errors(store.bundles):
+        with write_errors(store.bundles):
             staging.rename(path)
     return path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from filelock import FileLock
 from overcrank.engines.manifest import MANIFEST, Manifest, read_manifest
 from overcrank.errors import IntegrityError, StoreError
 from overcrank.export.cache import CachedGraph, cached_graph, graph_digest
+from overcrank.files import write_errors
 from overcrank.models.base import Component
 
 
@@ -38,7 +38,7 @@ class Store:
     def prepare(self) -> None:
         """Make the folders; raises StoreError if one cannot be written."""
         for folder in (self.bundles, self.graphs, self.root / "locks"):
-            with store_errors(folder):
+            with write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
@@ -52,7 +52,7 @@ class Store:
         """The component's graph from the cache, exported into it the first time."""
         self.prepare()
         folder = self.graphs / graph_digest(component, precision)[:16]
-        with self.lock(f"graph-{folder.name}"), store_errors(self.graphs):
+        with self.lock(f"graph-{folder.name}"), write_errors(self.graphs):
             return cached_graph(component, precision, folder)
 
     def staging(self, key: str) -> Path:
@@ -92,47 +92,7 @@ class Store:
 
     def remove(self, bundle: Path) -> None:
         """Out of sight first, then deleted: a killed removal leaves no half bundle."""
-        with store_errors(bundle):
+        with write_errors(bundle):
             gone = bundle.with_name(f".removing-{bundle.name}")
             bundle.rename(gone)
             shutil.rmtree(gone)
-
-
-@contextmanager
-def store_errors(path: Path, instead: str = "--store or --out") -> Iterator[None]:
-    """An OSError while writing becomes one sentence about `path`; `instead` is the option that moves it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StoreError(f"The disk that holds {path} is full; free space or give {instead} elsewhere.") from error
-        if error.errno == errno.EEXIST:
-            raise StoreError(
-                f"{path} cannot be a folder: a file of that name is in the way; give another {instead}."
-            ) from error
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"{path} cannot be written ({reason}); give a writable {instead}.") from error
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that is synced and renamed to it on success, else removed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with store_errors(path):
-        try:
-            yield part
-            with part.open("rb") as stream:
-                os.fsync(stream.fileno())
-            part.replace(path)
-            sync_folder(path.parent)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

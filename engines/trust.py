@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
 from overcrank.engines.manifest import MANIFEST, read_small
-from overcrank.engines.store import store_errors, written_whole
 from overcrank.errors import IntegrityError, UserError
+from overcrank.files import atomic_write, write_errors
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Keyring:
                 raise UserError(f"{file} exists already; choose another name, or revoke and remove it first.")
             key = Ed25519PrivateKey.generate()
             pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            with written_whole(file) as part:
+            with atomic_write(file) as part:
                 part.touch(mode=0o600)
                 part.write_bytes(pem)
         return self._add(name, _public(key))
@@ -116,7 +116,7 @@ class Keyring:
     def sign(self, bundle: Path, name: str) -> Signature:
         """Write the bundle's signature with one's own key; raises UserError if there is no such key."""
         made = self.signature_of(PURPOSE + read_small(bundle / MANIFEST), name)
-        with written_whole(bundle / SIGNATURE) as part:
+        with atomic_write(bundle / SIGNATURE) as part:
             part.write_text(made.model_dump_json(indent=1), "utf-8")
         return made
 
@@ -178,12 +178,12 @@ class Keyring:
         return made
 
     def _write(self, known: dict[str, Publisher]) -> None:
-        with written_whole(self.folder / "trusted.json") as part:
+        with atomic_write(self.folder / "trusted.json") as part:
             part.write_bytes(_LIST.dump_json(known, indent=1))
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        with store_errors(self.folder, "$OVERCRANK_CONFIG"):
+        with write_errors(self.folder, "$OVERCRANK_CONFIG"):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(self.folder / ".lock"):
             yield

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overcrank.calibration.nodes import Packed
-from overcrank.calibration.pack import Part, embed_pack
-from overcrank.calibration.quantize import layout_in, quantized
-from overcrank.calibration.recipe import ATTENTION, SIXTEEN, ComponentRecipe, LayerFormat
 from overcrank.engines.compile import engine_from_graph
 from overcrank.engines.manifest import ComponentEntry, EngineKey, PackedEntry, ParameterEntry, TensorEntry, file_entry
 from overcrank.engines.plan import PlanReport, read_plan
 from overcrank.engines.profiles import Profile
-from overcrank.engines.store import Store, store_errors, written_whole
+from overcrank.engines.store import Store
 from overcrank.engines.targets import Target
 from overcrank.errors import CompileError
 from overcrank.export.cache import cached_graph, load_cached
 from overcrank.export.module import DTYPES
+from overcrank.export.quantization.formats import Packed
+from overcrank.export.quantization.linear import layout_in, quantized
+from overcrank.export.quantization.pack import Part, embed_pack
+from overcrank.export.quantization.recipe import ATTENTION, SIXTEEN, ComponentRecipe, LayerFormat
 from overcrank.export.weights import Parameter
+from overcrank.files import atomic_write, write_errors
 from overcrank.models import components
 from overcrank.models.base import Component, Tensor, Variant
 from overcrank.models.network import network
@@ -78,7 +79,7 @@ def has_graph(job: Job) -> bool:
 def export_component(job: Job, report: Report) -> None:
     """Put the component's graph into the store's cache; needs torch, and no TensorRT."""
     report("exporting")
-    with job.store.lock(f"graph-{job.graph_folder.name}"), store_errors(job.store.graphs):
+    with job.store.lock(f"graph-{job.graph_folder.name}"), write_errors(job.store.graphs):
         cached_graph(job.component, job.compute, job.graph_folder)
     report("exported")
 
@@ -121,10 +122,10 @@ def compile_component(job: Job, report: Report) -> None:
         )
     report("writing")
     engine = job.staging / f"{component.name}.engine"
-    with written_whole(engine) as part:
+    with atomic_write(engine) as part:
         part.write_bytes(memoryview(compiled.plan))
     entry = _entry(job, graph, engine, compiled.activation_bytes, seconds, plan.verdict())
-    with written_whole(job.done) as part:
+    with atomic_write(job.done) as part:
         part.write_text(entry.model_dump_json(), "utf-8")
     report("done")
 
@@ -159,7 +160,7 @@ def _staged_graph(job: Job) -> _Graph:
     if job.recipe.rules:
         layout = layout_in(model, job.recipe, job.profile.ranges(job.component))
         parameters, packed = quantized(model, cached.parameters, layout)
-    with written_whole(onnx) as part:
+    with atomic_write(onnx) as part:
         ir.save(model, part)
     weights = {p.input.removesuffix(".weight"): p for p in cached.parameters}
     replaced = {layer: weights[layer] for layer in layout if layer in weights}
@@ -200,7 +201,7 @@ def _with_weights(job: Job, graph: _Graph) -> Iterator[Path]:
     embed_pack(model, _part(job, graph, lambda layer: values(graph.replaced[layer].name)))
     onnx = job.staging / f".{job.key.component}.embedded.onnx"
     data = onnx.with_suffix(".weights")
-    with store_errors(onnx):
+    with write_errors(onnx):
         try:
             ir.save(model, onnx, external_data=data.name)
             yield onnx

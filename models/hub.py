@@ -21,6 +21,7 @@ from overcrank.models import _hub_joined, _hub_transfer
 from overcrank.models._hub_files import INDEX, OPTIONAL, part_files, parts_in
 from overcrank.models._hub_transfer import Item, cache, storage
 from overcrank.models.base import Repository, Variant
+from overcrank.units import human_bytes
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Called with what will be fetched, in words, and its bytes, before anything is; what it gives takes bytes done."""
@@ -36,6 +37,15 @@ class Snapshot:
     files: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     missing: list[Item] = field(default_factory=list)
+
+
+@contextmanager
+def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """On stderr, as diffusers has them."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc=text) as bar:
+        yield lambda done: bar.update(done) and None
 
 
 @contextmanager
@@ -107,10 +117,6 @@ def published(variant: Variant) -> dict[str, Any]:
     """What is known of the variant's download: licence, gated, bytes, about (a computed size); empty for others."""
     known: dict[str, dict[str, Any]] = read_json(Path(__file__).parent / "checkpoints.json")
     return known.get(variant.name, {})
-
-
-def size_of(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # ── what is in the cache ─────────────────────────────────────────────────────────────
@@ -207,7 +213,7 @@ def _fetch_all(variant: Variant, found: list[Snapshot], watch: Watch) -> None:
     if lacking:
         _require_room(variant, left)
         here = sum(i.size for i in items.values()) - left
-        told = f" ({size_of(here)} of it are here already)" if here else ""
+        told = f" ({human_bytes(here)} of it are here already)" if here else ""
         where = " and ".join(_named(s.source) for s in lacking)
         done = [0]
 
@@ -215,9 +221,10 @@ def _fetch_all(variant: Variant, found: list[Snapshot], watch: Watch) -> None:
             done[0] += count
             told_of(count)
 
-        with watch(f"{variant.name}: {size_of(left + here)} in {len(items)} files from {where}{told}", left) as told_of:
+        whole = human_bytes(left + here)
+        with watch(f"{variant.name}: {whole} in {len(items)} files from {where}{told}", left) as told_of:
             for snapshot in lacking:
-                _fetch_one(snapshot, advance, lambda: f"{size_of(here + done[0])} of {size_of(left + here)}")
+                _fetch_one(snapshot, advance, lambda: f"{human_bytes(here + done[0])} of {whole}")
     for snapshot in lacking:
         _remember(snapshot)
 
@@ -259,8 +266,8 @@ def _require_room(variant: Variant, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise StoreError(
-            f"The checkpoint of {variant.name} needs {size_of(needed)} more in {cache()}, where {size_of(free)} are "
-            f"free; make room there, or set HF_HOME to a folder on a larger disk."
+            f"The checkpoint of {variant.name} needs {human_bytes(needed)} more in {cache()}, where "
+            f"{human_bytes(free)} are free; make room there, or set HF_HOME to a folder on a larger disk."
         )
 
 

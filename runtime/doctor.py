@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +12,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from overcrank import __version__
 from overcrank.engines.cards import Card, installed_cards
-from overcrank.engines.flavours import DISTRIBUTIONS, flavour_version, install_command, load_flavour, too_old
+from overcrank.engines.kernel_cache import kept_caches
 from overcrank.engines.manifest import Manifest
-from overcrank.engines.report import human_bytes
+from overcrank.engines.measurements import OVERRIDE, measurements
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME, FLAVOUR_TITLES, serves
+from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, install_command, load_flavour, too_old
 from overcrank.errors import IntegrityError, OvercrankError, TargetError
-from overcrank.runtime.card import in_pytorchs_order, why_no_card
-from overcrank.runtime.kernel_cache import kept_caches
-from overcrank.runtime.measured import OVERRIDE, measurements
+from overcrank.runtime.sessions.card import in_pytorchs_order, why_no_card
+from overcrank.units import human_bytes
 
 SELF_TEST_TARGET = "sm_89"
 SIZE = 256
@@ -248,20 +245,3 @@ def _error_on_card(flavour: str, plan: Any) -> float:
     torch.cuda.synchronize()
     expected = (x.float() @ w.float()).tanh()
     return float((y.float() - expected).norm() / expected.norm())
-
-
-def print_report(store: Store, quick: bool) -> bool:
-    """Print every finding; returns whether none is bad. `quick` leaves the self-test out."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    disk = shutil.disk_usage(next(p for p in (store.root, *store.root.parents) if p.exists()))
-    console.print(f"overcrank {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    console.print(f"store {store.root}, {human_bytes(disk.free)} free on its disk")
-    machine = examined()
-    found = [*findings(machine, store.list()), *of_store(machine, store)]
-    if not quick:
-        found.append(self_test(machine))
-    for finding in found:
-        console.print(f"{finding.verdict:<5}{finding.subject:<18} {finding.text}")
-    return all(f.verdict != "bad" for f in found)

@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.calibration.attention import attentions
-from overcrank.calibration.quantize import linear_layers, quantized
-from overcrank.calibration.recipe import LayerFormat, Range, read_recipe, unmeasured
-from overcrank.calibration.reference import quantized_layers, ranges_of_call
 from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import ComponentEntry, Manifest, check_files, read_manifest
 from overcrank.engines.targets import BY_NAME, sixteen_bit
 from overcrank.errors import IntegrityError
+from overcrank.export.quantization.attention import attentions
+from overcrank.export.quantization.linear import linear_layers, quantized
+from overcrank.export.quantization.recipe import LayerFormat, Range, read_recipe, unmeasured
+from overcrank.export.quantization.reference import quantized_layers, ranges_of_call
 from overcrank.export.weights import Parameter
 from overcrank.models import components, family, variant_from_manifest
 from overcrank.models.base import Call, Component, Variant, VideoShape
-from overcrank.runtime.ort import OrtSession
-from overcrank.runtime.parameters import bound_parameters, compute_of, packed_parameters, parameters_of
-from overcrank.runtime.session import run_each
+from overcrank.runtime.sessions.ort import OrtSession
+from overcrank.runtime.sessions.parameters import bound_parameters, compute_of, packed_parameters, parameters_of
+from overcrank.runtime.sessions.session import run_each
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -237,29 +237,3 @@ def _product(shape: Iterable[int]) -> int:
     for n in shape:
         out *= n
     return out
-
-
-def print_checks(checks: Iterator[Check], tolerance: float) -> bool:
-    """Print each check as it ends; returns whether all are within `tolerance`."""
-    import onnxruntime as ort
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(
-        f"graph in ONNX Runtime {ort.__version__} (CPU, 16-bit types widened to fp32) against the eager module in fp32"
-    )
-    good, rounding = True, 0.0
-    for check in checks:
-        passed = check.relative_error <= max(tolerance, check.allowed)
-        good &= passed
-        rounding = max(rounding, check.allowed)
-        console.print(
-            f"{'ok  ' if passed else 'FAIL'} {check.component:<12} {check.shape!s:<12} "
-            f"max error {check.max_error:.2e}, relative {check.relative_error:.2e}  "
-            f"({check.note}{f'; {check.quantized} quantized layers' if check.quantized else ''}; {check.seconds:.1f} s)"
-        )
-    console.print(
-        f"{'all within' if good else 'not within'} the tolerance of {tolerance:g} relative"
-        f"{f' ({rounding:g} where layers are quantized)' if rounding else ''}"
-    )
-    return good

@@ -26,10 +26,10 @@ from overcrank.engines.store import Store
 from overcrank.engines.types import own_precision
 from overcrank.engines.worker import Job
 from overcrank.engines.workers import Work
+from overcrank.errors import CannotServe
 from overcrank.models import components, families, family, registry, resolve
 from overcrank.models.base import Variant
-from overcrank.runtime.bundles import bundle_of, compute_type, fitting_bundles
-from overcrank.runtime.session import CannotServe
+from overcrank.runtime.sessions.select import bundle_of, compute_type, fitting_bundles
 
 from tests import by_hand, checkpoints, tiny, without_torchvision
 

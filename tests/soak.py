@@ -24,12 +24,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from overcrank.engines.maintenance import flaws, removable, remove
 from overcrank.engines.manifest import check_files, file_entry, read_manifest
 from overcrank.engines.remote import Remote, read_index
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
 from overcrank.export.cache import load_cached
-from overcrank.runtime.upkeep import flaws, removable, remove
 
 from tests.servers import Nginx
 

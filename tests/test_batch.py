@@ -227,7 +227,7 @@ def test_what_the_card_does_to_a_batch(
 ) -> None:
     """After a failure of the card nothing more can be computed; after a lack of memory the next job may fit."""
     import torch
-    from overcrank.runtime import driver
+    from overcrank.runtime.render import renderer as driver
 
     def fails(*_: Any) -> Any:
         raise getattr(torch, error)("CUDA error: unspecified launch failure\nCUDA kernel errors might be …")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from overcrank.models import _negative_prompts, resolve
-from overcrank.runtime.dtypes import dtypes_of
-from overcrank.runtime.images import fitted_image, fitted_video
+from overcrank.runtime.pipeline.dtypes import dtypes_of
+from overcrank.runtime.render.media import fitted_image, fitted_video
 
 from tests import pipelines, tiny
 from tests.test_render_families import _what_cannot_be_installed_here, frames_of, media_of  # noqa: F401
@@ -150,7 +150,7 @@ def test_types_are_the_publishers_on_a_card(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_scheduler_made_in_memory_says_what_it_is() -> None:
     import overcrank
-    from overcrank.runtime.load import pipeline_for
+    from overcrank.runtime.pipeline.load import pipeline_for
 
     pipe = pipelines.CASES["cogvideox"].make()
     pipe.scheduler = diffusers.CogVideoXDPMScheduler()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from overcrank import cli
-from overcrank.calibration.recipe import LayerFormat, Recipe, default_recipe, read_recipe
 from overcrank.engines.manifest import read_manifest
+from overcrank.export.quantization.recipe import LayerFormat, Recipe, default_recipe, read_recipe
 from overcrank.models import components, resolve
 from PIL import Image
 
@@ -64,7 +64,7 @@ def test_two_calibrations_are_the_same_and_an_interrupted_one_goes_on(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, first = made
-    from overcrank.runtime import calibrate as work
+    from overcrank.calibration import run as work
 
     whole, denoised = work._denoising, []
 
@@ -146,7 +146,7 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
 
 def test_what_is_not_finite_is_named(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = made
-    from overcrank.runtime import calibrate as work
+    from overcrank.calibration import run as work
 
     whole = work._denoising
 
@@ -196,8 +196,8 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
 
 
 def test_ranges_missing_from_a_recipe_are_asked_for(tmp_path: Path) -> None:
-    from overcrank.runtime.parameters import packed_parameters
-    from overcrank.runtime.session import CannotServe
+    from overcrank.errors import CannotServe
+    from overcrank.runtime.sessions.parameters import packed_parameters
 
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
     with pytest.raises(CannotServe, match="a needs a range that no recipe gives; calibrate"):
@@ -222,8 +222,8 @@ def test_a_pack_renders_what_the_weights_do(made: Any, tmp_path: Path, run: Any)
 
 
 def test_packs_that_do_not_fit_are_refused(made: Any, tmp_path: Path, run: Any) -> None:
-    from overcrank.calibration.pack import read_pack
     from overcrank.errors import CheckpointError
+    from overcrank.export.quantization.pack import read_pack
 
     store, recipe = made
     pack = tmp_path / "pack.safetensors"
@@ -293,8 +293,8 @@ def test_targets_that_mean_nothing(made: Any, options: tuple[str, ...], says: st
 
 
 def test_pictures_to_calibrate_with_ship(tmp_path: Path) -> None:
+    from overcrank.calibration.run import _photographs
     from overcrank.engines.store import Store
-    from overcrank.runtime.calibrate import _photographs
     from PIL import Image
 
     found = _photographs(Store(tmp_path))

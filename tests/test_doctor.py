@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from overcrank.engines import cards
 from overcrank.engines.cards import Card
-from overcrank.engines.flavours import driver_notes
+from overcrank.engines.kernel_cache import kernel_cache
 from overcrank.engines.manifest import Manifest
+from overcrank.engines.measurements import Measurement, record
 from overcrank.engines.store import Store
 from overcrank.engines.targets import targets_for
+from overcrank.engines.tensorrt import driver_notes
 from overcrank.errors import IntegrityError, TargetError
 from overcrank.runtime import doctor
-from overcrank.runtime.card import in_pytorchs_order, why_no_card
 from overcrank.runtime.doctor import Machine, findings, of_store, why_not
-from overcrank.runtime.kernel_cache import kernel_cache
-from overcrank.runtime.measured import Measurement, record
+from overcrank.runtime.sessions.card import in_pytorchs_order, why_no_card
 
 ADA = Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 * 2**30, 20 * 2**30, "580.1")
 GOOD = Machine((ADA,), "", "2.11.0", "13.0", 1, None, {"tensorrt_rtx": "1.7.1"}, {"tensorrt": "TensorRT is not here."})
@@ -46,7 +46,7 @@ def test_a_good_machine() -> None:
         ({"cards": (replace(ADA, driver="570.86"),)}, "bad", "driver 570.86 is installed, and TensorRT for RTX"),
         ({"torch_sees": 0, "hidden": ""}, "bad", "sees no card: CUDA_VISIBLE_DEVICES is ''"),
         ({"torch_sees": 0}, "bad", "sees no card: the driver may be too old for CUDA 13.0"),
-        ({"cards": (replace(ADA, target="sm_61"),)}, "bad", "sm_61, 25.77 GB, 21.47 GB free"),
+        ({"cards": (replace(ADA, target="sm_61"),)}, "bad", "sm_61, 25.8 GB, 21.5 GB free"),
         ({"cards": (replace(ADA, target="sm_90"),)}, "bad", "needs TensorRT, which is not usable here"),
         ({"flavours": {}}, "bad", "needs TensorRT for RTX or TensorRT, which is not usable here"),
         ({"cards": (replace(ADA, memory=0),)}, "ok", "memory shared with the processor"),

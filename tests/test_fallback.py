@@ -12,12 +12,12 @@ import pytest
 from overcrank.engines.cards import Card
 from overcrank.engines.manifest import TensorEntry, read_manifest
 from overcrank.engines.store import Store
+from overcrank.errors import CannotServe
 from overcrank.models import components, resolve
-from overcrank.runtime.bundles import bundle_of, fitting_bundles
-from overcrank.runtime.parameters import bound_parameters, parameters_of
-from overcrank.runtime.session import CannotServe
-from overcrank.runtime.trt import check_shape
-from overcrank.runtime.workspace import Workspace
+from overcrank.runtime.sessions.parameters import bound_parameters, parameters_of
+from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+from overcrank.runtime.sessions.trt import check_shape
+from overcrank.runtime.sessions.workspace import Workspace
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_parameters_are_bound_from_the_modules_own_storage(bundle: Path) -> None
 
 def test_an_engine_of_another_tensorrt_or_without_a_driver_is_refused(bundle: Path, tmp_path: Path) -> None:
     import torch
-    from overcrank.runtime.trt import TrtSession
+    from overcrank.runtime.sessions.trt import TrtSession
 
     manifest = read_manifest(bundle)
     entry, store = manifest.component("denoiser"), Store(tmp_path)

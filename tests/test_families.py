@@ -14,7 +14,7 @@ from overcrank.export.graph import Exported, onnx_from_component
 from overcrank.export.module import random_module
 from overcrank.models import components, families, family
 from overcrank.models.base import Component
-from overcrank.runtime.ort import OrtSession
+from overcrank.runtime.sessions.ort import OrtSession
 from overcrank.runtime.verify import compare
 
 from tests import tiny, without_torchvision

@@ -83,7 +83,7 @@ def test_the_step_cache_skips_on_the_card(run: Any, tmp_path: Path, store: Path)
 def test_an_engine_call_does_not_wait_for_the_card(store: Path) -> None:
     """PyTorch's own debug mode raises where a call synchronizes."""
     from overcrank.models import components, resolve
-    from overcrank.runtime.load import load
+    from overcrank.runtime.pipeline.load import load
 
     pipe = load("ltx-demo", backend="tensorrt", store=store)
     (component,) = components(resolve("ltx-demo"), ("denoiser",))
@@ -109,7 +109,7 @@ def test_a_portable_engine_renders(run: Any, tmp_path: Path) -> None:
 
 
 def test_parked_weights_come_back() -> None:
-    from overcrank.runtime.parked import Parked
+    from overcrank.runtime.sessions.parked import Parked
 
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).cuda()
     before = module[1].weight.detach().clone()
@@ -123,7 +123,7 @@ def test_parked_weights_come_back() -> None:
 def test_moved_parts_make_room() -> None:
     from types import SimpleNamespace
 
-    from overcrank.runtime.memory import place
+    from overcrank.runtime.pipeline.placement import place
 
     parts = {name: torch.nn.Linear(4, 4) for name in ("text_encoder", "vae", "transformer")}
     place(SimpleNamespace(components=parts), ["text_encoder", "vae"], torch.device("cuda"))

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from overcrank.errors import OvercrankError
 from overcrank.models import hub_folder, resolve
-from overcrank.runtime.show import downloading
+from overcrank.cli.display import downloading
 from functools import partial
 try:
     print(hub_folder(resolve(sys.argv[1]), whole=True, home=Path(sys.argv[2]), watch=partial(downloading, quiet=False)))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from overcrank.calibration.lora import merge
-from overcrank.calibration.lora_parts import lora_of, read_loras
 from overcrank.errors import CheckpointError, UserError
 from overcrank.models.demo import FOLDER
+from overcrank.runtime.pipeline.lora import merge
+from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from safetensors.torch import save_file
 
 LAYERS = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.5.ff.net.2")
@@ -233,7 +233,7 @@ def test_a_name_or_what_fits_says_the_part(experts: Any, tmp_path: Path) -> None
         assert [x.parts for x in read(experts, plain_file(tmp_path / f"{stem}.safetensors"))] == [[part]]
     style = plain_file(tmp_path / "style.safetensors")
     assert [x.parts for x in read(experts, f"high={style}", f"low={style}")] == [["transformer"], ["transformer_2"]]
-    from overcrank.calibration.lora_parts import said_by
+    from overcrank.runtime.pipeline.lora_parts import said_by
 
     assert not any(said_by(f"{n}.safetensors", WORDS) for n in ("flow_v2", "high_res", "HighRes", "low_light", "slow"))
     experts.transformer.blocks[0].attn1.to_q = torch.nn.Linear(32, 48)
@@ -272,7 +272,7 @@ def test_halves_and_kinds_that_nothing_comes_of_are_named(module: Any, tmp_path:
 
 
 def test_a_pack_of_other_loras_is_refused(tmp_path: Path) -> None:
-    from overcrank.calibration.pack import require_loras
+    from overcrank.export.quantization.pack import require_loras
 
     pack, merged = (
         tmp_path / "pack",

@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 import torch
 from overcrank.errors import UserError
-from overcrank.runtime.memory import DENOISERS, ENCODERS, OTHERS, RESERVE, Part, parts_of, place, planned, vram_of
-from overcrank.runtime.parked import Parked
+from overcrank.runtime.pipeline.placement import (
+    DENOISERS,
+    ENCODERS,
+    OTHERS,
+    RESERVE,
+    Part,
+    parts_of,
+    place,
+    planned,
+    vram_of,
+)
+from overcrank.runtime.sessions.parked import Parked
 
 GB = 10**9
 PARTS = [
@@ -24,13 +34,13 @@ PARTS = [
 
 @pytest.mark.parametrize(
     ("word", "means"),
-    [("auto", "auto"), ("low", "low"), ("8GB", 8 * 2**30), ("7.5 gb", int(7.5 * 2**30)), ("6144MB", 6 * 2**30)],
+    [("auto", "auto"), ("low", "low"), ("8GB", 8 * GB), ("7.5 gb", 7.5 * GB), ("6144MiB", 6 * 2**30)],
 )
 def test_words(word: str, means: Any) -> None:
     assert vram_of(word) == means
 
 
-@pytest.mark.parametrize("word", ["", "much", "8", "0GB", "-1GB", "8TB"])
+@pytest.mark.parametrize("word", ["", "much", "8", "0GB", "-1GB", "8 apples"])
 def test_wrong_words(word: str) -> None:
     with pytest.raises(UserError, match="use auto, low, balanced, high, or an amount such as 8GB"):
         vram_of(word)
@@ -61,14 +71,14 @@ def test_auto_takes_what_is_free() -> None:
 
 
 def test_a_budget_that_nothing_fits_in(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UserError, match=r"--vram 8\.00 GB: one part alone has 9\.00 GB of weights; give more"):
+    with pytest.raises(UserError, match=r"--vram 8\.0 GB: one part alone has 9\.0 GB of weights; give more"):
         planned(PARTS, 2 * GB, 8 * GB, free=0)
     everything = ("text_encoder", "text_encoder_2", "vae", "transformer")
     for wanted, free in (("auto", 5 * GB), (10 * GB, 0)):  # the engines' largest shapes, which a render may not need
         with caplog.at_level(logging.WARNING):
             plan = planned(PARTS, 8 * GB, wanted, free)
         assert plan.moved == everything
-        assert "take 12.00 GB at the engines' largest shapes" in caplog.text
+        assert "take 12.0 GB at the engines' largest shapes" in caplog.text
         caplog.clear()
 
 
@@ -104,8 +114,8 @@ def test_moved_parts_start_in_host_memory_and_come_when_they_are_called() -> Non
 
 def test_a_pipeline_whose_parts_are_moved_still_renders() -> None:
     from overcrank.models.demo import FOLDER
-    from overcrank.runtime.accelerate import device_of
-    from overcrank.runtime.load import load
+    from overcrank.runtime.pipeline.accelerate import device_of
+    from overcrank.runtime.pipeline.load import load
 
     pipe = load(str(FOLDER), backend="eager", device="cpu")
     arguments = {"prompt": "a red circle moving right", "height": 64, "width": 64, "num_frames": 9}
@@ -119,8 +129,8 @@ def test_a_pipeline_whose_parts_are_moved_still_renders() -> None:
 
 def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(tmp_path: Path) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
-    from overcrank.runtime.accelerate import accelerate
-    from overcrank.runtime.load import load
+    from overcrank.runtime.pipeline.accelerate import accelerate
+    from overcrank.runtime.pipeline.load import load
 
     class Counts(ModelHook):  # type: ignore[misc]
         calls = 0

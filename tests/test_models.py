@@ -111,7 +111,7 @@ def test_conditioning_is_not_run_on_the_engine_with_one_timestep() -> None:
 
 
 def test_the_documentation_is_what_the_data_says() -> None:
-    from overcrank.engines.catalogue import markdown
+    from overcrank.cli.catalogue import markdown
 
     root = Path(__file__).parent.parent
     notes = (root / "docs/models.notes.md").read_text("utf-8")

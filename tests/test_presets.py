@@ -14,7 +14,7 @@ from overcrank.errors import RequestError
 from overcrank.models import components, family, resolve
 from overcrank.models.base import Preset, Rendering
 from overcrank.models.presets import applied, every_preset, fetched, presets, with_preset
-from overcrank.runtime.request import RenderRequest
+from overcrank.runtime.render.request import RenderRequest
 from safetensors.torch import load_file
 
 LTX_DISTILLED = [1000, 993, 987, 981, 975, 909, 725, 0.03]

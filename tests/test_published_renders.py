@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from overcrank.models import families, family, resolve
 from overcrank.models.base import VideoShape
-from overcrank.runtime.images import fitted_image, fitted_video
+from overcrank.runtime.render.media import fitted_image, fitted_video
 
 from tests import by_hand, checkpoints, hub_server, pipelines, tiny
 from tests.test_render_families import _what_cannot_be_installed_here, frames_of, media_of, store  # noqa: F401

@@ -8,24 +8,24 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from overcrank.calibration.attention import attended, packed_factors
-from overcrank.calibration.nodes import NUMBERS
-from overcrank.calibration.numbers import packed_layer, unpacked_fp4
-from overcrank.calibration.pack import Part, embed_pack
-from overcrank.calibration.quantize import layout_in, quantized
-from overcrank.calibration.recipe import ATTENTION, OPERANDS, LayerFormat, Range, default_recipe
-from overcrank.calibration.reference import quantized_layers, ranges_of_call
 from overcrank.engines.profiles import Profile, profile_for
 from overcrank.engines.targets import BY_NAME
 from overcrank.engines.worker import fallen_back
 from overcrank.export.graph import Exported, onnx_from_component
 from overcrank.export.module import random_module
 from overcrank.export.passes import products_in_fp16
+from overcrank.export.quantization.attention import attended, packed_factors
+from overcrank.export.quantization.formats import NUMBERS
+from overcrank.export.quantization.linear import layout_in, quantized
+from overcrank.export.quantization.pack import Part, embed_pack
+from overcrank.export.quantization.packing import packed_layer, unpacked_fp4
+from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, LayerFormat, Range, default_recipe
+from overcrank.export.quantization.reference import quantized_layers, ranges_of_call
 from overcrank.models import components, resolve
 from overcrank.models.base import Call, Component
-from overcrank.runtime.ort import OrtSession
-from overcrank.runtime.parameters import bound_parameters, packed_parameters
-from overcrank.runtime.session import run_each
+from overcrank.runtime.sessions.ort import OrtSession
+from overcrank.runtime.sessions.parameters import bound_parameters, packed_parameters
+from overcrank.runtime.sessions.session import run_each
 from overcrank.runtime.verify import ROUNDING, compare
 
 from tests import tiny

@@ -11,14 +11,14 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-from overcrank.engines.recipes import markdown
+from overcrank.cli.recipes import markdown
 from overcrank.errors import RequestError, UserError
 from overcrank.models import _negative_prompts, families, family, resolve
 from overcrank.models._schedulers import ONLY, RESCALING, SCHEDULERS
 from overcrank.models.base import Rendering, Variant
-from overcrank.runtime.dtypes import check_parts, typed
-from overcrank.runtime.request import RenderRequest
-from overcrank.runtime.schedule import scheduled, scheduler_of
+from overcrank.runtime.pipeline.dtypes import check_parts, typed
+from overcrank.runtime.render.request import RenderRequest
+from overcrank.runtime.render.schedule import scheduled, scheduler_of
 
 RENDERS = [(v, task) for name in families() for v in family(name).VARIANTS for task in v.renders]
 IDS = [f"{v.name}:{task}" for v, task in RENDERS]

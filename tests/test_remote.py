@@ -66,9 +66,9 @@ def test_what_is_pushed_is_pulled_whole(place: Path, demo_bundle: Path, tmp_path
 
 
 def test_a_render_uses_what_was_pulled_until_its_key_is_revoked(place: Path, tmp_path: Path, ring: Keyring) -> None:
+    from overcrank.errors import CannotServe
     from overcrank.models import components, resolve
-    from overcrank.runtime.bundles import bundle_of, fitting_bundles
-    from overcrank.runtime.session import CannotServe
+    from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
 
     path = fetched(place, tmp_path / "store", ring)
     demo = resolve("ltx-demo")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from overcrank.models.demo import FOLDER
-from overcrank.runtime.accelerate import accelerate
+from overcrank.runtime.pipeline.accelerate import accelerate
 from PIL import Image
 
 from bench.render_parity import PROMPT, TASKS, draw_picture, options_of, parity_of
@@ -124,7 +124,7 @@ def test_without_a_gpu_auto_says_so_once_and_tensorrt_refuses(run: Any, tmp_path
 def test_previews_show_the_video_while_it_is_made(
     run: Any, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from overcrank.runtime import steps
+    from overcrank.runtime.render import steps
 
     seen = []
     write = steps.written_preview
@@ -206,7 +206,7 @@ def test_calls_that_need_gradients_run_eagerly(store: Path) -> None:
 def test_a_non_finite_engine_result_is_rendered_again_eagerly(
     run: Any, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from overcrank.runtime.ort import OrtSession
+    from overcrank.runtime.sessions.ort import OrtSession
 
     honest = OrtSession.__call__
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from overcrank.runtime.output import Video, write_mp4
+from overcrank.runtime.render.output import Video, write_mp4
 from PIL import Image
 
 from tests import pipelines, tiny, without_torchvision

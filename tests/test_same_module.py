@@ -18,8 +18,8 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor, LTXVideoTransformerBlock
 from overcrank.errors import BackendError, UserError
 from overcrank.models import components
-from overcrank.runtime.ort import OrtSession
-from overcrank.runtime.session import Record
+from overcrank.runtime.sessions.ort import OrtSession
+from overcrank.runtime.sessions.session import Record
 
 from tests import pipelines, tiny
 from tests.test_render_families import store  # noqa: F401

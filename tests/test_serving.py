@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from overcrank.errors import CannotServe
 from overcrank.models import components, resolve
-from overcrank.runtime.bundles import bundle_of, fitting_bundles
-from overcrank.runtime.session import CannotServe
+from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
 
 from tests import checkpoints, serving
 from tests.test_render_families import _what_cannot_be_installed_here  # noqa: F401

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from overcrank.engines.kernel_cache import Kernels, kernel_cache
+from overcrank.engines.measurements import Measurement, measurements, record, require_not_slower
 from overcrank.engines.store import Store
-from overcrank.runtime.kernel_cache import Kernels, kernel_cache
-from overcrank.runtime.measured import Measurement, measurements, record, require_not_slower
-from overcrank.runtime.session import CannotServe
+from overcrank.errors import CannotServe
 
 RTX = ("NVIDIA GeForce RTX 4090", "580.95.05")
 
@@ -83,8 +83,8 @@ def test_what_cannot_be_used_is_compiled_again(damage: str, tmp_path: Path) -> N
 
 def test_a_full_disk_does_not_fail_the_render(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from overcrank.models import resolve
-    from overcrank.runtime.accelerate import Acceleration
-    from overcrank.runtime.session import Ledger
+    from overcrank.runtime.pipeline.accelerate import Acceleration
+    from overcrank.runtime.sessions.session import Ledger
 
     (tmp_path / "runtime").write_text("a file is in the way")
     kernels = Kernels(Config(b"this driver: new"), kernel_cache(Store(tmp_path), "ab" * 32, *RTX))
@@ -119,9 +119,9 @@ def test_an_engine_that_lost_on_this_card_is_not_used(tmp_path: Path) -> None:
 
 def test_engines_are_loaded_ahead_and_only_those_a_render_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     from overcrank.models import resolve
-    from overcrank.runtime.accelerate import Acceleration
-    from overcrank.runtime.module import EngineModule, Slot
-    from overcrank.runtime.session import Ledger
+    from overcrank.runtime.pipeline.accelerate import Acceleration
+    from overcrank.runtime.sessions.engine_module import EngineModule, Slot
+    from overcrank.runtime.sessions.session import Ledger
 
     opened: list[str] = []
 
@@ -158,7 +158,7 @@ def test_engines_are_loaded_ahead_and_only_those_a_render_calls(monkeypatch: pyt
     ],
 )
 def test_steps_before_kernels_have_settled_are_left_out_of_the_times(seconds: list[float], settling: int) -> None:
-    from overcrank.runtime.metadata import timing
+    from overcrank.runtime.render.sidecar import timing
 
     found = timing(seconds, lazily=True)
     assert found.get("settling", 0) == settling

@@ -15,10 +15,10 @@ from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store
 from overcrank.models import resolve
 from overcrank.models.base import VideoShape
-from overcrank.runtime import memory
-from overcrank.runtime.bundles import engines_of
-from overcrank.runtime.driver import CANCELLED, DONE, FAILED, Driver, Job, Outcome
-from overcrank.runtime.request import request_of
+from overcrank.runtime.pipeline import placement as memory
+from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, Driver, Job, Outcome
+from overcrank.runtime.render.request import request_of
+from overcrank.runtime.sessions.select import engines_of
 
 from tests.simulated_tensorrt import Card, Simulated, bundle_of
 
@@ -39,7 +39,7 @@ def demo_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def loaded(demo_bundles: Path, simulated: Simulated) -> Callable[[str], Any]:
     """The demo's pipeline on the simulated card, by backend."""
-    from overcrank.runtime.load import load
+    from overcrank.runtime.pipeline.load import load
 
     for path, _ in Store(demo_bundles).list():
         simulated.plans.register(path)

@@ -55,7 +55,7 @@ def options_of(name: str, folder: Path, media: Path) -> list[object]:
 
 
 def built(name: str, folder: Path, store: Path, simulated: Simulated) -> Path:
-    from overcrank.runtime.load import load
+    from overcrank.runtime.pipeline.load import load
 
     pipe = load(str(folder), backend="eager", device="cpu", quiet=True)
     variant = pipe.overcrank.variant
@@ -94,8 +94,8 @@ def test_a_streamed_vae_holds_its_caches_twice(tmp_path: Path, bundles: Path, si
     """Those that came in and those that go out; and the planner knows it."""
     import torch
     from overcrank.engines.manifest import read_manifest
-    from overcrank.runtime import memory
-    from overcrank.runtime.load import load
+    from overcrank.runtime.pipeline import placement as memory
+    from overcrank.runtime.pipeline.load import load
 
     folder, card = pipelines.saved("wan", tmp_path), simulated.card
     variant = load(str(folder), backend="eager", device="cpu", quiet=True).overcrank.variant

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from overcrank import accelerate
-from overcrank.calibration.recipe import LayerFormat
 from overcrank.engines.store import Store
+from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import resolve
-from overcrank.runtime import parked
-from overcrank.runtime.load import load
-from overcrank.runtime.sources import Quantization
+from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.sessions import parked
+from overcrank.runtime.sessions.sources import Quantization
 
 from tests.simulated_tensorrt import Simulated, bundle_of
 from tests.test_simulated_batch import PROFILE

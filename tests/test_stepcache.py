@@ -14,9 +14,9 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from overcrank.errors import UserError
 from overcrank.models import families, family, resolve
-from overcrank.runtime.accelerate import denoisers
-from overcrank.runtime.session import Ledger
-from overcrank.runtime.stepcache import BACKEND, StepCache, threshold_of
+from overcrank.runtime.pipeline.accelerate import denoisers
+from overcrank.runtime.render.stepcache import BACKEND, StepCache, threshold_of
+from overcrank.runtime.sessions.session import Ledger
 from PIL import Image
 
 DEMO = resolve("ltx-demo")

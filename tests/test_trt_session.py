@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from overcrank.runtime import device as devices
-from overcrank.runtime.session import CannotServe
-from overcrank.runtime.workspace import Workspace
+from overcrank.errors import CannotServe
+from overcrank.runtime.sessions import device as devices
+from overcrank.runtime.sessions.workspace import Workspace
 
 from tests.simulated_tensorrt import Simulated, small
 from tests.simulated_tensorrt.installed import CARD

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 from overcrank.engines.manifest import check_files, file_entry, read_manifest
 from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, fingerprint
-from overcrank.errors import IntegrityError, UserError
+from overcrank.errors import CannotServe, IntegrityError, UserError
 from overcrank.models import components, resolve
-from overcrank.runtime.bundles import bundle_of, fitting_bundles
-from overcrank.runtime.session import CannotServe
+from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
 
 FLIPS = 200
 

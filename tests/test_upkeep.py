@@ -14,11 +14,10 @@ import numpy as np
 import onnx
 import pytest
 from filelock import FileLock
+from overcrank.engines.kernel_cache import kernel_cache
+from overcrank.engines.maintenance import DAY, flaws, removable
 from overcrank.engines.manifest import read_manifest
 from overcrank.engines.store import Store
-from overcrank.errors import UserError
-from overcrank.runtime.kernel_cache import kernel_cache
-from overcrank.runtime.upkeep import DAY, bytes_of, flaws, removable, seconds_of
 from safetensors.numpy import save_file
 
 GONE = 2**22 + 1
@@ -171,34 +170,10 @@ def test_gc_by_age_size_and_version(store: Store) -> None:
     assert (item.path, item.why) == (bundle, "made by tensorrt_rtx 0.1")
     with FileLock(store.root / "locks" / f"{bundle.name.rpartition('-')[2]}.lock"):
         code = "import sys; from pathlib import Path; from overcrank.engines.store import Store\n"
-        code += "from overcrank.runtime.upkeep import removable\n"
+        code += "from overcrank.engines.maintenance import removable\n"
         code += "print(len(removable(Store(Path(sys.argv[1])), other_versions=True)))"
         command = [sys.executable, "-c", code, str(store.root)]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "0\n"
-
-
-@pytest.mark.parametrize(
-    ("word", "seconds"), [("30d", 30 * DAY), ("12h", DAY / 2), ("45m", 2700.0), ("1.5 d", 1.5 * DAY)]
-)
-def test_ages(word: str, seconds: float) -> None:
-    assert seconds_of(word) == seconds
-
-
-@pytest.mark.parametrize(("word", "size"), [("50GB", 5e10), ("500 mb", 5e8), ("1000", 1e3), ("1.5t", 1.5e12)])
-def test_sizes(word: str, size: float) -> None:
-    assert bytes_of(word) == size
-
-
-@pytest.mark.parametrize("word", ["", "soon", "5", "-1d", "5w"])
-def test_wrong_ages(word: str) -> None:
-    with pytest.raises(UserError, match="such as 30d, 12h, 45m"):
-        seconds_of(word)
-
-
-@pytest.mark.parametrize("word", ["", "much", "-1GB", "5 PB"])
-def test_wrong_sizes(word: str) -> None:
-    with pytest.raises(UserError, match="such as 50GB or 500MB"):
-        bytes_of(word)
 
 
 def test_the_graph_that_is_kept_is_a_graph(store: Store) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from overcrank import accelerate
 from overcrank.errors import OvercrankError
-from overcrank.runtime.session import EAGER, Record
+from overcrank.runtime.sessions.session import EAGER, Record
 
 from tests.diffusers_suite.classes import CLASSES, Arguments, Subject
 

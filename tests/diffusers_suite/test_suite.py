@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from overcrank import accelerate
 from overcrank.errors import OvercrankError
-from overcrank.runtime.session import Fallback, Record
+from overcrank.runtime.sessions.session import Fallback, Record
 
 from tests import without_torchvision
 from tests.diffusers_suite import cells, unserved

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from overcrank.calibration.recipe import IN_16_BIT, LayerFormat
 from overcrank.engines import cards
 from overcrank.engines.build import Request, build
 from overcrank.engines.compile import Compiled
@@ -19,9 +18,10 @@ from overcrank.engines.manifest import MANIFEST
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
+from overcrank.export.quantization.recipe import IN_16_BIT, LayerFormat
 from overcrank.models import family
 from overcrank.models.base import Component, Variant
-from overcrank.runtime.workspace import Workspace
+from overcrank.runtime.sessions.workspace import Workspace
 
 from tests.simulated_tensorrt.card import Card
 from tests.simulated_tensorrt.plans import Plans
@@ -65,10 +65,10 @@ class Simulated:
 
     def install(self) -> None:
         patch, trt = self._patch.setattr, self.trt
-        patch("overcrank.runtime.trt.load_flavour", lambda flavour: trt)
-        patch("overcrank.runtime.device.device_of", lambda index: self.card)
-        patch("overcrank.runtime.accelerate._card", self.brought)
-        patch("overcrank.runtime.driver._own_stream", self.own_stream)
+        patch("overcrank.runtime.sessions.trt.load_flavour", lambda flavour: trt)
+        patch("overcrank.runtime.sessions.device.device_of", lambda index: self.card)
+        patch("overcrank.runtime.pipeline.accelerate._card", self.brought)
+        patch("overcrank.runtime.render.renderer._own_stream", self.own_stream)
 
     def brought(self, pipe: Any) -> cards.Card:
         """The card, with all parts of the pipeline on it, as `load` puts them there."""

@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from overcrank.calibration.numbers import unpacked_fp4
 from overcrank.engines.manifest import ComponentEntry, TensorEntry, read_manifest
-from overcrank.runtime.ort import widened
-from overcrank.runtime.ort_fp4 import spelled_out
+from overcrank.export.quantization.packing import unpacked_fp4
+from overcrank.runtime.sessions.ort import widened
+from overcrank.runtime.sessions.ort_fp4 import spelled_out
 
 FP8 = 17  # ONNX's TensorProto.FLOAT8E4M3FN
 Shapes = Mapping[str, tuple[int, ...]]

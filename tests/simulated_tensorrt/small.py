@@ -7,10 +7,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from overcrank.engines.flavours import flavour_version
 from overcrank.engines.manifest import ComponentEntry, EngineKey, Manifest, TensorEntry, file_entry
 from overcrank.engines.store import Store
-from overcrank.runtime.trt import TrtSession
+from overcrank.engines.tensorrt import flavour_version
+from overcrank.runtime.sessions.trt import TrtSession
 
 from tests.simulated_tensorrt.installed import CARD, Simulated
 

@@ -1,0 +1,387 @@
+"""Command line: parse, call, print. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from overcrank import __version__
+from overcrank.cli.engines import engines
+from overcrank.cli.keys import keys
+from overcrank.cli.options import (
+    Command,
+    Group,
+    Numbers,
+    bounds_options,
+    quantization_of,
+    quantization_options,
+    quantized_layers,
+    ray_option,
+    render_options,
+    store_option,
+)
+from overcrank.errors import UserError
+
+
+def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib import metadata
+
+    click.echo(f"overcrank {__version__}")
+    names = {
+        "TensorRT for RTX": ("tensorrt-rtx",),
+        "TensorRT": ("tensorrt",),
+        "torch": ("torch",),
+        "diffusers": ("diffusers",),
+        "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    }
+    for title, distributions in names.items():
+        found = "not installed"
+        for name in distributions:
+            try:
+                found = f"{metadata.version(name)}{' (' + name + ')' if title == 'onnxruntime' else ''}"
+                break
+            except metadata.PackageNotFoundError:
+                continue
+        click.echo(f"{title} {found}")
+    context.exit()
+
+
+@click.command(cls=Command, name="build-engine")
+@click.option("--model", required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
+@click.option(
+    "--gpu",
+    "gpus",
+    required=True,
+    multiple=True,
+    help="sm_75 … sm_121, a card (rtx4090, dgx-spark), rtx (one engine for RTX 30, 40, 50), all, or auto; repeatable.",
+)
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
+)
+@quantization_options
+@click.option(
+    "--dtype", "dtypes", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable."
+)
+@click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
+@click.option("--weights", type=click.Choice(["inputs", "embedded"]), default="inputs", show_default=True)
+@click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
+@click.option("--width", type=int, help="Width in pixels.")
+@click.option("--frames", type=int, help="Number of frames.")
+@click.option(
+    "--batch", type=int, help="Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2]."
+)
+@bounds_options("min")
+@bounds_options("max")
+@click.option("--static", is_flag=True, help="Serve this one shape only.")
+@click.option("--components", default="", help="Comma-separated components [default: the family's usual ones].")
+@click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to put the bundle in.")
+@store_option
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress.")
+def build_engine(**options: Any) -> None:
+    """Build TensorRT engines of MODEL for GPU, on any machine: no GPU, no weights needed."""
+    from overcrank.cli import build_report as report
+    from overcrank.engines.build import build
+    from overcrank.engines.store import Store
+    from overcrank.engines.workers import LocalWorkers
+
+    started = time.monotonic()
+    requests = _requests(options)
+    store = Store(options["store"], options["out"])
+    with report.progress_display(options["quiet"] or options["as_json"]) as progress:
+        built = build(requests, store, progress, partial(LocalWorkers, options["jobs"]))
+    seconds = time.monotonic() - started
+    if options["as_json"]:
+        click.echo(report.as_json(built, seconds))
+    else:
+        report.summary(built, seconds)
+
+
+def _requests(options: dict[str, Any]) -> list[Any]:
+    from overcrank.engines.build import Request
+    from overcrank.engines.profiles import profile_for
+    from overcrank.engines.targets import precision_for, targets_for
+    from overcrank.engines.tensorrt import driver_notes
+    from overcrank.engines.types import notes, own_precision
+    from overcrank.models import components, resolve
+
+    words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
+    targets = targets_for(words, options["flavour"])
+    for note in driver_notes(options["flavour"], targets):
+        click.echo(f"note: {note}", err=True)
+    variant = resolve(options["model"])
+    dtypes = _part_types(options["dtypes"], variant)
+    precisions = [precision_for(t, options["precision"], own_precision(variant)) for t in targets]
+    for target, precision in zip(targets, precisions, strict=True):
+        for note in notes(variant, target, precision, dtypes):
+            click.echo(f"note: {note}", err=True)
+    recipe, layers = quantized_layers(options, options["precision"])
+    names = tuple(n for n in options["components"].replace(",", " ").split())
+    components(variant, names)
+    axes = ("height", "width", "frames")
+    bounds = {side: {a: v for a in axes if (v := options[f"{side}_{a}"]) is not None} for side in ("min", "max")}
+    profile = profile_for(
+        variant,
+        *(options[a] for a in (*axes, "batch")),
+        minimum=bounds["min"],
+        maximum=bounds["max"],
+        static=options["static"],
+    )
+    checkpoint = _checkpoint(options, variant) if options["weights"] == "embedded" else None
+    return [
+        Request(
+            variant,
+            t,
+            p,
+            profile,
+            options["flavour"],
+            names,
+            checkpoint,
+            layers,
+            recipe,
+            options["allow_fallback"],
+            dtypes,
+        )
+        for t, p in zip(targets, precisions, strict=True)
+    ]
+
+
+def _part_types(words: tuple[str, ...], variant: Any) -> dict[str, str]:
+    """`--dtype PART=TYPE`; raises UserError for a part that has no engine."""
+    from overcrank.models import family
+    from overcrank.runtime.pipeline.dtypes import typed
+
+    parts = dict.fromkeys(c.subfolder for c in family(variant.family).components(variant))
+    found = typed(words)
+    for part, name in found.items():
+        if part not in parts:
+            raise UserError(
+                f"--dtype {part or name}: name a part of {variant.name} that has engines, such as vae=bf16; "
+                f"they are {', '.join(parts)}."
+            )
+    return found
+
+
+def _checkpoint(options: dict[str, Any], variant: Any) -> Path:
+    """The diffusers folder whose weights are embedded: the one named or packaged, or the hub's copy."""
+    from overcrank.cli.display import downloading
+    from overcrank.engines.store import Store
+    from overcrank.models import hub_folder, local_folder
+
+    watch = partial(downloading, quiet=options["quiet"] or options["as_json"])
+    return local_folder(options["model"]) or hub_folder(variant, home=Store(options["store"]).root, watch=watch)
+
+
+@click.group(cls=Group)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Show versions.")
+def main() -> None:
+    """Faster video diffusion: TensorRT engines for any card, built on any machine."""
+
+
+main.add_command(engines)
+main.add_command(keys)
+
+
+main.add_command(build_engine)
+
+
+@main.command(cls=Command)
+@click.argument("bundle")
+@click.option("--weights", default="random", show_default=True, help="'random', or a diffusers folder.")
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Also render prompts, and write here what a quantized bundle costs in quality.",
+)
+@click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="For the report, one a line.")
+@click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Prompts of the report.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of the report [default: the model's].")
+@store_option
+def verify(bundle: str, weights: str, tolerance: float, report: Path | None, store: Path | None, **asked: Any) -> None:
+    """Run a bundle's graphs in ONNX Runtime against the eager modules."""
+    from overcrank.cli.checks import print_checks
+    from overcrank.engines.store import Store
+    from overcrank.runtime.verify import verify_bundle
+
+    path = Store(store).resolve(bundle)
+    folder = None if weights == "random" else Path(weights).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--weights {weights} is neither 'random' nor a folder.")
+    good = print_checks(verify_bundle(path, folder), tolerance)
+    if report is not None:
+        from overcrank.cli.calibration import print_quality
+
+        print_quality(path, folder, report, **asked)
+    if not good:
+        sys.exit(1)
+
+
+@main.command(cls=Command)
+@click.option("--model", help="Family, variant, diffusers folder, or hub id [default: the demo model].")
+@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True)
+@click.option(
+    "--method",
+    type=click.Choice(["max", "percentile", "mse", "smoothquant"]),
+    default="max",
+    show_default=True,
+    help="How ranges follow from what is seen; mse and smoothquant are for int8.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="One a line, or jobs as for batch (.jsonl) [default: the model's own, or 64 that ship].",
+)
+@click.option(
+    "--images", type=click.Path(path_type=Path, exists=True, file_okay=False), help="First frames, for image-to-video."
+)
+@click.option("--samples", type=int, default=16, show_default=True, help="Videos to denoise.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps [default: the model's].")
+@click.option("--auto", is_flag=True, help="Keep the most sensitive blocks in 16 bit until --quality holds.")
+@click.option("--quality", help="For --auto: PSNR of frames (35dB) or cosine of latents (0.995) [default: 35dB].")
+@click.option("--device", help="cuda or cpu [default: cuda when there is a card].")
+@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), default=Path("recipe.json"))
+@click.option("--quiet", is_flag=True, help="No progress.")
+@store_option
+def calibrate(**options: Any) -> None:
+    """Denoise prompts in 16 bit, measure every layer's range, and write the recipe."""
+    from overcrank.calibration import run as work
+    from overcrank.calibration.sensitivity import target_of
+    from overcrank.cli.calibration import print_recipe, print_search
+    from overcrank.cli.display import counting, downloading
+    from overcrank.export.quantization.recipe import LayerFormat
+
+    form = LayerFormat(options.pop("precision"), "static")
+    auto, quality = options.pop("auto"), options.pop("quality")
+    if quality is not None and not auto:
+        raise UserError("--quality is what --auto searches for; add --auto.")
+    target = target_of(quality or "35dB") if auto else None
+    started = time.monotonic()
+    quiet = options.pop("quiet")
+    watch, count = partial(downloading, quiet=quiet), partial(counting, quiet=quiet)
+    wanted = work.Wanted(form=form, target=target, watch=watch, count=count, report=print_search, **options)
+    recipe = work.calibrate(wanted)
+    print_recipe(recipe, options["out"], time.monotonic() - started)
+
+
+@main.command(cls=Command)
+@click.option("--model", required=True, help="Family, variant, diffusers folder, or hub id.")
+@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True)
+@quantization_options
+@click.option(
+    "--compute", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="Of the engine."
+)
+@click.option(
+    "--lora", "loras", multiple=True, metavar="[PART=]FILE[:SCALE]", help="Merged before packing; repeatable."
+)
+@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option("--quiet", is_flag=True, help="No progress.")
+@store_option
+def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> None:
+    """Quantize a checkpoint's layers, one at a time, into a file that engines and renders read."""
+    from overcrank.cli.calibration import timed_pack
+    from overcrank.engines.store import Store
+
+    recipe, layers = quantized_layers(options, options["precision"])
+    made = {"model": model, "layers": layers, "recipe": recipe, "compute": compute, "loras": loras, "out": out}
+    timed_pack(quiet, **made, store=Store(options["store"]))
+
+
+@main.command(cls=Command)
+@render_options
+@click.option("--prompt", default="", help="What the video shows.")
+@click.option("--negative-prompt", help='What it should not show; "" is nothing [default: the publisher\'s].')
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True)
+@click.option("--image", type=click.Path(path_type=Path), help="First frame: image-to-video.")
+@click.option("--last-image", type=click.Path(path_type=Path), help="Last frame, alone or with --image.")
+@click.option("--video", type=click.Path(path_type=Path), help="Video to make anew: video-to-video.")
+@click.option("--strength", type=float, help="How much of the video is made anew, 0 to 1 [default: 0.8].")
+@click.option("--audio", type=click.Path(path_type=Path), help="Sound track to mux into the MP4.")
+@click.option("--steps", type=int, help="Denoising steps [default: the model's].")
+@click.option("--guidance", type=float, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--guidance-2", type=float, help="Of the low-noise expert of a model with two.")
+@click.option("--guidance-rescale", type=float, help="Against overexposure by guidance, 0 to 1.")
+@click.option("--guidance-until", type=float, help="Share of the steps that are guided, such as 0.7 [default: 1].")
+@click.option("--scheduler", help="Scheduler class of diffusers [default: the publisher's].")
+@click.option("--shift", type=float, help="Of the schedule; more spends more steps on the noisy part.")
+@click.option(
+    "--sigmas", type=Numbers(), help="The schedule, falling from at most 1: 1,0.94,0.83,0.63; nothing shifts it."
+)
+@click.option("--timesteps", type=Numbers(), help="The schedule in timesteps of 1000: 1000,750,500,250.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same frames.")
+@click.option("--height", type=int, help="Pixels [default: the model's native].")
+@click.option("--width", type=int)
+@click.option("--frames", type=int)
+@click.option("--fps", type=float)
+@click.option("--formats", default="", help="Of mp4, gif, png, sheet, latents [default: OUT's suffix and sheet].")
+def render(**options: Any) -> None:
+    """Render one video: an MP4, its contact sheet, and a JSON sidecar that reproduces it."""
+    from overcrank.cli.render import render_one
+
+    sys.exit(render_one(options | {"quantization": quantization_of(options)}))
+
+
+@main.command(cls=Command)
+@click.argument("jobs", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--out", "-o", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of results.")
+@render_options
+@click.option("--again", is_flag=True, help="Render finished jobs again in place of skipping them.")
+@click.option(
+    "--lanes", type=click.IntRange(1, 4), help="Jobs at a time [default: 2 on a GPU of 24 GB or more, else 1]."
+)
+@ray_option
+def batch(**options: Any) -> None:
+    """Render every line of JOBS, a JSON Lines file; run it again to finish what was interrupted."""
+    from overcrank.cli.render import render_batch
+
+    sys.exit(render_batch(options | {"quantization": quantization_of(options)}))
+
+
+@main.group(cls=Group, invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="As one JSON document.")
+@click.option(
+    "--markdown", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="As docs/models.md, after NOTES."
+)
+@click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="bench/results, for the Markdown.")
+@click.pass_context
+def models(context: click.Context, as_json: bool, markdown: Path | None, figures: Path | None) -> None:
+    """Every family and variant: parameters, native shape, tasks, components."""
+    from overcrank.cli import catalogue
+
+    if context.invoked_subcommand is not None:
+        return
+    if markdown is not None:
+        click.echo(catalogue.markdown(figures, markdown.read_text("utf-8")), nl=False)
+    else:
+        catalogue.print_models(as_json)
+
+
+@models.command("show", cls=Command)
+@click.argument("model")
+def models_show(model: str) -> None:
+    """One family, variant, diffusers folder or hub id, explained."""
+    from overcrank.cli.catalogue import print_model
+
+    print_model(model)
+
+
+@main.command(cls=Command)
+@click.option("--quick", is_flag=True, help="Without compiling and running a small engine.")
+@store_option
+def doctor(quick: bool, store: Path | None) -> None:
+    """What this machine has: card, driver, PyTorch, TensorRT; which bundles serve, and why others do not."""
+    from overcrank.cli.checks import print_doctor
+    from overcrank.engines.store import Store
+
+    sys.exit(0 if print_doctor(Store(store), quick) else 1)

@@ -1,0 +1,123 @@
+"""Bundles and what else a store holds, printed for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from overcrank.engines.lint import compared, lint_bundle, profile_of
+from overcrank.engines.maintenance import Item
+from overcrank.engines.manifest import Manifest, check_files, profile_line, read_manifest
+from overcrank.engines.store import Store
+from overcrank.engines.targets import BY_NAME
+from overcrank.engines.trust import PULLED, Keyring, fingerprint
+from overcrank.errors import IntegrityError
+from overcrank.models import components, variant_from_manifest
+from overcrank.units import human_bytes
+from rich.console import Console
+
+
+def print_list(store: Store) -> None:
+    from rich.table import Table
+
+    found = store.list()
+    console = Console(soft_wrap=True)
+    if not found:
+        console.print(f"no bundles in {store.bundles}; build one: build-engine --model ltx --gpu sm_89")
+        return
+    table = Table(title=str(store.bundles))
+    for column in ("bundle", "GPU", "precision", "profile", "engines", "TensorRT"):
+        table.add_column(column, overflow="fold")
+    for path, manifest in found:
+        if isinstance(manifest, Manifest):
+            size = human_bytes(sum(c.engine.bytes for c in manifest.components))
+            version = f"{manifest.flavour} {manifest.flavour_version}"
+            table.add_row(path.name, manifest.target, manifest.precision, profile_line(manifest), size, version)
+        else:
+            table.add_row(path.name, "", "", f"unreadable: {manifest}", "", "")
+    console.print(table)
+
+
+def print_bundle(bundle: Path) -> bool:
+    """Print the manifest and the check of every file; returns whether all files match."""
+
+    manifest = read_manifest(bundle)
+    wrong = check_files(bundle, manifest)
+    console = Console(soft_wrap=True, highlight=False)
+    for label, value in (
+        ("bundle", str(bundle)),
+        ("model", f"{manifest.model} (family {manifest.family}{', ' + manifest.hub_id if manifest.hub_id else ''})"),
+        ("target", f"{manifest.target}, {manifest.precision}, {manifest.flavour} {manifest.flavour_version}"),
+        ("profile", profile_line(manifest)),
+        ("weights", manifest.weights),
+        ("signed", _signed(bundle)),
+        (
+            "built",
+            f"{manifest.created} by overcrank {manifest.overcrank} in {manifest.build_seconds:.1f} s, "
+            f"peak RAM {human_bytes(manifest.peak_ram_bytes or None)}",
+        ),
+        ("with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
+    ):
+        console.print(f"{label:<9}{value}")
+    for entry in manifest.components:
+        values = sum(_product(p.shape) for p in entry.parameters)
+        console.print(f"\n{entry.name} ({entry.cls}{'.' + entry.attribute if entry.attribute else ''})")
+        console.print(f"  engine      {human_bytes(entry.engine.bytes)}, sha256 {entry.engine.sha256}")
+        console.print(f"  graph       {human_bytes(entry.graph.bytes)}, sha256 {entry.graph.sha256}")
+        console.print(f"  activation  {human_bytes(entry.activation_bytes)} at the largest shape")
+        console.print(f"  parameters  {len(entry.parameters)} ({values / 1e9:.2f} billion values)")
+        console.print(f"  plan        {entry.lint}")
+        for tensor in entry.inputs:
+            shapes = f"{tensor.min} … {tensor.opt} … {tensor.max}" if tensor.min else str(tensor.dims)
+            console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}", markup=False)
+        for tensor in entry.outputs:
+            console.print(f"  output      {tensor.name} {tensor.dtype} {tensor.dims}", markup=False)
+    for problem in wrong:
+        console.print(f"\nWRONG {problem}")
+    console.print("\nfiles do NOT match the manifest" if wrong else "\nevery file matches its SHA-256")
+    return not wrong
+
+
+def _signed(bundle: Path) -> str:
+    try:
+        who = Keyring().check(bundle)
+    except IntegrityError as error:
+        return f"NOT VALID: {error}"
+    if who is None:
+        return "not asked for; pulled with --allow-unsigned" if (bundle / PULLED).exists() else "no; it was built here"
+    return f"by {who.name}, {fingerprint(who.public)[:16]}"
+
+
+def _product(shape: list[int]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+
+def print_items(items: Sequence[Item], store: Store) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for item in items:
+        shown = item.path.relative_to(store.root) if item.path.is_relative_to(store.root) else item.path
+        console.print(f"{human_bytes(item.bytes):>10}  {shown}: {item.why}")
+
+
+def print_lint(bundle: Path, compare: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for name, report in lint_bundle(bundle):
+        console.print(f"{name}: {report.verdict()}")
+        for epilogue, count in report.epilogues.most_common():
+            console.print(f"  {count:>5} × GEMM+{epilogue}")
+    if not compare:
+        return
+    manifest = read_manifest(bundle)
+    variant = variant_from_manifest(manifest)
+    profile = profile_of(manifest)
+    for component in components(variant, tuple(e.name for e in manifest.components)):
+        target = BY_NAME[manifest.target].narrowed(manifest.precision)
+        result = compared(component, manifest.precision, target, profile, manifest.flavour)
+        depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats) or "full depth"
+        console.print(f"\n{component.name} at {depth}, compiled both ways")
+        console.print(f"  weights as inputs  {result.inputs.verdict()}")
+        console.print(f"  weights embedded   {result.embedded.verdict()}")
+        console.print(f"  difference         {result.inputs.difference(result.embedded)}")

@@ -1,0 +1,85 @@
+"""What `calibrate`, `pack` and `verify --report` print."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from overcrank.calibration.pack import pack
+from overcrank.calibration.quality import markdown, quality_report
+from overcrank.calibration.sensitivity import Found, Target
+from overcrank.cli.display import downloading
+from overcrank.engines.manifest import read_manifest
+from overcrank.errors import UserError
+from overcrank.export.quantization.recipe import Recipe
+from overcrank.models import hub_folder, local_folder, resolve, variant_from_manifest
+from overcrank.runtime.render.request import RenderRequest, prompts_of
+from rich.console import Console
+from rich.markdown import Markdown
+
+
+def print_recipe(recipe: Recipe, out: Path, seconds: float) -> None:
+    """What a person reads at the end."""
+
+    console = Console(soft_wrap=True, highlight=False)
+    for name, component in recipe.components.items():
+        for part, ranges in component.ranges.items():
+            widest = max(ranges, key=lambda layer: ranges[layer].amax)
+            console.print(f"{name} ({part}): {len(ranges)} ranges for {recipe.precision}")
+            console.print(f"widest   {ranges[widest].amax:g} in {widest}")
+    console.print(f"{recipe.calibration.samples if recipe.calibration else 0} samples in {seconds:.0f} s")
+    console.print(f"recipe   {out}")
+    console.print(
+        f"next     build-engine --model {recipe.model} --precision {recipe.precision} --recipe {out} --gpu auto"
+    )
+
+
+def print_search(found: Found, target: Target) -> None:
+    """What a person reads of the search."""
+
+    console = Console(soft_wrap=True, highlight=False)
+    for block, effect in list(found.effects.items())[: max(5, len(found.kept))]:
+        console.print(
+            f"{'16 bit ' if block in found.kept else found.recipe.precision:<8} {effect:8.3%} of the output  {block}"
+        )
+    now, low, high = (n / 1e6 for n in found.bytes)
+    counts = f"{len(found.kept)} of {len(found.effects)} blocks in 16 bit"
+    console.print(f"reached  {Target(target.kind, found.reached)}, asked {target}; {counts}")
+    whole = f"{low:,.1f} MB all in {found.recipe.precision}, {high:,.1f} MB in 16 bit"
+    console.print(f"weights  {now:,.1f} MB of these layers; {whole}")
+
+
+def print_pack(out: Path, seconds: float) -> None:
+    print(f"pack     {out}  {out.stat().st_size / 1e9:.2f} GB in {seconds:.1f} s")
+
+
+def timed_pack(quiet: bool, **options: Any) -> None:
+    """`pack` with a line a layer on a terminal, and its size and time at the end."""
+
+    started = time.monotonic()
+    if local_folder(options["model"]) is None:  # first, for a terminal shows one thing that moves
+        hub_folder(resolve(options["model"]), home=options["store"].root, watch=partial(downloading, quiet=quiet))
+    with Console(stderr=True, quiet=quiet).status("packing") as status:
+        pack(**options, progress=lambda layer: status.update(f"packing {layer}"))
+    print_pack(options["out"], time.monotonic() - started)
+
+
+def print_quality(
+    bundle: Path, weights: Path | None, folder: Path, prompts: Path | None, samples: int, steps: int | None
+) -> None:
+    """Make the report and print its figures; `weights` may be None for a model that ships with its own."""
+
+    variant = variant_from_manifest(read_manifest(bundle))
+    found = weights or local_folder(variant.name)
+    if found is None:
+        raise UserError("--report renders, for which it needs the checkpoint: give --weights FOLDER.")
+    lines = prompts_of(prompts, variant)[-samples:]  # calibration takes the first ones
+    requests = [
+        RenderRequest(prompt=p, seed=1000 + i, steps=steps, formats=("latents",)).completed(variant)
+        for i, p in enumerate(lines)
+    ]
+    report = quality_report(bundle, found, requests, folder)
+    Console().print(Markdown(markdown(report).partition("![cosine")[0]))
+    print(f"report   {folder / 'report.md'}")

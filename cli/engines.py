@@ -1,0 +1,259 @@
+"""`overcrank engines`: look at a store and keep it in order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from overcrank.cli.options import Command, Group, ray_option, store_option
+
+if TYPE_CHECKING:
+    from overcrank.engines.workers import Workers
+
+
+@click.group(cls=Group)
+def engines() -> None:
+    """Look at built bundles and keep their store in order."""
+
+
+@engines.command("list", cls=Command)
+@store_option
+def engines_list(store: Path | None) -> None:
+    """Every bundle in the store."""
+    from overcrank.cli.bundles import print_list
+    from overcrank.engines.store import Store
+
+    print_list(Store(store))
+
+
+@engines.command("build", cls=Command)
+@click.option("--models", default="", help="Families, variants, folders or hub ids, with commas.")
+@click.option("--gpus", default="all", show_default=True, help="As --gpu of build-engine, with commas.")
+@click.option(
+    "--precisions", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4, with commas."
+)
+@click.option("--static", is_flag=True, help="Serve each model's native shape only.")
+@click.option("--retry-failed", is_flag=True, help="What the last such command did not manage, in place of --models.")
+@click.option("--index", type=click.Path(path_type=Path, dir_okay=False), help="Write a Markdown table of the bundles.")
+@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
+@ray_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress; does not ask.")
+@store_option
+def engines_build(**options: Any) -> None:
+    """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
+    from overcrank.cli import build_report as report
+    from overcrank.engines import matrix
+    from overcrank.engines.store import Store
+
+    store = Store(options["store"])
+    lists = (options["models"], options["gpus"], options["precisions"])
+    cells = matrix.failed_before(store) if options["retry_failed"] else matrix.cells_of(*lists)
+    wanted = matrix.expanded(cells, options["static"])
+    with ExitStack() as stack:
+        hire, count = _workers(options, stack)
+        for line in matrix.plan_lines(wanted, store, count):
+            click.echo(line, err=True)
+        if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
+            return
+        progress = stack.enter_context(report.progress_display(options["as_json"]))
+        result = matrix.run(wanted, store, progress, hire)
+    if options["index"] is not None:
+        matrix.write_index(options["index"], result)
+    click.echo(matrix.as_json(result) if options["as_json"] else "\n".join(matrix.result_lines(result)))
+    if result.failed:
+        sys.exit(1)
+
+
+def _workers(options: dict[str, Any], stack: ExitStack) -> tuple[Callable[[], Workers], int]:
+    """Who builds, here or on a cluster that `stack` leaves, and how many at a time."""
+    from overcrank.engines.cluster import RayWorkers, connected
+    from overcrank.engines.workers import LocalWorkers, default_workers
+
+    if options["ray"]:
+        ray = stack.enter_context(connected(options["ray"]))
+        count = options["jobs"] or max(1, int(ray.cluster_resources().get("CPU", 0)))
+        return partial(RayWorkers, ray, count), count
+    count = options["jobs"] or default_workers()
+    return partial(LocalWorkers, count), count
+
+
+@engines.command("show", cls=Command)
+@click.argument("bundle")
+@store_option
+def engines_show(bundle: str, store: Path | None) -> None:
+    """A bundle's manifest, readably, with its hashes checked (exit 1 if one is wrong)."""
+    from overcrank.cli.bundles import print_bundle
+    from overcrank.engines.store import Store
+
+    if not print_bundle(Store(store).resolve(bundle)):
+        sys.exit(1)
+
+
+@engines.command("rm", cls=Command)
+@click.argument("bundles", nargs=-1, required=True)
+@store_option
+def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
+    """Remove bundles."""
+    from overcrank.engines.store import Store
+
+    where = Store(store)
+    for path in [where.resolve(b) for b in bundles]:
+        where.remove(path)
+        click.echo(f"removed {path}")
+
+
+@engines.command("lint", cls=Command)
+@click.argument("bundle")
+@click.option("--compare/--no-compare", default=True, help="Also compile a shallow network both ways and compare.")
+@store_option
+def engines_lint(bundle: str, compare: bool, store: Path | None) -> None:
+    """What a bundle's plans do: kernels, GEMM epilogues, work on weights at run time."""
+    from overcrank.cli.bundles import print_lint
+    from overcrank.engines.store import Store
+
+    print_lint(Store(store).resolve(bundle), compare)
+
+
+@engines.command("fsck", cls=Command)
+@click.option("--repair", is_flag=True, help="Remove what is wrong; what is missed is made again when it is needed.")
+@store_option
+def engines_fsck(repair: bool, store: Path | None) -> None:
+    """Read every file of the store and name what is damaged or left over (exit 1 if something is)."""
+    from overcrank.cli.bundles import print_items
+    from overcrank.engines.maintenance import flaws, remove
+    from overcrank.engines.store import Store
+    from overcrank.units import human_bytes
+
+    where = Store(store)
+    found = list(flaws(where))
+    print_items(found, where)
+    if not found:
+        click.echo(f"{where.root}: nothing is wrong in {len(where.list())} bundles and what is kept beside them")
+    elif repair:
+        click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
+    else:
+        click.echo(f"{len(found)} things are wrong; --repair removes them", err=True)
+        sys.exit(1)
+
+
+@engines.command("gc", cls=Command)
+@click.option("--older-than", metavar="AGE", help="Also what was not used for so long, such as 30d or 12h.")
+@click.option("--max-size", metavar="SIZE", help="Also the longest unused, until no more than this is kept.")
+@click.option("--other-versions", is_flag=True, help="Also bundles made by another TensorRT than the installed one.")
+@click.option("--dry-run", is_flag=True, help="Only show what would go.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@store_option
+def engines_gc(
+    older_than: str | None,
+    max_size: str | None,
+    other_versions: bool,
+    dry_run: bool,
+    yes: bool,
+    store: Path | None,
+) -> None:
+    """Remove what nobody needs: leavings, caches of engines that are gone, and what the options name."""
+    from overcrank.cli.bundles import print_items
+    from overcrank.engines.maintenance import removable, remove
+    from overcrank.engines.store import Store
+    from overcrank.units import human_bytes, parse_age, parse_size
+
+    where = Store(store)
+    age = parse_age(older_than, "--older-than") if older_than is not None else None
+    size = parse_size(max_size, "--max-size") if max_size is not None else None
+    found = removable(where, age, size, other_versions)
+    print_items(found, where)
+    total = human_bytes(sum(item.bytes for item in found))
+    if not found or dry_run:
+        click.echo(f"{len(found)} things would go, {total}" if found else "nothing to remove")
+        return
+    if not yes and not click.confirm(f"remove {len(found)} things, {total}?"):
+        click.echo("nothing was removed")
+        return
+    click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
+
+
+@engines.command("sign", cls=Command)
+@click.argument("bundles", nargs=-1, required=True)
+@click.option("--key", required=True, help="Name of a key of one's own (overcrank keys new).")
+@store_option
+def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None:
+    """Sign bundles whose files are whole, so that others can use them."""
+    from overcrank.engines.manifest import check_files, read_manifest
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
+    from overcrank.errors import IntegrityError
+
+    where = Store(store)
+    for path in [where.resolve(b) for b in bundles]:
+        if wrong := check_files(path, read_manifest(path)):
+            raise IntegrityError(f"{path.name} is not signed: {wrong[0]}; rebuild it.")
+        made = Keyring().sign(path, key)
+        click.echo(f"signed {path.name} by {made.name}, {made.key[:16]}")
+
+
+@engines.command("push", cls=Command)
+@click.argument("url")
+@click.argument("bundles", nargs=-1, required=True)
+@click.option("--key", required=True, help="Name of a key of one's own (overcrank keys new).")
+@store_option
+def engines_push(url: str, bundles: tuple[str, ...], key: str, store: Path | None) -> None:
+    """Sign BUNDLES and publish them at URL: a folder, s3://, gs://, hf:// or what else fsspec writes to."""
+    from overcrank.cli import build_report as report
+    from overcrank.engines import remote
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
+    from overcrank.units import human_bytes
+
+    where = Store(store)
+    paths = [where.resolve(b) for b in bundles]
+    with report.transfer_display() as progress:
+        made = remote.push(remote.Remote(url), paths, key, Keyring(), progress)
+    for listed in made:
+        click.echo(f"published {listed.name}, {human_bytes(listed.bytes)}")
+
+
+@engines.command("pull", cls=Command)
+@click.argument("url")
+@click.option("--model", required=True, help="Family or variant, as 'engines search' shows it.")
+@click.option("--gpu", default="auto", show_default=True, help="auto for the card in this machine, or as build-engine.")
+@click.option("--precision", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4.")
+@click.option("--allow-unsigned", is_flag=True, help="Also what nobody trusted has signed: you vouch for URL.")
+@store_option
+def engines_pull(url: str, model: str, gpu: str, precision: str, allow_unsigned: bool, store: Path | None) -> None:
+    """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
+    from overcrank.cli import build_report as report
+    from overcrank.engines import remote
+    from overcrank.engines.store import Store
+    from overcrank.engines.targets import precision_for, targets_for
+    from overcrank.engines.trust import Keyring
+
+    where, ring, place = Store(store), Keyring(), remote.Remote(url)
+    (target,) = targets_for([gpu], "tensorrt_rtx")
+    index = remote.read_index(place, ring, where, allow_unsigned)
+    listed = remote.fitting(index, model, target.name, precision_for(target, precision))
+    with report.transfer_display() as progress:
+        click.echo(remote.pull(place, listed, where, ring, progress, allow_unsigned))
+
+
+@engines.command("search", cls=Command)
+@click.argument("url")
+@click.option("--model", default="", help="Family or variant [default: all].")
+@store_option
+def engines_search(url: str, model: str, store: Path | None) -> None:
+    """What is published at URL."""
+    from overcrank.engines import remote
+    from overcrank.engines.store import Store
+    from overcrank.engines.trust import Keyring
+    from overcrank.units import human_bytes
+
+    index = remote.read_index(remote.Remote(url), Keyring(), Store(store))
+    for listed in index.bundles.values():
+        if model in ("", listed.model, listed.family):
+            words = (listed.model, listed.target, listed.precision, f"{listed.flavour} {listed.flavour_version}")
+            click.echo(f"{'  '.join(words)}  {human_bytes(listed.bytes)}  {listed.name}")

@@ -1,0 +1,59 @@
+"""`overcrank keys`: who may sign bundles that are used here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from overcrank.cli.options import Command, Group
+
+
+@click.group(cls=Group)
+def keys() -> None:
+    """Keys of one's own, and the publishers that are trusted here."""
+
+
+@keys.command("new", cls=Command)
+@click.argument("name")
+def keys_new(name: str) -> None:
+    """A key pair to sign bundles with; prints the line that others trust."""
+    from overcrank.engines.trust import Keyring
+
+    ring = Keyring()
+    made = ring.new(name)
+    click.echo(f"private key {ring.folder / f'{name}.key'}: keep it to yourself", err=True)
+    click.echo(made.line())
+
+
+@keys.command("trust", cls=Command)
+@click.argument("key", nargs=-1, required=True)
+def keys_trust(key: tuple[str, ...]) -> None:
+    """Trust a publisher: KEY is the line that `keys new` printed, or a file that holds it."""
+    from overcrank.engines.trust import Keyring, fingerprint
+
+    file = Path(key[0])
+    line = file.read_text("utf-8", errors="replace") if len(key) == 1 and file.is_file() else " ".join(key)
+    made = Keyring().trust(line)
+    click.echo(f"trusted {made.name}, {fingerprint(made.public)}")
+
+
+@keys.command("list", cls=Command)
+def keys_list() -> None:
+    """Every key that is or was trusted here."""
+    from overcrank.engines.trust import Keyring
+
+    known = Keyring().publishers()
+    for name, found in known.items():
+        state = f"revoked {found.revoked}" if found.revoked else f"trusted since {found.added}"
+        click.echo(f"{name[:16]}  {found.name}: {state}")
+    if not known:
+        click.echo("no keys; bundles built here need none, those from elsewhere are refused")
+
+
+@keys.command("revoke", cls=Command)
+@click.argument("key")
+def keys_revoke(key: str) -> None:
+    """Trust a key no longer: its name, or the beginning of its fingerprint."""
+    from overcrank.engines.trust import Keyring
+
+    click.echo(f"revoked {Keyring().revoke(key).name}; bundles it signed are refused from now on")

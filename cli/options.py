@@ -1,0 +1,176 @@
+"""What the commands share: errors as one sentence, and options that several of them take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from overcrank.errors import OvercrankError, UserError
+
+
+class Group(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        return shown(lambda: super(Group, self).invoke(context))
+
+
+class Command(click.Command):
+    def invoke(self, context: click.Context) -> Any:
+        return shown(lambda: super(Command, self).invoke(context))
+
+
+def shown(call: Callable[[], Any]) -> Any:
+    """Our errors are one sentence on stderr and their own exit code."""
+    try:
+        return call()
+    except OvercrankError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas or spaces between them."""
+
+    name = "NUMBERS"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(word) for word in str(value).replace(",", " ").split())
+        except ValueError as error:
+            raise UserError(
+                f"{param.opts[0] if param else 'list'} {value}: give numbers such as 1,0.75,0.5."
+            ) from error
+
+
+def store_option(function: Any) -> Any:
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Where bundles and cached graphs are kept [default: $OVERCRANK_HOME, else the user cache].",
+    )(function)
+
+
+def ray_option(function: Any) -> Any:
+    return click.option(
+        "--ray", metavar="ADDRESS", help="Work on this Ray cluster: host:port, or auto for the one of this machine."
+    )(function)
+
+
+def bounds_options(prefix: str) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for axis in ("frames", "width", "height"):
+            word = "Largest" if prefix == "max" else "Smallest"
+            function = click.option(f"--{prefix}-{axis}", type=int, help=f"{word} {axis} the engine takes.")(function)
+        return function
+
+    return add
+
+
+def quantization_options(function: Any) -> Any:
+    """How quantized layers multiply: options that `build-engine`, `render` and `batch` share."""
+    activations = click.option(
+        "--activations",
+        type=click.Choice(["dynamic", "static", "16bit"]),
+        default="dynamic",
+        show_default=True,
+        help="Of quantized layers without a recipe: scaled by each token's largest value, by ranges, or not quantized.",
+    )
+    recipe = click.option(
+        "--recipe",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Formats and ranges, made by overcrank calibrate.",
+    )
+    return recipe(activations(function))
+
+
+def quantized_layers(options: dict[str, Any], precision: str) -> tuple[Any, Any]:
+    """The recipe, and the format of quantized layers where it says nothing; checked against `precision`."""
+    from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat, read_recipe
+
+    recipe = read_recipe(options["recipe"]) if options["recipe"] is not None else None
+    if recipe is not None and recipe.precision != precision:
+        raise UserError(
+            f"--recipe {options['recipe']} is for {recipe.precision} and --precision says {precision}; make them agree."
+        )
+    if precision == "nvfp4" and options["activations"] == "16bit":
+        raise UserError("--activations 16bit: nvfp4 multiplies activations in nvfp4 too; use dynamic or static.")
+    return recipe, LayerFormat(precision, options["activations"]) if precision in QUANTIZED else IN_16_BIT  # type: ignore[arg-type]
+
+
+def quantization_of(options: dict[str, Any]) -> Any:
+    """What `--precision` of a render asks for; None for the pipeline's own 16-bit type."""
+    from overcrank.export.quantization.recipe import QUANTIZED
+    from overcrank.runtime.sessions.sources import Quantization
+
+    if options["precision"] not in ("auto", *QUANTIZED):
+        raise UserError(f"--precision {options['precision']}: use auto, {', '.join(QUANTIZED)}.")
+    recipe, layers = quantized_layers(options, options["precision"])
+    if options["precision"] == "auto":
+        if recipe is not None or options["pack"] is not None:
+            raise UserError("--recipe and --pack are for quantized layers; add --precision fp8, int8 or nvfp4.")
+        return None
+    return Quantization(layers, recipe, options["pack"])
+
+
+def render_options(function: Any) -> Any:
+    """Options that `render` and `batch` share."""
+    options = (
+        click.option(
+            "--model", help="Family, variant, diffusers folder, or hub id [default: the demo model in this package]."
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
+            default="auto",
+            show_default=True,
+            help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
+        ),
+        click.option("--bundle", help="Bundle to use [default: the newest for this network and card]."),
+        click.option("--precision", default="auto", show_default=True, help="auto, or fp8, int8, nvfp4."),
+        quantization_options,
+        click.option(
+            "--pack", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Made by overcrank pack."
+        ),
+        click.option(
+            "--lora",
+            "loras",
+            multiple=True,
+            metavar="[PART=]FILE[:SCALE]",
+            help="Merged into the weights; PART where it fits several (Wan 2.2: high, low); repeatable.",
+        ),
+        click.option(
+            "--preset", default="", help="A published way to render in few steps: overcrank models show NAME."
+        ),
+        click.option(
+            "--cache",
+            default="off",
+            show_default=True,
+            help="Steps extrapolated in place of computed: off, safe, fast, or a threshold such as 0.08.",
+        ),
+        click.option(
+            "--vram",
+            default="auto",
+            show_default=True,
+            help="Of the card: auto (what is free), low, balanced, high, or an amount such as 8GB.",
+        ),
+        click.option(
+            "--pull", metavar="URL", help="Fetch the engine from there if none in the store serves this card."
+        ),
+        click.option("--slow-engines", is_flag=True, help="Also engines measured to be slower than eager here."),
+        click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
+        click.option(
+            "--dtype",
+            multiple=True,
+            metavar="[PART=]TYPE",
+            help="fp32, fp16 or bf16, of all parts or one (vae=bf16); repeatable [default: publisher's; fp32 on cpu].",
+        ),
+        click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
+        click.option("--quiet", is_flag=True, help="No progress."),
+        click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),
+        store_option,
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function

@@ -1,0 +1,129 @@
+"""The `render` and `batch` commands: options → jobs → driver → report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import RequestError
+from overcrank.models import packaged_model, resolve
+from overcrank.models.base import Variant
+from overcrank.models.presets import with_preset
+from overcrank.runtime.pipeline.dtypes import typed
+from overcrank.runtime.render.options import RenderOptions, load_driver
+from overcrank.runtime.render.request import FORMATS, RenderRequest, read_jobs, request_of
+
+if TYPE_CHECKING:
+    from overcrank.runtime.render.renderer import Job, Outcome, Watcher
+
+REQUEST_OPTIONS = (
+    *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
+    *("guidance_2", "guidance_rescale", "guidance_until", "scheduler", "shift", "sigmas", "timesteps"),
+    *("height", "width", "frames", "fps"),
+)
+
+
+def render_one(options: dict[str, Any]) -> int:
+    """Exit status of `overcrank render`; everything about the request is checked before the model is loaded."""
+    options["model"] = options["model"] or packaged_model()
+    variant, _ = with_preset(resolve(options["model"]), options["preset"])
+    stem, formats = _output(options["out"], options["formats"])
+    values = {k: options[k] for k in REQUEST_OPTIONS if options[k] is not None}
+    request = request_of({**values, "formats": formats, "output": stem.name}).completed(variant)
+    return _run(options, variant, [(request, stem)], again=True, many=False)
+
+
+def render_batch(options: dict[str, Any]) -> int:
+    """Exit status of `overcrank batch`: 0 when every job is done, else the worst failure's, 130 when cancelled."""
+    options["model"] = options["model"] or packaged_model()
+    variant, _ = with_preset(resolve(options["model"]), options["preset"])
+    jobs = read_jobs(options["jobs"], variant)
+    folder: Path = options["out"].expanduser().absolute()
+    return _run(options, variant, [(r, folder / r.output) for r in jobs], again=options["again"], many=True)
+
+
+def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
+    """Results' path without a suffix, and the formats: those asked for, or what the suffix says and a sheet."""
+    suffix = out.suffix.lower().removeprefix(".")
+    if suffix not in ("mp4", "gif", "png", ""):
+        raise RequestError(f"--out {out}: unknown suffix .{suffix}; use .mp4, .gif, .png (frames), or none.")
+    asked = tuple(formats.replace(",", " ").split())
+    for name in asked:
+        if name not in FORMATS:
+            raise RequestError(f"--formats: unknown format '{name}'; use {', '.join(FORMATS)}.")
+    stem = out.expanduser().absolute()
+    stem = stem.with_suffix("") if suffix else stem
+    if out.is_dir() or not stem.name:
+        raise RequestError(f"--out {out} is a folder; give a file name such as {out / 'out.mp4'}.")
+    if not asked:
+        return stem, (suffix or "mp4", "sheet")
+    return stem, tuple(dict.fromkeys((suffix, *asked) if suffix else asked))
+
+
+def _run(
+    options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], again: bool, many: bool
+) -> int:
+    from overcrank.runtime.render.output import prepare_folder
+
+    typed(options["dtype"])
+    prepare_folder(work[0][1].parent)
+    from overcrank.cli import display as show
+    from overcrank.runtime.render.renderer import CANCELLED, FAILED, Job
+    from overcrank.runtime.render.stepcache import threshold_of
+
+    threshold_of(options["cache"], variant)
+    names = [field.name for field in fields(RenderOptions) if field.name in options]
+    loading = RenderOptions(**{name: options[name] for name in names})
+    quiet = options["quiet"] or options["as_json"]
+    if not options.get("ray"):  # each machine of a cluster has its own cache
+        from overcrank.runtime.pipeline.load import checkpoint_folder
+
+        checkpoint_folder(options["model"], variant, options["store"], partial(show.downloading, quiet=quiet))
+    jobs = [Job(request, stem) for request, stem in work]
+    started = time.monotonic()
+    with show.watching(jobs, quiet) as watcher:
+        if options.get("ray"):
+            outcomes = _on_cluster(options["ray"], loading, variant, watcher, jobs, resume=not again)
+        else:
+            outcomes = load_driver(loading, variant, watcher).run(jobs, resume=not again)
+    _print(outcomes, options["as_json"], many, time.monotonic() - started)
+    if any(o.status == CANCELLED for o in outcomes):
+        return 130
+    return max((o.exit_code for o in outcomes if o.status == FAILED), default=0)
+
+
+def _on_cluster(
+    address: str, options: RenderOptions, variant: Variant, watcher: Watcher, jobs: list[Job], resume: bool
+) -> list[Outcome]:
+    from overcrank.engines.cluster import connected
+    from overcrank.engines.store import Store
+    from overcrank.runtime.render.cluster import ClusterDriver
+
+    with connected(address) as ray:
+        here = replace(options, store=Store(options.store).root)  # which this machine's environment names
+        return ClusterDriver(ray, here, variant, watcher).run(jobs, resume)
+
+
+def _print(outcomes: list[Any], as_json: bool, many: bool, seconds: float) -> None:
+    import json
+
+    import click
+    from overcrank.cli import display as show
+    from overcrank.runtime.render.renderer import CANCELLED, FAILED
+
+    if as_json:
+        click.echo(json.dumps(show.as_json(outcomes), indent=1))
+        return
+    if many:
+        show.report(outcomes, seconds)
+        return
+    (outcome,) = outcomes
+    if outcome.status == FAILED:
+        click.echo(f"error: {outcome.error}", err=True)
+    elif outcome.status == CANCELLED:
+        click.echo("cancelled; nothing was written.", err=True)
+    for file in outcome.files:
+        click.echo(file)

@@ -1,0 +1,190 @@
+"""`overcrank engines fsck` and `gc`: what is wrong in a store, and what can go.
+
+A store holds bundles, and what is made again when it is missing: exported graphs, weight packs, runtime
+caches, measurements. "Last used" is the latest access or change of any file, as the file system tells.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from overcrank.engines.kernel_cache import kept_caches
+from overcrank.engines.manifest import Manifest, check_files
+from overcrank.engines.store import Store
+from overcrank.engines.tensorrt import flavour_version
+from overcrank.errors import IntegrityError
+from overcrank.export.cache import load_cached
+from overcrank.files import write_errors
+
+DAY = 86_400.0
+UNFINISHED = 1 * DAY
+"""Age at which a build that nobody resumed may go, in seconds."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something in the store, and why it is wrong or can go."""
+
+    path: Path
+    why: str
+
+    @property
+    def bytes(self) -> int:
+        files = [self.path] if self.path.is_file() else [f for f in self.path.rglob("*") if f.is_file()]
+        return sum(f.stat().st_size for f in files)
+
+
+# ── what is wrong ────────────────────────────────────────────────────────────────────
+
+
+def flaws(store: Store) -> Iterator[Item]:
+    """Everything that is not what it should be; a build that can be resumed is no flaw."""
+    for path, manifest in store.list():
+        wrong = [str(manifest)] if isinstance(manifest, IntegrityError) else check_files(path, manifest)
+        if wrong:
+            yield Item(path, "; ".join(wrong))
+    for folder in _folders(store.graphs):
+        if load_cached(folder) is None or not _parses(_read_graph, folder / "graph.onnx"):
+            yield Item(folder, "its graph cannot be read")
+    for file in _files(store.root / "packs", ".safetensors"):
+        if not _parses(_read_pack, file):
+            yield Item(file, "it is no whole safetensors file")
+    for cache, size in kept_caches(store):
+        if not size:
+            yield Item(cache.path, "it does not match its SHA-256")
+    yield from leavings(store)
+
+
+def leavings(store: Store) -> Iterator[Item]:
+    """What a killed process left: nothing of it is ever read."""
+    for path in store.bundles.glob(".removing-*"):
+        yield Item(path, "its removal was interrupted")
+    for folder in {store.bundles, *_folders(store.root)}:  # bundles may be elsewhere
+        for part in folder.glob(".*.part"):
+            if not _is_written(store, part):
+                yield Item(part, "the process that wrote it is gone")
+
+
+def _is_written(store: Store, part: Path) -> bool:
+    import psutil
+
+    owner = re.search(r"\.(\d+)\.part$", part.name)
+    return bool(psutil.pid_exists(int(owner[1]))) if owner else _locked(store, part)
+
+
+def _parses(read: Callable[[Path], None], file: Path) -> bool:
+    try:
+        read(file)
+    except Exception:  # whatever a parser makes of damage
+        return False
+    return True
+
+
+def _read_graph(file: Path) -> None:
+    import onnx
+
+    onnx.load(str(file), load_external_data=False)
+
+
+def _read_pack(file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as opened:
+        opened.keys()
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[!.]*") if p.is_dir())
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    return sorted(folder.glob(f"[!.]*{suffix}"))
+
+
+# ── what can go ──────────────────────────────────────────────────────────────────────
+
+
+def removable(
+    store: Store, older: float | None = None, size: int | None = None, other_versions: bool = False
+) -> list[Item]:
+    """Leavings, caches of engines that are gone, builds nobody resumed; and what the options name.
+
+    `older`: seconds since it was last used; `size`: bytes that the store may keep, the longest unused going
+    first; `other_versions`: bundles that another TensorRT than the installed one made.
+    """
+    now = time.time()
+    found = {item.path: item for item in leavings(store)}
+    for path in [*store.bundles.glob(".building-*"), *store.bundles.glob(".pulling-*")]:
+        if now - _last_used(path) > UNFINISHED:
+            found[path] = Item(path, "a build or a download that nobody resumed for a day")
+    known = [(p, m) for p, m in store.list() if isinstance(m, Manifest)]
+    engines = {entry.key.digest()[:16] for _, m in known for entry in m.components}
+    for cache, _ in kept_caches(store):
+        if cache.name.partition("-")[0] not in engines:
+            found[cache.path] = Item(cache.path, "its engine is gone")
+    if other_versions:
+        for path, manifest in known:
+            if flavour_version(manifest.flavour) != manifest.flavour_version:
+                found[path] = Item(path, f"made by {manifest.flavour} {manifest.flavour_version}")
+    kept = [p for p in _kept(store) if p not in found]
+    if older is not None:
+        found |= {p: Item(p, "not used for longer") for p in kept if now - _last_used(p) > older}
+    if size is not None:
+        rest = sorted((Item(p, "to make room") for p in kept if p not in found), key=lambda i: _last_used(i.path))
+        total = sum(item.bytes for item in rest)
+        for item in rest:
+            if total <= size:
+                break
+            total -= item.bytes
+            found[item.path] = item
+    return [item for item in found.values() if not _locked(store, item.path)]
+
+
+def _kept(store: Store) -> list[Path]:
+    bundles = [path for path, _ in store.list()]
+    return [*bundles, *_folders(store.graphs), *_files(store.root / "packs", ".safetensors")]
+
+
+def _last_used(path: Path) -> float:
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return max(max(f.stat().st_mtime, f.stat().st_atime if f.is_file() else 0.0) for f in files)
+
+
+def _locked(store: Store, path: Path) -> bool:
+    """Whether a process builds, exports or packs it now."""
+    key = path.name.rpartition("-")[2]  # of a bundle, finished or not
+    if path.parent == store.graphs:
+        key = f"graph-{path.name.removeprefix('.').removesuffix('.part')}"
+    elif path.suffix == ".safetensors":
+        key = f"pack-{path.stem}"
+    lock = store.root / "locks" / f"{key}.lock"
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def remove(items: Sequence[Item]) -> int:
+    """Bytes that are free now; a folder goes out of sight before it is deleted."""
+    freed = 0
+    for item in items:
+        size = item.bytes
+        with write_errors(item.path):
+            if item.path.is_file():
+                item.path.unlink(missing_ok=True)
+            elif item.path.exists():
+                gone = item.path.with_name(f".removing-{os.getpid()}-{item.path.name.lstrip('.')}")
+                item.path.rename(gone)
+                shutil.rmtree(gone)
+        freed += size
+    return freed

@@ -1,0 +1,214 @@
+"""A model's name → a diffusers pipeline on this machine's device, with engines under it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overcrank.engines.store import Store
+from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
+from overcrank.export.quantization.pack import require_loras
+from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models.base import Preset, Variant
+from overcrank.models.hub import Watch, progress_bar
+from overcrank.models.presets import fetched, with_preset
+from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, require_calibrated_on
+from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
+from overcrank.runtime.pipeline.lora import LoraFile, merge
+from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
+from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
+from overcrank.runtime.render.schedule import scheduler_of
+from overcrank.runtime.sessions.card import card_of, no_card
+
+if TYPE_CHECKING:
+    import torch
+    from overcrank.runtime.render.request import RenderRequest
+    from overcrank.runtime.sessions.sources import Quantization
+
+log = logging.getLogger("overcrank")
+
+
+def load(
+    model: str,
+    *,
+    bundle: str | Path | None = None,
+    backend: str = "auto",
+    device: str | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None = None,
+    store: Path | None = None,
+    quantization: Quantization | None = None,
+    loras: Sequence[str] = (),
+    preset: str = "",
+    vram: str = AUTO,
+    slow_engines: bool = False,
+    pull: str = "",
+    watch: Watch = progress_bar,
+) -> Any:
+    """The model's text-to-video pipeline, accelerated (see `accelerate`).
+
+    `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
+    is a card, else cpu]; `dtype`: one for all parts, a mapping from parts to types, or words such as "vae=fp32"
+    [default: on a card the publisher's, float16 for bfloat16 where the card has none; on cpu float32].
+    `loras`: files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE, the
+    experts of Wan 2.2 being high and low. `preset`: a published way to render in few steps (`overcrank models show`);
+    its own LoRAs are merged before those.
+    `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. What the
+    hub's cache lacks is downloaded, which `watch` shows. Raises ModelError when the checkpoint cannot
+    be found or read, StoreError when the disk is too small for it, CheckpointError for a LoRA of another model,
+    UserError for a part or type that is not there.
+    """
+    import torch
+    from overcrank.runtime.pipeline.accelerate import accelerate
+
+    wanted = vram_of(vram)
+    variant, chosen = with_preset(resolve(model), preset)
+    files = _of_preset(chosen) + [lora_of(argument) for argument in loras]
+    folder = checkpoint_folder(model, variant, store, watch)
+    if quantization is not None:
+        require_calibrated_on(folder, quantization.recipe, variant, Store(store))
+    device = _usable_device(device)
+    dtypes = dtypes_of(variant, device, dtype)
+    check_parts(dtypes if dtype is not None else {}, folder)
+    pipe = _read(folder, variant, dtypes)
+    hook(variant, "prepare")(pipe, variant)
+    read = _merged(pipe, variant, files)
+    quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, read, Store(store)), read)
+    moved = _placed(pipe, variant, torch.device(device), wanted, Store(store))
+    accelerated = accelerate(
+        pipe,
+        bundle,
+        backend=backend,
+        store=store,
+        model=chosen.checkpoint if chosen and chosen.checkpoint else variant.name,
+        quantization=quantization,
+        slow_engines=slow_engines,
+        pull=pull,
+    )
+    about = accelerated.overcrank
+    about.loras, about.moved, about.dtypes = read, moved, of_parts(pipe) if dtype is not None else {}
+    about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
+    return accelerated
+
+
+def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, Any]]) -> Quantization:
+    """With the digest of the weights it is for; raises UserError for a pack of other LoRAs."""
+    if quantization.pack is not None:
+        require_loras(quantization.pack, loras)
+    return replace(quantization, source=digest)
+
+
+def checkpoint_folder(model: str, variant: Variant, store: Path | None, watch: Watch = progress_bar) -> Path:
+    """The diffusers folder that `model` names, or the variant's, downloaded where the hub's cache lacks it."""
+    own = local_folder(model)
+    return own or hub_folder(variant, whole=True, home=Store(store).root, watch=watch)
+
+
+def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    name = next(iter(variant.tasks.values()))
+    try:
+        each = {part or "default": dtype for part, dtype in dtypes.items()}
+        pipe = getattr(diffusers, name).from_pretrained(
+            folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant)
+        )
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _file_variant(folder: Path | str, variant: Variant) -> str | None:
+    """The kind of weight files that the model's repository is read from ("fp16"), where such files are there."""
+    kinds = (source.files for source in variant.sources if source.files)
+    return next((kind for kind in kinds if any(Path(folder).glob(f"*/*.{kind}.*"))), None)
+
+
+def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:
+    """Put the parts where they belong; returns those that are on the card only while they run."""
+    from overcrank.runtime.pipeline.accelerate import denoisers
+    from overcrank.runtime.sessions.select import engines_of
+
+    if device.type != "cuda":
+        if wanted != AUTO:
+            raise UserError("--vram is for a card, and this render is on the processor; leave it out.")
+        pipe.to(device)
+        return ()
+    parts = parts_of(pipe, [module for module, _ in denoisers(pipe, variant)])
+    plan = planned(parts, working_bytes(engines_of(store, variant)), wanted, card_of(device).free)
+    if plan.moved:
+        log.info("--vram %s: %s", wanted, plan.line())
+    place(pipe, plan.moved, device)
+    return plan.moved
+
+
+def _of_preset(preset: Preset | None) -> list[LoraFile]:
+    if preset is None:
+        return []
+    return [LoraFile(file, lora.strength, lora.part, lora.repository) for lora, file in fetched(preset)]
+
+
+def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
+    """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
+    parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
+    loras = read_loras(files, type(pipe), parts, hook(variant, "PART_WORDS"))
+    merge(loras, parts)
+    return [lora.about() for lora in loras]
+
+
+def _weights_of(folder: Path, variant: Variant, loras: Sequence[dict[str, Any]], store: Store) -> str:
+    """Digest of the weights a pipeline has; empty for a checkpoint that is not in safetensors."""
+    try:
+        digest = checkpoint_digest(folder, components(variant), store)
+    except CheckpointError:
+        return ""
+    return sha256(json.dumps([digest, [[x["sha256"], x["scale"], x["parts"]] for x in loras]]).encode()).hexdigest()
+
+
+def _usable_device(device: str | None) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if there else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: use cpu, cuda, or cuda:N.")
+    if device.startswith("cuda") and not there:
+        if reason := no_card():
+            raise UserError(f"--device {device}: {'; '.join(reason)}.")
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
+        raise UserError(
+            f"--device {device}: PyTorch {torch.__version__} finds no NVIDIA GPU here{why}; use --device cpu."
+        )
+    return device
+
+
+def pipeline_for(pipe: Any, variant: Variant, task: str, request: RenderRequest | None = None) -> Any:
+    """A pipeline of the class for `task` over the same modules, with a scheduler of its own (schedule.py).
+
+    Raises RequestError when the variant has no such pipeline.
+    """
+    import diffusers
+
+    if task not in variant.tasks:
+        raise RequestError(f"{variant.name} cannot do {task}: it does {', '.join(variant.tasks)}.")
+    cls = getattr(diffusers, variant.tasks[task])
+    scheduler = getattr(pipe, "scheduler", None)
+    own = {"scheduler": scheduler_of(scheduler, variant.rendering(task), request)} if scheduler else {}
+    taken = inspect.signature(cls.__init__).parameters
+    parts = {k: v for k, v in {**pipe.config, **pipe.components}.items() if k in taken}
+    made = cls(**(parts | own))
+    made.set_progress_bar_config(disable=True)
+    return made

@@ -1,0 +1,118 @@
+"""Which part of a pipeline a LoRA file is for: the one that is written, that it fits, or that its name says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from overcrank.errors import CheckpointError, UserError
+from overcrank.runtime.pipeline.lora import Contents, Lora, LoraFile, Parts, listed, read_contents
+
+_WRITTEN = re.compile(r"(?P<part>[A-Za-z_]\w*)=(?P<file>.+)", re.DOTALL)
+
+
+def lora_of(argument: str) -> LoraFile:
+    """FILE, FILE:SCALE or PART=FILE:SCALE; raises UserError for a file that does not exist."""
+    written = None if Path(argument).is_file() else _WRITTEN.fullmatch(argument)
+    part, rest = (written["part"], written["file"]) if written else ("", argument)
+    path, colon, scale = rest.rpartition(":")
+    try:
+        file, factor = (Path(path), float(scale)) if colon else (Path(rest), 1.0)
+    except ValueError:  # a colon of the path, as in C:\
+        file, factor = Path(rest), 1.0
+    if not file.expanduser().is_file():
+        raise UserError(f"--lora {argument}: {file} does not exist; give FILE or FILE:SCALE, or PART=FILE:SCALE.")
+    if not math.isfinite(factor):
+        raise UserError(f"--lora {argument}: the scale {factor} is no number to multiply with; give one such as 0.8.")
+    return LoraFile(file.expanduser(), factor, part)
+
+
+def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: Mapping[str, str]) -> list[Lora]:
+    """Every file for its part of a pipeline of class `pipeline` with these modules.
+
+    `words`: what people call the parts of one architecture, such as the experts of a model that has two; they mean
+    nothing where the pipeline has only one of the parts. Raises UserError for a file that is no LoRA or whose part is
+    not clear, with the words to write, and CheckpointError for one of another model, listing the keys that match
+    nothing.
+    """
+    experts = dict(words) if set(words.values()) <= parts.keys() else {}
+    made: list[Lora] = []
+    unwritten: dict[str, LoraFile] = {}  # expert → the file that was taken for it
+    for one in asked:
+        contents = _placed(one, read_contents(one.file, pipeline, parts), pipeline, parts, experts)
+        unmatched = contents.unmatched(parts)
+        if unmatched or not (contents.pairs or contents.differences):
+            raise CheckpointError(
+                f"--lora {one.file} is for another model: nothing here matches {listed(unmatched) or 'it'}."
+            )
+        expert = next((p for p in contents.parts() if p in experts.values()), "")
+        if expert and not one.part:
+            if expert in unwritten:
+                raise UserError(
+                    f"--lora {unwritten[expert].file} and --lora {one.file} would both go into {expert}; say which "
+                    f"expert each is for: {_examples([unwritten[expert].file, one.file], experts)}."
+                )
+            unwritten[expert] = one
+        made.append(contents.lora(one))
+    return made
+
+
+def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> Contents:
+    """The contents under the part they are for."""
+    said = said_by(one.file.name, experts)
+    if one.part:
+        part = _part_named(one, pipeline, parts, experts)
+        if said and part in experts.values() and part not in {experts[w] for w in said}:
+            raise UserError(
+                f"--lora {one.part}={one.file}: the file's name says {said[0]}, and {one.part} is the other expert; "
+                f"write --lora {said[0]}={one.file}."
+            )
+        if len(contents.parts()) > 1:
+            raise UserError(
+                f"--lora {one.part}={one.file} holds layers of {' and '.join(contents.parts())}; leave {one.part}= out."
+            )
+        return contents.moved(part)
+    if not any(part in experts.values() for part in contents.parts()) or len(contents.parts()) != 1:
+        return contents
+    fitting = [p for p in dict.fromkeys(experts.values()) if not contents.moved(p).unmatched(parts)]
+    if len(fitting) == 1:
+        return contents.moved(fitting[0])
+    if not fitting:
+        return contents  # of another model
+    if len(said) != 1:
+        raise UserError(
+            f"--lora {one.file}: it fits {len(fitting)} experts of {pipeline.__name__}, and its name does not say "
+            f"which it is for; write {_examples([one.file, one.file], experts)}, or one of the two."
+        )
+    return contents.moved(experts[said[0]])
+
+
+def said_by(name: str, words: Mapping[str, str]) -> list[str]:
+    """The words that a file's name holds: high_noise, HighNoise, low_fp16, _low at its end; not high_res, nor flow."""
+    ends = r"(?:[-_. ]?(?i:noise|lora|model|expert)(?![a-z])|[-_. ](?i:[a-z]*)\d|$)"
+    stem = Path(name).stem
+    return [
+        word
+        for word in words
+        if re.search(rf"(?:(?<![A-Za-z])|(?<=[a-z])(?={word[0].upper()}))(?i:{word}){ends}", stem)
+    ]
+
+
+def _part_named(one: LoraFile, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> str:
+    part = experts.get(one.part, one.part)
+    if part in parts:
+        return part
+    called = {part: word for word, part in experts.items()}
+    there = ", ".join(f"{p} ({called[p]})" if p in called else p for p in sorted(parts))
+    raise UserError(f"--lora {one.part}={one.file}: {pipeline.__name__} has no part '{one.part}'; it has {there}.")
+
+
+def _examples(files: Sequence[Path], experts: Mapping[str, str]) -> str:
+    """What to write: each file with the word of its name, else the words in their order."""
+    left = [w for w in experts if not any(w in said_by(f.name, experts) for f in files)] or list(experts)
+    written = [(said_by(f.name, experts) or [left[i % len(left)]])[0] for i, f in enumerate(files)]
+    if len(set(written)) < len(files):
+        written = list(experts)[: len(files)]
+    return " ".join(f"--lora {word}={file}" for word, file in zip(written, files, strict=True))

@@ -1,0 +1,65 @@
+"""Everything that decides how a pipeline is loaded and driven, beside the videos that are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overcrank.models.base import Variant
+from overcrank.models.hub import unwatched
+
+if TYPE_CHECKING:
+    from overcrank.runtime.render.renderer import Driver, Watcher
+    from overcrank.runtime.sessions.sources import Quantization
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """As the options of `overcrank render` and `batch` are called; `load` and `Driver` say what they mean.
+
+    `dtype` are words such as "vae=fp32", `cache` a threshold in words, and `lanes` how many jobs overlap.
+    """
+
+    model: str
+    bundle: str | None = None
+    backend: str = "auto"
+    device: str | None = None
+    dtype: tuple[str, ...] = ()
+    store: Path | None = None
+    quantization: Quantization | None = None
+    loras: tuple[str, ...] = ()
+    preset: str = ""
+    vram: str = "auto"
+    slow_engines: bool = False
+    pull: str | None = None
+    cache: str = "off"
+    preview: bool = False
+    lanes: int | None = None
+
+
+def load_driver(options: RenderOptions, variant: Variant, watcher: Watcher) -> Driver:
+    """The pipeline, loaded and accelerated in this process."""
+    import diffusers
+    from overcrank.runtime.pipeline.load import load
+    from overcrank.runtime.render.renderer import Driver
+    from overcrank.runtime.render.stepcache import threshold_of
+
+    diffusers.utils.logging.set_verbosity_error()
+    pipe = load(
+        options.model,
+        bundle=options.bundle,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype or None,
+        store=options.store,
+        quantization=options.quantization,
+        loras=options.loras,
+        preset=options.preset,
+        vram=options.vram,
+        slow_engines=options.slow_engines,
+        pull=options.pull or "",
+        watch=unwatched,  # a bar would be drawn over that of the jobs
+    )
+    threshold = threshold_of(options.cache, variant)
+    return Driver(pipe, variant.name, watcher, preview=options.preview, lanes=options.lanes, cache=threshold)

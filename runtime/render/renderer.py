@@ -1,0 +1,335 @@
+"""The driver: runs one or many renders over shared sessions.
+
+A job goes through three stages, text encoding, denoising and decoding, and each stage is
+held by one job at a time. Where the device gains from it (`lanes`), the text encoding and
+the decoding of one job overlap the denoising of another. The sampling mathematics stays
+in diffusers' pipelines; the driver enters at their step callback.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from overcrank.errors import OvercrankError, RenderCancelled, RenderError
+from overcrank.models import hook
+from overcrank.models.base import Media, Variant
+from overcrank.runtime.pipeline.accelerate import device_of
+from overcrank.runtime.pipeline.load import pipeline_for
+from overcrank.runtime.render.media import media_of
+from overcrank.runtime.render.output import Video, check_audio, is_complete, remove_leavings, write_results
+from overcrank.runtime.render.request import RenderRequest
+from overcrank.runtime.render.sidecar import about_render
+from overcrank.runtime.render.stepcache import StepCache
+from overcrank.runtime.render.steps import NonFinite, Steps, require_finite
+from overcrank.runtime.sessions.session import Record
+from overcrank.runtime.sessions.workspace import free_memory
+
+if TYPE_CHECKING:
+    from overcrank.runtime.pipeline.accelerate import Acceleration
+
+log = logging.getLogger("overcrank")
+DONE, SKIPPED, FAILED, CANCELLED = "done", "skipped", "failed", "cancelled"
+
+
+@dataclass(frozen=True)
+class Job:
+    request: RenderRequest  # completed
+    stem: Path  # the results' path without a suffix
+
+
+@dataclass
+class Outcome:
+    """How a job ended; seconds of wall time, and of each denoising step after the first."""
+
+    job: Job
+    status: str = CANCELLED
+    error: str = ""
+    exit_code: int = 0
+    seconds: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    record: Record = field(default_factory=Record)
+    files: list[Path] = field(default_factory=list)
+
+
+class Watcher(Protocol):
+    """Told what happens, from the jobs' own threads."""
+
+    def started(self, job: Job) -> None: ...
+    def stage(self, job: Job, name: str) -> None: ...
+    def stepped(self, job: Job, step: int, steps: int) -> None: ...
+    def ended(self, outcome: Outcome) -> None: ...
+
+
+class Silent:
+    """Watches nothing."""
+
+    def started(self, job: Job) -> None: ...
+    def stage(self, job: Job, name: str) -> None: ...
+    def stepped(self, job: Job, step: int, steps: int) -> None: ...
+    def ended(self, outcome: Outcome) -> None: ...
+
+
+class Driver:
+    def __init__(
+        self,
+        pipe: Any,
+        model: str,
+        watcher: Watcher,
+        *,
+        preview: bool = False,
+        lanes: int | None = None,
+        cache: float = 0.0,
+    ) -> None:
+        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1].
+
+        One at a time if parts of the pipeline come and go. `cache`: threshold of the step cache
+        (stepcache.py), 0 for none.
+        """
+        self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
+        self.acceleration: Acceleration = pipe.overcrank
+        self.cache = StepCache(cache, self.acceleration.variant, self.acceleration.ledger)
+        self.lanes = 1 if self.acceleration.moved else lanes or _lanes(device_of(pipe))
+        self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
+        self._cancelled = threading.Event()
+
+    def run(self, jobs: Sequence[Job], resume: bool = False) -> list[Outcome]:
+        """Render every job; one that fails does not stop the rest.
+
+        Ctrl-C cancels between steps, keeps finished videos and leaves the rest `cancelled`;
+        a second one stops at once and removes what is half written. `resume` skips jobs
+        whose results lie there whole.
+        """
+        outcomes = [Outcome(job) for job in jobs]
+        with ThreadPoolExecutor(self.lanes, "render") as pool:
+            running = [pool.submit(self._guarded, outcome, resume) for outcome in outcomes]
+            try:
+                wait(running)
+            except KeyboardInterrupt:
+                try:
+                    self.cancel()
+                    log.warning("cancelling after the current step; Ctrl-C again stops at once.")
+                    wait(running)
+                except KeyboardInterrupt:
+                    self._stop_at_once(jobs)
+        return outcomes
+
+    def cancel(self) -> None:
+        """Jobs end after their current step; those not begun do not begin."""
+        self._cancelled.set()
+
+    def _stop_at_once(self, jobs: Sequence[Job]) -> None:
+        import os
+
+        for job in jobs:
+            remove_leavings(job.stem)
+        os._exit(RenderCancelled.exit_code)
+
+    def _guarded(self, outcome: Outcome, resume: bool) -> None:
+        """Every way a job can end, as its outcome."""
+        start = time.monotonic()
+        job = outcome.job
+        try:
+            if self._cancelled.is_set():
+                return
+            if resume and is_complete(job.stem, job.request.digest(self.model, self._settings())):
+                outcome.status = SKIPPED
+                return
+            self.watcher.started(job)
+            self._render(outcome)
+            outcome.status = DONE
+        except RenderCancelled:
+            outcome.status = CANCELLED
+        except OvercrankError as error:
+            outcome.status, outcome.error, outcome.exit_code = FAILED, str(error), error.exit_code
+        except Exception as error:
+            log.debug("job %s", job.stem.name, exc_info=True)
+            outcome.status, outcome.error, outcome.exit_code = FAILED, self._said(error), 1
+        finally:
+            remove_leavings(job.stem)
+            outcome.seconds = time.monotonic() - start
+            self.watcher.ended(outcome)
+
+    def _said(self, error: Exception) -> str:
+        """An unforeseen error as a sentence; one of the card's stops the jobs that are left."""
+        import torch
+
+        device = device_of(self.pipe)
+        if isinstance(error, torch.OutOfMemoryError):
+            figures = f" ({free_memory(device)})" if device.type == "cuda" else ""
+            return f"out of memory{figures}; render fewer frames, a smaller size, with --vram low, or with --lanes 1."
+        if isinstance(error, torch.AcceleratorError):
+            self._cancelled.set()  # nothing more can be computed in this process
+            first = str(error).strip().splitlines()[0]
+            return f"the card failed: {first}; see nvidia-smi and the system's log, then run the same command again."
+        return f"{type(error).__name__}: {error}"
+
+    def _render(self, outcome: Outcome) -> None:
+        """One job; a non-finite result is rendered again without engines."""
+        job, ledger = outcome.job, self.acceleration.ledger
+        with ledger.recording() as record:
+            outcome.record = record
+            try:
+                video, pipe = self.made(outcome)
+            except NonFinite as error:
+                used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
+                if not used:
+                    raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
+                ledger.fall_back(
+                    used, f"the engines gave {error}", "report it with the sidecar; rendered again eagerly"
+                )
+                with ledger.eagerly():
+                    try:
+                        video, pipe = self.made(outcome)
+                    except NonFinite as again:
+                        raise RenderError(f"engines and eager PyTorch both gave {again}; try another seed.") from again
+            self.acceleration.settle()
+            self.watcher.stage(job, "writing")
+            about = about_render(self.acceleration, self._settings(), self.model, pipe, job.request, outcome)
+            outcome.files = write_results(video, job.stem, job.request.formats, about, job.request.audio)
+
+    def _settings(self) -> dict[str, Any]:
+        return self.acceleration.settings() | self.cache.settings()
+
+    def video(self, request: RenderRequest) -> Video:
+        """A completed request's video, not written anywhere."""
+        with self.acceleration.ledger.recording():
+            return self.made(Outcome(Job(request, Path("video"))))[0]
+
+    def made(self, outcome: Outcome) -> tuple[Video, Any]:
+        """The video of a job, not written anywhere, and the pipeline that made it; fills `outcome.steps`."""
+        import numpy as np
+        import torch
+
+        job, variant = outcome.job, self.acceleration.variant
+        request = job.request
+        pipe = pipeline_for(self.pipe, variant, request.task, request)
+        if request.audio is not None:
+            check_audio(request.audio)
+        media = media_of(request, variant)
+        with torch.no_grad(), _own_stream(device_of(pipe)), self._releasing():
+            with self.stage(job, "encoding"), self._preloading(request):
+                text = encoded(pipe, variant, request)
+            steps = Steps(self, job, pipe)
+            with steps.denoising():
+                result = pipe(
+                    **call_arguments(pipe, variant, request, media, text),
+                    **steps.callback(),
+                    generator=torch.Generator("cpu").manual_seed(request.seed),
+                    output_type="np",
+                )
+        frames, sound = hook(variant, "results")(pipe, result)
+        outcome.steps = steps.seconds()
+        frames = np.asarray(frames)
+        require_finite(frames)
+        pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+        return Video(pixels, float(request.fps or variant.fps), steps.latents(), sound), pipe
+
+    @contextmanager
+    def _preloading(self, request: RenderRequest) -> Iterator[None]:
+        """Engines are loaded meanwhile; not when parts move, as an engine reads weights where they are."""
+        device = device_of(self.pipe)
+        if device.type != "cuda" or self.acceleration.moved:
+            yield
+            return
+        import torch
+
+        def work() -> None:
+            with torch.cuda.device(device):
+                self.acceleration.preload(request.task != "text-to-video")
+
+        with ThreadPoolExecutor(1, "preload") as pool:
+            loading = pool.submit(work)
+            yield
+            loading.result()
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """However a job ends, what only it used on the card goes back: an encoder may be the next to need room."""
+        try:
+            yield
+        finally:
+            self.acceleration.workspace.release()
+
+    @contextmanager
+    def stage(self, job: Job, name: str) -> Iterator[None]:
+        with self._stages[name]:
+            self.check_cancelled()
+            self.watcher.stage(job, name)
+            yield
+
+    def check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise RenderCancelled("cancelled")
+
+
+def encoded(pipe: Any, variant: Variant, request: RenderRequest) -> dict[str, Any]:
+    """Arguments of the pipeline's call that stand for the prompts."""
+    if not variant.text_length:
+        return {}
+    guided = (request.guidance or 0) > 1
+    negative = request.negative_prompt or ""
+    if negative and not guided and negative != variant.rendering(request.task).negative_prompt:
+        log.warning("negative_prompt does nothing at guidance %g: only above 1 is it looked at.", request.guidance or 0)
+    made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, negative, guided)
+    return made
+
+
+def call_arguments(
+    pipe: Any, variant: Variant, request: RenderRequest, media: Media, text: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call, without callback, generator and output type."""
+    usual = text | _usual_arguments(request)
+    own = dict(variant.rendering(request.task).arguments) | _guidance(request)
+    return _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual | own), usual)
+
+
+def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
+    return {
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.frames,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+    }
+
+
+def _guidance(request: RenderRequest) -> dict[str, Any]:
+    """Kinds of guidance that not every pipeline has."""
+    asked = {"guidance_scale_2": request.guidance_2, "guidance_rescale": request.guidance_rescale or None}
+    return {k: v for k, v in asked.items() if v is not None}
+
+
+def _taken(pipe: Any, arguments: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """The arguments but those of the usual ones that this pipeline lacks: not every one takes a size, or guidance."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    return {k: v for k, v in arguments.items() if k in known or k not in usual}
+
+
+def _lanes(device: Any) -> int:
+    """Decoding one video while denoising another gains only on a GPU, and needs memory for both."""
+    import torch
+
+    return 2 if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 24e9 else 1
+
+
+@contextmanager
+def _own_stream(device: Any) -> Iterator[None]:
+    """Jobs that overlap need a CUDA stream each, and the default one cannot be captured into a CUDA graph."""
+    import torch
+
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # the weights may still be on their way
+        with torch.cuda.stream(stream):
+            yield
+    else:
+        yield

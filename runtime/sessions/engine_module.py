@@ -1,0 +1,228 @@
+"""EngineModule: a session in the place of a module's forward."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import BuildCancelled, CannotServe, OtherKind, OvercrankError, RenderCancelled, ShapeError
+from overcrank.models.base import Call, Component
+from overcrank.runtime.sessions.fingerprint import Change, Fingerprint
+from overcrank.runtime.sessions.parked import Parked
+from overcrank.runtime.sessions.session import EAGER, Ledger, Session, log, run_each
+from overcrank.runtime.sessions.stock import kinds_of
+from overcrank.runtime.sessions.workspace import out_of_memory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Slot:
+    """One component that may serve a module's calls; its session is made at the first call."""
+
+    component: Component
+    make: Callable[[], Session]
+    session: Session | None = None
+    refused: CannotServe | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def opened(self) -> Session:
+        with self._lock:  # it may be on its way in another thread
+            if self.refused is not None:
+                raise CannotServe(self.refused.reason, self.refused.fix)
+            if self.session is None:
+                try:
+                    self.session = self.make()
+                except (RenderCancelled, BuildCancelled):
+                    raise
+                except Exception as error:
+                    refusal = error if isinstance(error, CannotServe) else _unexpected(self.component.name, error, True)
+                    self.refuse(refusal)
+                    raise refusal from error
+            return self.session
+
+    def refuse(self, refusal: CannotServe) -> None:
+        """Kept without the frames it was raised in, which hold a call's tensors."""
+        if refusal.lasting:
+            self.refused = CannotServe(refusal.reason, refusal.fix)
+
+    def follow(self, change: Change) -> None:
+        """The module was changed: what could not be made may be now, and what stays must hold its weights."""
+        with self._lock:
+            if change is Change.NOTHING:
+                return
+            self.refused = None
+            kept = change < Change.REBUILT and self.session is not None
+            if not (kept and self.session.rebind(change is Change.WRITTEN)):  # type: ignore[union-attr]
+                self.session = None
+
+
+class EngineModule:
+    """Takes over `module.forward`: same arguments, same results, run by an engine.
+
+    The module stays in the pipeline with its class, configuration, parameters, dtype and
+    hooks, so LoRA loading, offloading and saving keep working, and eager fallback is its
+    own forward. The first of `slots` that fits a call serves it, if every argument is one that
+    it understands and the module is as it was bound, which is asked at each call. Calls that
+    need gradients run eagerly. A copy of the module has its class's forward again.
+    """
+
+    def __init__(self, module: nn.Module, slots: list[Slot], ledger: Ledger) -> None:
+        self.module, self.slots, self.ledger = module, slots, ledger
+        self.__signature__ = inspect.signature(module.forward)
+        self._defaults = {p.name: p.default for p in self.__signature__.parameters.values()}
+        self._eager = module.forward
+        self._before = vars(module).get("forward")  # an offload hook's, if there is one
+        self._compiled = vars(module).pop("_compiled_call_impl", None)  # by module.compile()
+        self.name = slots[0].component.name
+        self._parked = Parked(module)
+        self._bound: Fingerprint | None = None
+        self._binding = threading.Lock()
+        module.forward = self
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "forward")
+
+    def remove(self) -> None:
+        """Give the module its own forward back; a hook put over this one since keeps calling it, to no effect."""
+        self.slots = []
+        self._parked.fetch()
+        if self._compiled is not None:
+            self.module._compiled_call_impl = self._compiled
+        if vars(self.module).get("forward") is not self:
+            return
+        if self._before is None:
+            del self.module.forward  # the instance attribute; the class's method shows again
+        else:
+            self.module.forward = self._before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        if self.slots and not (torch.is_grad_enabled() or self.ledger.forced_eager):
+            self.ledger.look()
+            hook = getattr(self.module, "_hf_hook", None)
+            if hook is not None and self._before is not None:  # under this forward, which brings the weights
+                args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
+            try:
+                return self._by_an_engine(_arguments(self.__signature__, args, kwargs))
+            except CannotServe as refusal:
+                self.ledger.fall_back([self.name], refusal.reason, refusal.fix)
+        self.ledger.record.served[self.name, EAGER] += 1
+        self._parked.fetch()
+        return self._eager(*args, **kwargs)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it as it is
+
+    def _by_an_engine(self, arguments: dict[str, Any]) -> Any:
+        """Raises CannotServe with the reason of the slot that came closest.
+
+        That is the first that understood the call, else the first that is for calls of its kind.
+        """
+        self._bind()
+        refused: list[CannotServe] = []
+        unfit: list[CannotServe] = []
+        others: list[CannotServe] = []
+        for slot in self.slots:
+            try:
+                return self._served(slot, Call(arguments))
+            except CannotServe as error:
+                slot.refuse(error)
+                refused.append(error)
+            except ShapeError as error:
+                reason = CannotServe(str(error), "PyTorch runs it", lasting=False)
+                (others if isinstance(error, OtherKind) else unfit).append(reason)
+            except (RenderCancelled, BuildCancelled):
+                raise
+            except Exception as error:
+                refused.append(_unexpected(slot.component.name, error))
+        raise (refused or unfit or others)[0]
+
+    def _bind(self) -> None:
+        """Have every session follow what was done to the module; raises CannotServe while it is none of its class's."""
+        with self._binding:
+            bound = self._bound
+            if bound is not None and bound.same():
+                return
+            kinds = kinds_of([slot.component for slot in self.slots])
+            fresh = Fingerprint(self.module, kinds, any(s.session and s.session.copies for s in self.slots))
+            change = fresh.since(bound)
+            for slot in self.slots:
+                slot.follow(change)
+            self._bound = fresh
+
+    def _served(self, slot: Slot, call: Call) -> Any:
+        component = slot.component
+        inputs = component.adapt(self.module, call)
+        if unread := call.unread(self._defaults):
+            raise ShapeError(f"this call gives {', '.join(unread)}")
+        session = self._opened(slot)
+        if self._parked.park(session.replaced) and self._bound is not None:
+            self._bound.noted()
+        _check_fixed(component, inputs)
+        outputs = self._run(session, component, inputs)
+        record = self.ledger.record
+        record.served[component.name, session.backend] += 1
+        record.engines.setdefault(component.name, session.engine)
+        like = inputs[component.inputs[0].name].dtype
+        return component.returns({k: v.to(like) for k, v in outputs.items()}, call)
+
+    def _opened(self, slot: Slot) -> Session:
+        session = slot.opened()
+        if self._bound is not None and session.copies and not self._bound.copies:
+            self._bound.count_writes()
+        return session
+
+    def preload(self) -> None:
+        """Make the first slot's session ahead of its first call, which tells why it cannot be made."""
+        with suppress(CannotServe):
+            self._bind()
+            self._opened(self.slots[0])
+
+    def _run(self, session: Session, component: Component, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        import torch
+
+        try:
+            return run_each(session, component, inputs)
+        except torch.cuda.OutOfMemoryError as error:
+            raise out_of_memory(component.name, 0, next(iter(inputs.values())).device) from error
+
+
+def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """A call's arguments by name; those that the signature does not name are among them."""
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:  # the stock forward says so in its own words
+        raise CannotServe(str(error), "call it as its class is called", lasting=False) from error
+    more = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    return bound | {k: v for name in more for k, v in bound.pop(name, {}).items()}
+
+
+def _unexpected(component: str, error: Exception, lasting: bool = False) -> CannotServe:
+    """Any failure of an engine's path: PyTorch renders, and the reason is told."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")[:300]
+    kind = "" if isinstance(error, OvercrankError) else f"{type(error).__name__}: "
+    log.debug("%s failed", component, exc_info=error)
+    return CannotServe(f"{component} failed ({kind}{said})", "overcrank doctor tests this machine", lasting)
+
+
+def _check_fixed(component: Component, inputs: Mapping[str, Any]) -> None:
+    """Raise CannotServe for a length the graph holds fixed, such as a batch of 1."""
+    for spec in component.inputs:
+        shape = inputs[spec.name].shape
+        batched = spec.dims[:1] == (1,)  # goes item by item, so any first length fits
+        fits = len(shape) == len(spec.dims) and all(
+            isinstance(d, str) or d == n or (batched and i == 0)
+            for i, (d, n) in enumerate(zip(spec.dims, shape, strict=True))
+        )
+        if not fits:
+            raise CannotServe(
+                f"{component.name}: {spec.name} {list(shape)} is not {list(spec.dims)}",
+                "render one video at a time and with the model's own sizes",
+                lasting=False,
+            )

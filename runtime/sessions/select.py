@@ -1,0 +1,192 @@
+"""Which bundle's engine serves a pipeline on a card, and why one does not."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overcrank.engines.manifest import ComponentEntry, Manifest, ShapeEntry, check_files, read_manifest
+from overcrank.engines.store import Store
+from overcrank.engines.targets import SIXTEEN_BIT, serves
+from overcrank.engines.trust import Keyring
+from overcrank.errors import CannotServe, IntegrityError, OutdatedBundle, OvercrankError, UserError
+from overcrank.models import family
+from overcrank.models.base import Component, Variant
+from overcrank.models.network import differences, network
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger("overcrank")
+
+
+def rebuild_command(variant: Variant, card: str) -> str:
+    return f"build-engine --model {shlex.quote(variant.where)} --gpu {card}"
+
+
+Bundle = tuple[Path, Manifest]
+
+
+def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, precision: str) -> list[Bundle]:
+    """Bundles with a network of this variant's, for this card, whose weights the pipeline can bind.
+
+    The newest come first, portable ones last. Raises CannotServe with the nearest miss: no bundle, other networks and
+    the field they differ in, other card, another precision than the pipeline's weights, weights embedded.
+    """
+    rebuild = rebuild_command(variant, card)
+    known, outdated = _read(candidates)
+    own = family(variant.family).components(variant)
+    alike = [(p, m) for p, m in known if m.family == variant.family and any(_entry(c, m) for c in own)]
+    if not alike:
+        reasons = [_nearest_miss(own, [m for _, m in known if m.family == variant.family]), *map(str, outdated[:1])]
+        why = "".join(f"; {r}" for r in reasons if r)
+        raise CannotServe(f"there is no engine of {variant.name}{why}", rebuild)
+    here = [(p, m) for p, m in alike if serves(m.target, m.precision, card)]
+    if not here:
+        have = ", ".join(sorted({m.target for _, m in alike}))
+        raise CannotServe(f"the engines of {variant.name} are for {have}, this card is {card}", rebuild)
+    bindable = [(p, m) for p, m in here if m.weights == "inputs" and m.precision == precision]
+    if not bindable:
+        have = ", ".join(sorted({f"{m.precision} with weights as {m.weights}" for _, m in here}))
+        raise CannotServe(
+            f"the engines of {variant.name} for {card} are {have}, and the pipeline's weights are {precision}",
+            f"{rebuild} --precision {precision}" if precision in SIXTEEN_BIT else "load the pipeline in bf16 or fp16",
+        )
+    return sorted(bindable, key=lambda bundle: (bundle[1].target == card, bundle[1].created), reverse=True)
+
+
+def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle]]:
+    known: list[Bundle] = []
+    outdated = []
+    for path in candidates:
+        try:
+            known.append((path, read_manifest(path)))
+        except OutdatedBundle as error:
+            outdated.append(error)
+        except IntegrityError:
+            continue
+    return known, outdated
+
+
+def _entry(component: Component, manifest: Manifest) -> ComponentEntry | None:
+    """The bundle's engine of this very network, if it has one."""
+    return next((e for e in manifest.components if _is_of(e, component)), None)
+
+
+def _is_of(entry: ComponentEntry, component: Component) -> bool:
+    return (entry.name, entry.cls) == (component.name, component.cls) and entry.config == network(component)
+
+
+def _nearest_miss(own: Sequence[Component], others: Sequence[Manifest]) -> str:
+    """In what the most similar engine of the same class differs; empty if there is none."""
+    misses = [
+        (len(fields), f"the {c.name} of {m.model} differs in {fields[0]}")
+        for c in own
+        for m in others
+        for e in m.components
+        if (e.name, e.cls) == (c.name, c.cls) and (fields := differences(network(c), e.config, "in the engine"))
+    ]
+    return min(misses, default=(0, ""))[1]
+
+
+def bundle_of(
+    component: Component, bundles: Sequence[Bundle], rebuild: str, compute: str | None = None
+) -> tuple[Path, Manifest, ComponentEntry]:
+    """The first engine of this very network whose bundle is whole and signed as it must be.
+
+    `compute`: the type that the module's weights have; None for a session to which it does not matter.
+    """
+    misses: list[tuple[str, str]] = []
+    for path, manifest in bundles:
+        entry = _entry(component, manifest)
+        if entry is None:
+            continue
+        if compute is not None and entry.compute != compute:
+            part = component.subfolder
+            what = f"the engine of {component.name} computes in {entry.compute}, and the pipeline's {part} is {compute}"
+            fix = f"{rebuild} --dtype {part}={compute}, or render with --dtype {part}={entry.compute}"
+            misses.append((what, fix))
+            continue
+        wrong = check_files(path, manifest)
+        if wrong:
+            misses.append((f"bundle {path.name} is damaged: {wrong[0]}", f"overcrank engines rm it, then {rebuild}"))
+            continue
+        try:
+            Keyring().check(path)
+        except IntegrityError as error:
+            misses.append((str(error).rstrip("."), f"or {rebuild}"))
+            continue
+        return path, manifest, entry
+    if misses:
+        raise CannotServe(*misses[0])
+    why = _nearest_miss([component], [m for _, m in bundles])
+    raise CannotServe(
+        f"no bundle has an engine of {component.name}{f'; {why}' if why else ''}",
+        f"{rebuild} --components {component.name}",
+    )
+
+
+def compute_type(module: nn.Module) -> str:
+    """bf16, fp16 or fp32: the type that most of the module's weights have."""
+    import torch
+
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    ((dtype, _),) = sizes.most_common(1)
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def engines_of(store: Store, variant: Variant) -> list[tuple[ComponentEntry, ShapeEntry]]:
+    """Of each component of this network that the store has engines of, the one that works on the largest videos."""
+    found: dict[str, tuple[ComponentEntry, ShapeEntry]] = {}
+    for _, manifest in store.list():
+        if isinstance(manifest, Manifest) and manifest.family == variant.family:
+            for component in family(variant.family).components(variant):
+                entry, known = _entry(component, manifest), found.get(component.name)
+                if entry and (not known or (entry.activation_bytes or 0) > (known[0].activation_bytes or 0)):
+                    found[component.name] = entry, manifest.max
+    return list(found.values())
+
+
+def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> None:
+    """Raise UserError when a bundle that is named has no network of the variant's, with the field that differs."""
+    own = family(variant.family).components(variant)
+    if manifest.family == variant.family and any(_entry(c, manifest) for c in own):
+        return
+    why = _nearest_miss(own, [manifest] if manifest.family == variant.family else [])
+    raise UserError(
+        f"--bundle {bundle} is of {manifest.model}, another network than {variant.name}{f': {why}' if why else ''}."
+    )
+
+
+def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring: Keyring) -> None:
+    """Fetch this network's bundle for each kind of card here from `url`, unless the store has one that fits.
+
+    `precision`: a quantized one, or "auto" for the card's 16-bit type. What keeps it from being fetched is a
+    warning: the render falls back as without it.
+    """
+    from overcrank.engines.remote import Remote, fitting, pull, read_index
+    from overcrank.engines.targets import precision_for, targets_for
+    from overcrank.engines.types import own_precision
+
+    try:
+        for card in targets_for(["auto"], "tensorrt_rtx"):
+            wanted = precision_for(card, precision, own_precision(variant))
+            try:
+                fitting_bundles([path for path, _ in store.list()], variant, card.name, wanted)
+                continue
+            except CannotServe:
+                pass
+            remote = Remote(url)
+            listed = fitting(read_index(remote, ring, store), variant.where, card.name, wanted)
+            log.info("fetching %s from %s", listed.name, url)
+            pull(remote, listed, store, ring, lambda name, there, size: None)
+    except OvercrankError as error:
+        log.warning("--pull %s: %s", url, error)

@@ -1,0 +1,190 @@
+"""Where sessions come from: the engine of a bundle, the graph of a bundle, the graph in the store's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overcrank.engines.build import RECIPE
+from overcrank.engines.cards import Card
+from overcrank.engines.manifest import Manifest, read_manifest
+from overcrank.engines.measurements import require_not_slower
+from overcrank.engines.store import Store
+from overcrank.errors import UserError
+from overcrank.export.quantization.pack import read_pack
+from overcrank.export.quantization.recipe import (
+    IN_16_BIT,
+    QUANTIZED,
+    LayerFormat,
+    Range,
+    Recipe,
+    read_recipe,
+    recipe_of,
+)
+from overcrank.models.base import Component, Variant
+from overcrank.runtime.sessions.packs import kept_pack
+from overcrank.runtime.sessions.parameters import (
+    bound_parameters,
+    compute_of,
+    own_parameters,
+    packed_parameters,
+    parameters_of,
+)
+from overcrank.runtime.sessions.select import Bundle, bundle_of, compute_type, require_same_network
+from overcrank.runtime.sessions.session import Session
+from overcrank.runtime.sessions.workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Engines of quantized layers: as a recipe says, or all that bear it alike."""
+
+    layers: LayerFormat
+    recipe: Recipe | None = None
+    pack: Path | None = None  # of the checkpoint; without one, packed when a session is made
+    source: str = ""  # digest of the weights the pipeline has, by which what is packed is kept
+
+    @property
+    def precision(self) -> str:
+        return self.layers.format
+
+
+@dataclass
+class OfBundles:
+    """What sessions of bundles have in common."""
+
+    quantization: Quantization | None
+    store: Store
+    fitting: Sequence[Bundle]
+    rebuild: str
+    used: dict[str, str] = field(default_factory=dict)  # component → name of the bundle that runs it
+
+    def packs(
+        self, path: Path, manifest: Manifest, component: Component, part: str, module: nn.Module
+    ) -> Mapping[str, Tensor]:
+        """Tensors of its quantized layers, of the module's weights, with the bundle's ranges if none were given."""
+        entry = manifest.component(component.name)
+        recipe = self.quantization.recipe if self.quantization else None
+        if recipe is None and manifest.recipe is not None:
+            recipe = read_recipe(path / RECIPE)
+        ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
+        layout = entry.key.recipe
+        return _packs(
+            self.quantization, component, part, module, entry.formats, ranges, layout, compute_of(entry), self.store
+        )
+
+
+@dataclass
+class Engines(OfBundles):
+    """TensorRT on this card."""
+
+    card: Card = field(kw_only=True)
+    workspace: Workspace = field(kw_only=True)
+    slow: bool = False  # engines that were measured to be slower than eager are used too
+
+    def session(self, component: Component, part: str, module: nn.Module) -> Session:
+        from overcrank.runtime.sessions.trt import TrtSession
+
+        path, manifest, entry = bundle_of(component, self.fitting, self.rebuild, compute_type(module))
+        if not self.slow:
+            require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
+        packs = self.packs(path, manifest, component, part, module)
+        parameters = {**own_parameters(module, component, parameters_of(entry)), **packs}
+        made = TrtSession(manifest, path, entry, parameters, self.workspace, self.rebuild, self.store, self.card)
+        self.used[component.name] = path.name
+        return made
+
+
+class BundledGraphs(OfBundles):
+    """The graphs that a bundle's engines were compiled from, in ONNX Runtime."""
+
+    def session(self, component: Component, part: str, module: nn.Module) -> Session:
+        import onnx_ir as ir
+        from overcrank.runtime.sessions.ort import OrtSession
+
+        path, manifest, entry = bundle_of(component, self.fitting, self.rebuild)
+        views = bound_parameters(module, component, parameters_of(entry))
+        packs = self.packs(path, manifest, component, part, module)
+        device = next(module.parameters()).device.type
+        made = OrtSession(ir.load(path / entry.graph.name), {**views, **packs}, device)
+        self.used[component.name] = path.name
+        return made
+
+
+def require_renderable(path: Path, variant: Variant, quantization: Quantization | None) -> Bundle:
+    """A bundle that is named to be run in ONNX Runtime, whatever card it is for.
+
+    Raises UserError when it is of another network or precision, or has its weights embedded.
+    """
+    manifest = read_manifest(path)
+    require_same_network(variant, manifest, path.name)
+    if manifest.weights != "inputs":
+        raise UserError(f"--bundle {path.name} has weights of its own; its graphs are not run in ONNX Runtime.")
+    asked = quantization.precision if quantization else ""
+    own = manifest.precision if manifest.precision in QUANTIZED else ""
+    if asked != own:
+        fix = f"add --precision {own}" if own else "leave --precision out"
+        raise UserError(f"--bundle {path.name} is in {manifest.precision}; {fix}, or name another bundle.")
+    return path, manifest
+
+
+def graph_session(
+    component: Component, part: str, module: nn.Module, store: Store, quantization: Quantization | None
+) -> Session:
+    """The component's graph from the store's cache, exported into it the first time, quantized as asked.
+
+    It is of the module's own type, as its constants are; quantized layers compute in bf16.
+    """
+    import onnx_ir as ir
+    from overcrank.export.quantization.linear import layout_in, quantized
+    from overcrank.runtime.sessions.ort import OrtSession
+
+    own = compute_type(module)
+    graph = store.graph(component, own if quantization is None and own in ("fp16", "fp32") else "bf16")
+    model, parameters = ir.load(graph.onnx), graph.parameters
+    packs: Mapping[str, Tensor] = {}
+    if quantization is not None:
+        recipe = recipe_of(quantization.recipe, component, quantization.layers)
+        layout = layout_in(model, recipe)
+        parameters, _ = quantized(model, parameters, layout)
+        ranges = recipe.ranges.get(part, {})
+        packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16", store)
+    views = bound_parameters(module, component, parameters)
+    device = next(module.parameters()).device.type
+    return OrtSession(model, {**views, **packs}, device)
+
+
+def _packs(
+    quantization: Quantization | None,
+    component: Component,
+    part: str,
+    module: nn.Module,
+    formats: Mapping[str, LayerFormat],
+    ranges: Mapping[str, Range],
+    layout: str,
+    compute: str,
+    store: Store,
+) -> Mapping[str, Tensor]:
+    """Tensors of the quantized layers: from the pack that was given, else made of the module's weights.
+
+    Those of weights that are known are kept in the store.
+    """
+    if not formats:
+        return {}
+    device = next(module.parameters()).device
+    if quantization is None or quantization.pack is None:
+        make = partial(packed_parameters, module, formats, ranges, compute)
+        if quantization is None or not quantization.source:
+            return make()
+        described = {name: seen.model_dump() for name, seen in ranges.items()}
+        dtype = str(next(module.parameters()).dtype)  # a checkpoint read in 16 bit has other values
+        identity = [quantization.source, dtype, part, layout, sorted(formats.items()), described, compute]
+        return kept_pack(identity, store, make, device)
+    read = read_pack(quantization.pack, part, component.name, layout, compute)
+    return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
