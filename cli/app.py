@@ -1,4 +1,8 @@
-"""Command line: parse, call, print. Nothing heavy is imported before it is needed."""
+"""Command line: parse, call, print. Nothing heavy is imported before it is needed.
+
+Exit status: 0 done; 1 the work failed; 2 the request is wrong, and nothing was done; 3 some of the work failed;
+130 cancelled.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,14 @@ def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     context.exit()
 
 
-@click.command(cls=Command, name="build-engine")
+@click.command(
+    cls=Command,
+    name="build-engine",
+    examples=(
+        "build-engine --model ltx --gpu 4070",
+        "build-engine --model wan-2.2-ti2v-5b --gpu sm_120 --precision fp8 --max-height 704",
+    ),
+)
 @click.option("--model", required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
 @click.option(
     "--gpu",
@@ -72,7 +83,13 @@ def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     "--dtype", "dtypes", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable."
 )
 @click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
-@click.option("--weights", type=click.Choice(["inputs", "embedded"]), default="inputs", show_default=True)
+@click.option(
+    "--weights",
+    type=click.Choice(["inputs", "embedded"]),
+    default="inputs",
+    show_default=True,
+    help="Weights as inputs of the engine, or inside it.",
+)
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
 @click.option("--width", type=int, help="Width in pixels.")
 @click.option("--frames", type=int, help="Number of frames.")
@@ -111,12 +128,12 @@ def build_engine(**options: Any) -> None:
 def _requests(options: dict[str, Any]) -> list[Any]:
     from overcrank.engines.build import Request
     from overcrank.engines.profiles import profile_for
-    from overcrank.engines.targets import precision_for, targets_for
+    from overcrank.engines.targets import gpu_names, precision_for, targets_for
     from overcrank.engines.tensorrt import driver_notes
     from overcrank.engines.types import notes, own_precision
     from overcrank.models import components, resolve
 
-    words = [w for option in options["gpus"] for w in option.replace(",", " ").split()]
+    words = [name for option in options["gpus"] for name in gpu_names(option)]
     targets = targets_for(words, options["flavour"])
     for note in driver_notes(options["flavour"], targets):
         click.echo(f"note: {note}", err=True)
@@ -194,6 +211,7 @@ main.add_command(keys)
 
 
 main.add_command(build_engine)
+main.add_command(build_engine, "build")
 
 
 @main.command(cls=Command)
@@ -298,41 +316,66 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
     timed_pack(quiet, **made, store=Store(options["store"]))
 
 
-@main.command(cls=Command)
+@main.command(
+    cls=Command,
+    examples=(
+        'overcrank render "a red circle moving right"',
+        'overcrank render "a fox in the snow" --model wan-2.2-t2v-a14b --preset lightx2v-4step -o fox.mp4',
+    ),
+)
+@click.argument("text", metavar="[PROMPT]", default="")
 @render_options
-@click.option("--prompt", default="", help="What the video shows.")
+@click.option("--prompt", default="", help="What the video shows; the same as PROMPT.")
 @click.option("--negative-prompt", help='What it should not show; "" is nothing [default: the publisher\'s].')
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True)
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True, help="File to write."
+)
 @click.option("--image", type=click.Path(path_type=Path), help="First frame: image-to-video.")
 @click.option("--last-image", type=click.Path(path_type=Path), help="Last frame, alone or with --image.")
-@click.option("--video", type=click.Path(path_type=Path), help="Video to make anew: video-to-video.")
-@click.option("--strength", type=float, help="How much of the video is made anew, 0 to 1 [default: 0.8].")
+@click.option("--video", type=click.Path(path_type=Path), help="Input video: video-to-video.")
+@click.option("--strength", type=float, help="Denoising strength of video-to-video, 0 to 1 [default: 0.8].")
 @click.option("--audio", type=click.Path(path_type=Path), help="Sound track to mux into the MP4.")
 @click.option("--steps", type=int, help="Denoising steps [default: the model's].")
-@click.option("--guidance", type=float, help="Classifier-free guidance scale; 1 is none.")
-@click.option("--guidance-2", type=float, help="Of the low-noise expert of a model with two.")
-@click.option("--guidance-rescale", type=float, help="Against overexposure by guidance, 0 to 1.")
+@click.option("--guidance", type=float, help="Classifier-free guidance scale; 1 is none [default: the model's].")
+@click.option(
+    "--guidance-2",
+    type=float,
+    help="Guidance scale of the low-noise expert, of a model with two [default: the model's].",
+)
+@click.option("--guidance-rescale", type=float, help="Against overexposure by guidance, 0 to 1 [default: the model's].")
 @click.option("--guidance-until", type=float, help="Share of the steps that are guided, such as 0.7 [default: 1].")
 @click.option("--scheduler", help="Scheduler class of diffusers [default: the publisher's].")
-@click.option("--shift", type=float, help="Of the schedule; more spends more steps on the noisy part.")
+@click.option(
+    "--shift", type=float, help="Of the schedule: more spends more steps at high noise [default: the model's]."
+)
 @click.option(
     "--sigmas", type=Numbers(), help="The schedule, falling from at most 1: 1,0.94,0.83,0.63; nothing shifts it."
 )
 @click.option("--timesteps", type=Numbers(), help="The schedule in timesteps of 1000: 1000,750,500,250.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same frames.")
 @click.option("--height", type=int, help="Pixels [default: the model's native].")
-@click.option("--width", type=int)
-@click.option("--frames", type=int)
-@click.option("--fps", type=float)
+@click.option("--width", type=int, help="Pixels [default: the model's native].")
+@click.option("--frames", type=int, help="How many [default: the model's native].")
+@click.option("--fps", type=float, help="Frames a second of the file [default: the model's].")
 @click.option("--formats", default="", help="Of mp4, gif, png, sheet, latents [default: OUT's suffix and sheet].")
 def render(**options: Any) -> None:
     """Render one video: an MP4, its contact sheet, and a JSON sidecar that reproduces it."""
     from overcrank.cli.render import render_one
 
+    text = options.pop("text")
+    if text and options["prompt"]:
+        raise UserError(f"The prompt is given twice, as '{text}' and as --prompt '{options['prompt']}'; give it once.")
+    options["prompt"] = text or options["prompt"]
     sys.exit(render_one(options | {"quantization": quantization_of(options)}))
 
 
-@main.command(cls=Command)
+@main.command(
+    cls=Command,
+    examples=(
+        "overcrank batch jobs.jsonl -o renders",
+        "overcrank batch jobs.jsonl -o renders --model ltx-2b-0.9.5 --lanes 2",
+    ),
+)
 @click.argument("jobs", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--out", "-o", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of results.")
 @render_options

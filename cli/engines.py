@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from overcrank.cli.options import Command, Group, ray_option, store_option
+from overcrank.cli.options import SOME_FAILED, Command, Group, ray_option, store_option
 
 if TYPE_CHECKING:
     from overcrank.engines.workers import Workers
@@ -67,7 +67,7 @@ def engines_build(**options: Any) -> None:
         matrix.write_index(options["index"], result)
     click.echo(matrix.as_json(result) if options["as_json"] else "\n".join(matrix.result_lines(result)))
     if result.failed:
-        sys.exit(1)
+        sys.exit(SOME_FAILED if result.built else 1)
 
 
 def _workers(options: dict[str, Any], stack: ExitStack) -> tuple[Callable[[], Workers], int]:
@@ -134,19 +134,21 @@ def engines_fsck(repair: bool, store: Path | None) -> None:
     found = list(flaws(where))
     print_items(found, where)
     if not found:
-        click.echo(f"{where.root}: nothing is wrong in {len(where.list())} bundles and what is kept beside them")
+        click.echo(f"OK: {len(where.list())} bundles and their caches in {where.root} verified")
     elif repair:
         click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
     else:
-        click.echo(f"{len(found)} things are wrong; --repair removes them", err=True)
+        click.echo(f"{len(found)} items are damaged or left over; --repair deletes them", err=True)
         sys.exit(1)
 
 
 @engines.command("gc", cls=Command)
-@click.option("--older-than", metavar="AGE", help="Also what was not used for so long, such as 30d or 12h.")
-@click.option("--max-size", metavar="SIZE", help="Also the longest unused, until no more than this is kept.")
+@click.option("--older-than", metavar="AGE", help="Also what was not used for that long, such as 30d or 12h.")
+@click.option(
+    "--max-size", metavar="SIZE", help="Also the longest unused, until the store is no larger than this, such as 50GB."
+)
 @click.option("--other-versions", is_flag=True, help="Also bundles made by another TensorRT than the installed one.")
-@click.option("--dry-run", is_flag=True, help="Only show what would go.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @store_option
 def engines_gc(
@@ -157,7 +159,7 @@ def engines_gc(
     yes: bool,
     store: Path | None,
 ) -> None:
-    """Remove what nobody needs: leavings, caches of engines that are gone, and what the options name."""
+    """Delete unused files: interrupted downloads and builds, caches of deleted engines, and what the options name."""
     from overcrank.cli.bundles import print_items
     from overcrank.engines.maintenance import removable, remove
     from overcrank.engines.store import Store
@@ -170,9 +172,9 @@ def engines_gc(
     print_items(found, where)
     total = human_bytes(sum(item.bytes for item in found))
     if not found or dry_run:
-        click.echo(f"{len(found)} things would go, {total}" if found else "nothing to remove")
+        click.echo(f"{len(found)} items would be removed, {total}" if found else "nothing to remove")
         return
-    if not yes and not click.confirm(f"remove {len(found)} things, {total}?"):
+    if not yes and not click.confirm(f"remove {len(found)} items, {total}?"):
         click.echo("nothing was removed")
         return
     click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")

@@ -10,18 +10,62 @@ from typing import Any
 import click
 from overcrank.errors import OvercrankError, UserError
 
+SOME_FAILED = 3
+"""Exit status: some of the work failed, and the rest is done."""
+SECTIONS = {
+    "Input": "prompt negative_prompt image last_image video strength audio prompts images samples",
+    "Size": "height width frames fps batch min_height min_width min_frames max_height max_width max_frames static",
+    "Quality and speed": "steps seed guidance guidance_2 guidance_rescale guidance_until scheduler shift sigmas "
+    "timesteps preset loras cache method auto quality",
+    "Engines": "model models gpus gpu precision precisions activations recipe pack backend bundle pull slow_engines "
+    "components flavour weights allow_fallback compute retry_failed",
+    "Machine and memory": "device dtype dtypes vram lanes ray jobs",
+    "Output": "out formats again preview index report store quiet as_json yes dry_run",
+}
+"""Headings of a long help, and the parameters under each."""
 
-class Group(click.Group):
+
+class _Described(click.Command):
+    """`-h`, examples at the end, and the options of a long help under headings."""
+
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **named: Any) -> None:
+        named.setdefault("context_settings", {"help_option_names": ["-h", "--help"]})
+        if examples:
+            named["epilog"] = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
+        super().__init__(*args, **named)
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = {
+            p.name: row
+            for p in self.get_params(context)
+            if isinstance(p, click.Option) and (row := p.get_help_record(context)) is not None
+        }
+        if len(rows) < 9:
+            super().format_options(context, formatter)
+            return
+        for title, names in SECTIONS.items():
+            listed = [rows.pop(name) for name in names.split() if name in rows]
+            if listed:
+                with formatter.section(title):
+                    formatter.write_dl(listed)
+        with formatter.section("Other"):
+            formatter.write_dl(list(rows.values()))
+
+
+class Group(_Described, click.Group):
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        click.Group.format_options(self, context, formatter)
+
     def invoke(self, context: click.Context) -> Any:
-        return shown(lambda: super(Group, self).invoke(context))
+        return exit_on_error(lambda: super(Group, self).invoke(context))
 
 
-class Command(click.Command):
+class Command(_Described):
     def invoke(self, context: click.Context) -> Any:
-        return shown(lambda: super(Command, self).invoke(context))
+        return exit_on_error(lambda: super(Command, self).invoke(context))
 
 
-def shown(call: Callable[[], Any]) -> Any:
+def exit_on_error(call: Callable[[], Any]) -> Any:
     """Our errors are one sentence on stderr and their own exit code."""
     try:
         return call()
@@ -75,7 +119,8 @@ def quantization_options(function: Any) -> Any:
         type=click.Choice(["dynamic", "static", "16bit"]),
         default="dynamic",
         show_default=True,
-        help="Of quantized layers without a recipe: scaled by each token's largest value, by ranges, or not quantized.",
+        help="How activations of quantized layers are quantized without a recipe: per token at run time (dynamic), "
+        "with calibrated ranges (static), or not at all (16bit).",
     )
     recipe = click.option(
         "--recipe",
@@ -127,8 +172,10 @@ def render_options(function: Any) -> Any:
             show_default=True,
             help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
         ),
-        click.option("--bundle", help="Bundle to use [default: the newest for this network and card]."),
-        click.option("--precision", default="auto", show_default=True, help="auto, or fp8, int8, nvfp4."),
+        click.option("--bundle", help="Bundle of engines to use [default: the newest for this network and card]."),
+        click.option(
+            "--precision", default="auto", show_default=True, help="Of the engines: auto (16 bit), fp8, int8 or nvfp4."
+        ),
         quantization_options,
         click.option(
             "--pack", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Made by overcrank pack."
@@ -147,18 +194,22 @@ def render_options(function: Any) -> Any:
             "--cache",
             default="off",
             show_default=True,
-            help="Steps extrapolated in place of computed: off, safe, fast, or a threshold such as 0.08.",
+            help="Step caching: off, safe, fast, or a threshold such as 0.08 (extrapolates what changes by less).",
         ),
         click.option(
             "--vram",
             default="auto",
             show_default=True,
-            help="Of the card: auto (what is free), low, balanced, high, or an amount such as 8GB.",
+            help="How much GPU memory to use: auto (what is free), low, balanced, high, or an amount such as 8GB.",
         ),
         click.option(
             "--pull", metavar="URL", help="Fetch the engine from there if none in the store serves this card."
         ),
-        click.option("--slow-engines", is_flag=True, help="Also engines measured to be slower than eager here."),
+        click.option(
+            "--slow-engines",
+            is_flag=True,
+            help="Also use engines that were measured to be slower than eager PyTorch here.",
+        ),
         click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
         click.option(
             "--dtype",
@@ -166,7 +217,7 @@ def render_options(function: Any) -> Any:
             metavar="[PART=]TYPE",
             help="fp32, fp16 or bf16, of all parts or one (vae=bf16); repeatable [default: publisher's; fp32 on cpu].",
         ),
-        click.option("--preview", is_flag=True, help="Write NAME.preview.png while denoising."),
+        click.option("--preview", is_flag=True, help="Write NAME.preview.png at each denoising step."),
         click.option("--quiet", is_flag=True, help="No progress."),
         click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),
         store_option,

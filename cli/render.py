@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+from overcrank.cli.options import SOME_FAILED
 from overcrank.errors import RequestError
 from overcrank.models import packaged_model, resolve
 from overcrank.models.base import Variant
@@ -37,7 +39,7 @@ def render_one(options: dict[str, Any]) -> int:
 
 
 def render_batch(options: dict[str, Any]) -> int:
-    """Exit status of `overcrank batch`: 0 when every job is done, else the worst failure's, 130 when cancelled."""
+    """Exit status of `overcrank batch`: 0 when every job is done, 3 when some failed, 130 when cancelled."""
     options["model"] = options["model"] or packaged_model()
     variant, _ = with_preset(resolve(options["model"]), options["preset"])
     jobs = read_jobs(options["jobs"], variant)
@@ -83,6 +85,8 @@ def _run(
 
         checkpoint_folder(options["model"], variant, options["store"], partial(show.downloading, quiet=quiet))
     jobs = [Job(request, stem) for request, stem in work]
+    if not quiet:
+        click.echo(f"loading {variant.name} …", err=True)
     started = time.monotonic()
     with show.watching(jobs, quiet) as watcher:
         if options.get("ray"):
@@ -92,7 +96,8 @@ def _run(
     _print(outcomes, options["as_json"], many, time.monotonic() - started)
     if any(o.status == CANCELLED for o in outcomes):
         return 130
-    return max((o.exit_code for o in outcomes if o.status == FAILED), default=0)
+    failed = [o.exit_code for o in outcomes if o.status == FAILED]
+    return SOME_FAILED if 0 < len(failed) < len(outcomes) else max(failed, default=0)
 
 
 def _on_cluster(
@@ -110,7 +115,6 @@ def _on_cluster(
 def _print(outcomes: list[Any], as_json: bool, many: bool, seconds: float) -> None:
     import json
 
-    import click
     from overcrank.cli import display as show
     from overcrank.runtime.render.renderer import CANCELLED, FAILED
 

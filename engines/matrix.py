@@ -140,7 +140,7 @@ def plan_lines(matrix: Matrix, store: Store, workers: int) -> Iterator[str]:
 
 def result_lines(result: Result) -> Iterator[str]:
     for cell, built in result.built.items():
-        yield f"{'there' if built.cached else 'built':<9}{cell}  {built.path}"
+        yield f"{'cached' if built.cached else 'built':<9}{cell}  {built.path}"
     for cell, error in result.failed.items():
         yield f"FAILED   {cell}: {error}"
     if result.failed:

@@ -199,7 +199,7 @@ def _write_index(remote: Remote, key: str, ring: Keyring) -> None:
         written = _settled_index(remote)
         if written and set(written.bundles) >= set(_entries(remote)):
             return
-    raise StoreError(f"{remote.url}: others publish there without pause; push again.")
+    raise StoreError(f"{remote.url}: the index kept changing; push again.")
 
 
 def _settled_index(remote: Remote) -> Index | None:

@@ -47,7 +47,9 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "sm_75",
         "Turing",
-        ("rtx2060", "rtx2070", "rtx2080", "rtx2080ti", "titanrtx", "gtx1650", "gtx1660", "t4"),
+        ("rtx2060", "rtx2060super", "rtx2070", "rtx2070super", "rtx2080", "rtx2080super", "rtx2080ti", "titanrtx")
+        + ("gtx1650", "gtx1650super", "gtx1650ti", "gtx1660", "gtx1660super", "gtx1660ti", "t4")
+        + ("quadrortx3000", "quadrortx4000", "quadrortx5000", "quadrortx6000", "quadrortx8000"),
         ("fp16", "int8"),
         _BOTH,
         fp32_products=False,
@@ -56,8 +58,9 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "sm_86",
         "Ampere",
-        ("rtx3050", "rtx3060", "rtx3060ti", "rtx3070", "rtx3070ti", "rtx3080", "rtx3080ti", "rtx3090")
-        + ("rtx3090ti", "rtxa2000", "rtxa4000", "rtxa5000", "rtxa6000", "a10", "a40"),
+        ("rtx2050", "rtx3050", "rtx3050ti", "rtx3060", "rtx3060ti", "rtx3070", "rtx3070ti", "rtx3080", "rtx3080ti")
+        + ("rtx3090", "rtx3090ti", "rtxa500", "rtxa1000", "rtxa2000", "rtxa3000", "rtxa4000", "rtxa4500", "rtxa5000")
+        + ("rtxa5500", "rtxa6000", "a2", "a10", "a10g", "a16", "a40"),
         ("fp16", "bf16", "int8"),
         _BOTH,
     ),
@@ -65,8 +68,9 @@ TARGETS: tuple[Target, ...] = (
         "sm_89",
         "Ada",
         ("rtx4050", "rtx4060", "rtx4060ti", "rtx4070", "rtx4070super", "rtx4070ti", "rtx4070tisuper")
-        + ("rtx4080", "rtx4080super", "rtx4090", "rtx4090d", "rtx2000ada", "rtx4000ada", "rtx5000ada")
-        + ("rtx6000ada", "l4", "l40", "l40s"),
+        + ("rtx4080", "rtx4080super", "rtx4090", "rtx4090d", "rtx500ada", "rtx1000ada", "rtx2000ada", "rtx3000ada")
+        + ("rtx3500ada", "rtx4000ada", "rtx4000sffada", "rtx4500ada", "rtx5000ada", "rtx5880ada", "rtx6000ada")
+        + ("l4", "l40", "l40s"),
         ("fp16", "bf16", "fp8", "int8"),
         _BOTH,
     ),
@@ -76,7 +80,8 @@ TARGETS: tuple[Target, ...] = (
         "sm_120",
         "Blackwell",
         ("rtx5050", "rtx5060", "rtx5060ti", "rtx5070", "rtx5070ti", "rtx5080", "rtx5090", "rtx5090d")
-        + ("rtxpro4000", "rtxpro4500", "rtxpro5000", "rtxpro6000"),
+        + ("rtxpro500", "rtxpro1000", "rtxpro2000", "rtxpro3000", "rtxpro4000", "rtxpro4500", "rtxpro5000")
+        + ("rtxpro6000",),
         PRECISIONS,
         _BOTH,
     ),
@@ -91,6 +96,16 @@ TARGETS: tuple[Target, ...] = (
     ),
 )
 BY_NAME = {t.name: t for t in TARGETS}
+DECORATION = re.compile(
+    r"\b(nvidia|geforce|tesla|laptop|mobile|gpu|max ?q|with|design|generation|blackwell|workstation|server|edition"
+    r"|pcie|nvl|sxm\d?|hbm\d?e?|\d+ ?gb)\b"
+)
+"""What nvidia-smi adds to a card's name, and does not change its architecture."""
+TOO_OLD = re.compile(
+    r"(gtx|gt)?(6|7|8|9|10)[1-9][05](ti|m|mx|x)*|titan(x|xp|v|z|black)?|(p|v|k|m)(4|6|10|40|60|80|100)|mx\d+"
+    r"|quadro(p|gp|gv|k|m)\d+"
+)
+"""Kepler to Volta."""
 FLAVOUR_TITLES = {_RTX: "TensorRT for RTX", _CLASSIC: "TensorRT"}
 
 
@@ -147,21 +162,45 @@ def sixteen_bit(target: Target, precision: str = "auto") -> str:
 
 
 def _named(word: str, flavour: str) -> tuple[Target, ...]:
-    key = re.sub(r"[^a-z0-9]", "", word.lower())
+    key = _key(word)
     if key == "all":
         return tuple(t for t in TARGETS if flavour in t.flavours and not t.members)
     if key == "auto":
         return _local_cards()
     for target in TARGETS:
-        if key in (target.name.replace("_", ""), *target.cards):
+        if {key, f"rtx{key}", f"gtx{key}"} & {target.name.replace("_", ""), *target.cards}:
             return (target,)
-    names = {re.sub(r"[^a-z0-9]", "", n): n for t in TARGETS for n in (t.name, *t.cards)}
+    if TOO_OLD.fullmatch(key):
+        raise TargetError(
+            f"'{word}' is older than what {FLAVOUR_TITLES[flavour]} builds for: it needs an RTX 20, a GTX 16 or newer."
+        )
+    names = {_key(n): n for t in TARGETS for n in (t.name, *t.cards)}
     close = difflib.get_close_matches(key, names, n=3)
     hint = f"did you mean {' or '.join(names[c] for c in close)}? " if close else ""
     raise TargetError(
         f"Unknown GPU '{word}': {hint}Use {', '.join(BY_NAME)}, a card such as rtx4090, rtx-5090 or "
         f"dgx-spark, 'all', or 'auto'."
     )
+
+
+def _key(word: str) -> str:
+    """The letters and digits of a card's name that tell its architecture."""
+    return re.sub(r"[^a-z0-9]", "", DECORATION.sub("", re.sub(r"[-/()]", " ", word.lower())))
+
+
+def gpu_names(text: str) -> list[str]:
+    """Of "rtx4090,NVIDIA GeForce RTX 4070 Laptop GPU" or "sm_89 sm_120": a name may have spaces in it."""
+    found: list[str] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        words = part.split()
+        found += words if not _is_known(part) and all(map(_is_known, words)) else [part]
+    return found
+
+
+def _is_known(word: str) -> bool:
+    key = _key(word)
+    known = {"all", "auto", *(n for t in TARGETS for n in (t.name.replace("_", ""), *t.cards))}
+    return not known.isdisjoint({key, f"rtx{key}", f"gtx{key}"}) or TOO_OLD.fullmatch(key) is not None
 
 
 def _local_cards() -> tuple[Target, ...]:

@@ -74,7 +74,7 @@ class Keyring:
         try:
             return _LIST.validate_json(file.read_bytes()) if file.is_file() else {}
         except (OSError, ValidationError) as error:
-            raise UserError(f"{file} cannot be read as a list of trusted keys; mend or remove it.") from error
+            raise UserError(f"{file} cannot be read as a list of trusted keys; fix or delete it.") from error
 
     def new(self, name: str) -> Publisher:
         """A key pair of one's own, trusted here; raises UserError if there is one of that name."""

@@ -95,7 +95,7 @@ def test_a_read_only_store(disk: tuple[Path, Disk], keys: None, demo_bundle: Pat
     store = ["--store", folder]
     assert demo_bundle.name[:12] in run("overcrank", "engines", "list", *store).output
     assert run("overcrank", "engines", "show", bundle.name, *store).exit_code == 0
-    assert "nothing is wrong in 1 bundles" in run("overcrank", "engines", "fsck", *store).output
+    assert "OK: 1 bundles and their caches" in run("overcrank", "engines", "fsck", *store).output
     words = [
         "--prompt",
         "x",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from overcrank.engines.manifest import EngineKey
-from overcrank.engines.targets import BY_NAME, TARGETS, precision_for, serves, targets_for
+from overcrank.engines.targets import BY_NAME, TARGETS, gpu_names, precision_for, serves, targets_for
 from overcrank.errors import TargetError
 
 RTX = "tensorrt_rtx"
@@ -17,11 +17,49 @@ RTX = "tensorrt_rtx"
         ("RTX-5090", ["sm_120"]),
         ("rtx 3060 Ti", ["sm_86"]),
         ("dgx-spark", ["sm_121"]),
+        ("RTX 4070", ["sm_89"]),
+        ("4070", ["sm_89"]),
+        ("3060 ti", ["sm_86"]),
+        ("1660", ["sm_75"]),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", ["sm_89"]),
+        ("NVIDIA GeForce RTX 2080 Super with Max-Q Design", ["sm_75"]),
+        ("NVIDIA GeForce RTX 5090", ["sm_120"]),
+        ("NVIDIA RTX 6000 Ada Generation", ["sm_89"]),
+        ("NVIDIA RTX A6000", ["sm_86"]),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", ["sm_120"]),
+        ("NVIDIA A100-SXM4-80GB", ["sm_80"]),
+        ("NVIDIA GB10", ["sm_121"]),
+        ("Tesla T4", ["sm_75"]),
+        ("Quadro RTX 4000", ["sm_75"]),
         ("all", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]),
     ],
 )
 def test_gpu_names(word: str, names: list[str]) -> None:
     assert [t.name for t in targets_for([word], RTX)] == names
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("rtx4090,sm_75", ["rtx4090", "sm_75"]),
+        ("sm_89 sm_120", ["sm_89", "sm_120"]),
+        ("RTX 4070, NVIDIA GeForce RTX 3060 Laptop GPU", ["RTX 4070", "NVIDIA GeForce RTX 3060 Laptop GPU"]),
+        ("4070 5090", ["4070", "5090"]),
+        ("RTX 4900", ["RTX 4900"]),
+        (" , ", []),
+    ],
+)
+def test_names_of_gpus_in_one_text(text: str, names: list[str]) -> None:
+    assert gpu_names(text) == names
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["GTX 1080 Ti", "NVIDIA GeForce GTX 1060 6GB", "1070", "Tesla V100-SXM2-16GB", "Tesla P40", "TITAN Xp", "GTX 970"],
+)
+def test_a_card_that_is_too_old_is_told_so(word: str) -> None:
+    with pytest.raises(TargetError, match="older than what TensorRT for RTX builds for"):
+        targets_for([word], RTX)
 
 
 def test_several_gpus_are_taken_once_each() -> None:

@@ -47,7 +47,7 @@ def test_a_whole_store_has_no_flaws(store: Store, run: Any) -> None:
     assert list(flaws(store)) == []
     result = run("overcrank", "engines", "fsck", "--store", store.root)
     assert result.exit_code == 0, result.output
-    assert "nothing is wrong in 1 bundles" in result.output
+    assert "OK: 1 bundles and their caches" in result.output
 
 
 def damaged(store: Store, what: str) -> Path:
@@ -131,7 +131,7 @@ def test_gc_removes_what_nobody_needs(store: Store, run: Any) -> None:
     age(download, 2)
     assert {item.path for item in removable(store)} == {orphan.path, unfinished, download}
     result = run("overcrank", "engines", "gc", "--dry-run", "--store", store.root)
-    assert "3 things would go" in result.output
+    assert "3 items would be removed" in result.output
     assert orphan.path.exists()
     result = run("overcrank", "engines", "gc", "--yes", "--store", store.root)
     assert "removed 3" in result.output

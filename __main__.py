@@ -1,0 +1,5 @@
+"""`python -m overcrank`."""
+
+from overcrank.cli import main
+
+main(prog_name="overcrank")
