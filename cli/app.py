@@ -14,13 +14,13 @@ from typing import Any
 
 import click
 from overcrank import __version__
+from overcrank.cli.build import build_engine
 from overcrank.cli.engines import engines
 from overcrank.cli.keys import keys
 from overcrank.cli.options import (
     Command,
     Group,
     Numbers,
-    bounds_options,
     quantization_of,
     quantization_options,
     quantized_layers,
@@ -54,150 +54,6 @@ def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
                 continue
         click.echo(f"{title} {found}")
     context.exit()
-
-
-@click.command(
-    cls=Command,
-    name="build-engine",
-    examples=(
-        "build-engine --model ltx --gpu 4070",
-        "build-engine --model wan-2.2-ti2v-5b --gpu sm_120 --precision fp8 --max-height 704",
-    ),
-)
-@click.option("--model", required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
-@click.option(
-    "--gpu",
-    "gpus",
-    required=True,
-    multiple=True,
-    help="sm_75 … sm_121, a card (rtx4090, dgx-spark), rtx (one engine for RTX 30, 40, 50), all, or auto; repeatable.",
-)
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
-)
-@quantization_options
-@click.option(
-    "--dtype", "dtypes", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable."
-)
-@click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
-@click.option(
-    "--weights",
-    type=click.Choice(["inputs", "embedded"]),
-    default="inputs",
-    show_default=True,
-    help="Weights as inputs of the engine, or inside it.",
-)
-@click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
-@click.option("--width", type=int, help="Width in pixels.")
-@click.option("--frames", type=int, help="Number of frames.")
-@click.option(
-    "--batch", type=int, help="Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2]."
-)
-@bounds_options("min")
-@bounds_options("max")
-@click.option("--static", is_flag=True, help="Serve this one shape only.")
-@click.option("--components", default="", help="Comma-separated components [default: the family's usual ones].")
-@click.option("--flavour", type=click.Choice(["tensorrt_rtx", "tensorrt"]), default="tensorrt_rtx", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to put the bundle in.")
-@store_option
-@click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress.")
-def build_engine(**options: Any) -> None:
-    """Build TensorRT engines of MODEL for GPU, on any machine: no GPU, no weights needed."""
-    from overcrank.cli import build_report as report
-    from overcrank.engines.build import build
-    from overcrank.engines.store import Store
-    from overcrank.engines.workers import LocalWorkers
-
-    started = time.monotonic()
-    requests = _requests(options)
-    store = Store(options["store"], options["out"])
-    with report.progress_display(options["quiet"] or options["as_json"]) as progress:
-        built = build(requests, store, progress, partial(LocalWorkers, options["jobs"]))
-    seconds = time.monotonic() - started
-    if options["as_json"]:
-        click.echo(report.as_json(built, seconds))
-    else:
-        report.summary(built, seconds)
-
-
-def _requests(options: dict[str, Any]) -> list[Any]:
-    from overcrank.engines.build import Request
-    from overcrank.engines.profiles import profile_for
-    from overcrank.engines.targets import gpu_names, precision_for, targets_for
-    from overcrank.engines.tensorrt import driver_notes
-    from overcrank.engines.types import notes, own_precision
-    from overcrank.models import components, resolve
-
-    words = [name for option in options["gpus"] for name in gpu_names(option)]
-    targets = targets_for(words, options["flavour"])
-    for note in driver_notes(options["flavour"], targets):
-        click.echo(f"note: {note}", err=True)
-    variant = resolve(options["model"])
-    dtypes = _part_types(options["dtypes"], variant)
-    precisions = [precision_for(t, options["precision"], own_precision(variant)) for t in targets]
-    for target, precision in zip(targets, precisions, strict=True):
-        for note in notes(variant, target, precision, dtypes):
-            click.echo(f"note: {note}", err=True)
-    recipe, layers = quantized_layers(options, options["precision"])
-    names = tuple(n for n in options["components"].replace(",", " ").split())
-    components(variant, names)
-    axes = ("height", "width", "frames")
-    bounds = {side: {a: v for a in axes if (v := options[f"{side}_{a}"]) is not None} for side in ("min", "max")}
-    profile = profile_for(
-        variant,
-        *(options[a] for a in (*axes, "batch")),
-        minimum=bounds["min"],
-        maximum=bounds["max"],
-        static=options["static"],
-    )
-    checkpoint = _checkpoint(options, variant) if options["weights"] == "embedded" else None
-    return [
-        Request(
-            variant,
-            t,
-            p,
-            profile,
-            options["flavour"],
-            names,
-            checkpoint,
-            layers,
-            recipe,
-            options["allow_fallback"],
-            dtypes,
-        )
-        for t, p in zip(targets, precisions, strict=True)
-    ]
-
-
-def _part_types(words: tuple[str, ...], variant: Any) -> dict[str, str]:
-    """`--dtype PART=TYPE`; raises UserError for a part that has no engine."""
-    from overcrank.models import family
-    from overcrank.runtime.pipeline.dtypes import typed
-
-    parts = dict.fromkeys(c.subfolder for c in family(variant.family).components(variant))
-    found = typed(words)
-    for part, name in found.items():
-        if part not in parts:
-            raise UserError(
-                f"--dtype {part or name}: name a part of {variant.name} that has engines, such as vae=bf16; "
-                f"they are {', '.join(parts)}."
-            )
-    return found
-
-
-def _checkpoint(options: dict[str, Any], variant: Any) -> Path:
-    """The diffusers folder whose weights are embedded: the one named or packaged, or the hub's copy."""
-    from overcrank.cli.display import downloading
-    from overcrank.engines.store import Store
-    from overcrank.models import hub_folder, local_folder
-
-    watch = partial(downloading, quiet=options["quiet"] or options["as_json"])
-    return local_folder(options["model"]) or hub_folder(variant, home=Store(options["store"]).root, watch=watch)
 
 
 @click.group(cls=Group)
@@ -248,7 +104,7 @@ def verify(bundle: str, weights: str, tolerance: float, report: Path | None, sto
 
 @main.command(cls=Command)
 @click.option("--model", help="Family, variant, diffusers folder, or hub id [default: the demo model].")
-@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True)
+@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True, help="Of quantized layers.")
 @click.option(
     "--method",
     type=click.Choice(["max", "percentile", "mse", "smoothquant"]),
@@ -269,7 +125,14 @@ def verify(bundle: str, weights: str, tolerance: float, report: Path | None, sto
 @click.option("--auto", is_flag=True, help="Keep the most sensitive blocks in 16 bit until --quality holds.")
 @click.option("--quality", help="For --auto: PSNR of frames (35dB) or cosine of latents (0.995) [default: 35dB].")
 @click.option("--device", help="cuda or cpu [default: cuda when there is a card].")
-@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), default=Path("recipe.json"))
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("recipe.json"),
+    show_default=True,
+    help="The recipe to write.",
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @store_option
 def calibrate(**options: Any) -> None:
@@ -295,7 +158,7 @@ def calibrate(**options: Any) -> None:
 
 @main.command(cls=Command)
 @click.option("--model", required=True, help="Family, variant, diffusers folder, or hub id.")
-@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True)
+@click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True, help="Of quantized layers.")
 @quantization_options
 @click.option(
     "--compute", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="Of the engine."
@@ -303,7 +166,7 @@ def calibrate(**options: Any) -> None:
 @click.option(
     "--lora", "loras", multiple=True, metavar="[PART=]FILE[:SCALE]", help="Merged before packing; repeatable."
 )
-@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The pack to write.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @store_option
 def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> None:

@@ -159,69 +159,67 @@ def quantization_of(options: dict[str, Any]) -> Any:
     return Quantization(layers, recipe, options["pack"])
 
 
+_RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--model", help="Family, variant, diffusers folder, or hub id [default: the demo model in this package]."
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
+        default="auto",
+        show_default=True,
+        help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
+    ),
+    click.option("--bundle", help="Bundle of engines to use [default: the newest for this network and card]."),
+    click.option(
+        "--precision", default="auto", show_default=True, help="Of the engines: auto (16 bit), fp8, int8 or nvfp4."
+    ),
+    quantization_options,
+    click.option(
+        "--pack", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Made by overcrank pack."
+    ),
+    click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="[PART=]FILE[:SCALE]",
+        help="Merged into the weights; PART where it fits several (Wan 2.2: high, low); repeatable.",
+    ),
+    click.option("--preset", default="", help="A published way to render in few steps: overcrank models show NAME."),
+    click.option(
+        "--cache",
+        default="off",
+        show_default=True,
+        help="Step caching: off, safe, fast, or a threshold such as 0.08 (extrapolates what changes by less).",
+    ),
+    click.option(
+        "--vram",
+        default="auto",
+        show_default=True,
+        help="How much GPU memory to use: auto (what is free), low, balanced, high, or an amount such as 8GB.",
+    ),
+    click.option("--pull", metavar="URL", help="Fetch the engine from there if none in the store serves this card."),
+    click.option(
+        "--slow-engines",
+        is_flag=True,
+        help="Also use engines that were measured to be slower than eager PyTorch here.",
+    ),
+    click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
+    click.option(
+        "--dtype",
+        multiple=True,
+        metavar="[PART=]TYPE",
+        help="fp32, fp16 or bf16, of all parts or one (vae=bf16); repeatable [default: publisher's; fp32 on cpu].",
+    ),
+    click.option("--preview", is_flag=True, help="Write NAME.preview.png at each denoising step."),
+    click.option("--quiet", is_flag=True, help="No progress."),
+    click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),
+    store_option,
+)
+
+
 def render_options(function: Any) -> Any:
     """Options that `render` and `batch` share."""
-    options = (
-        click.option(
-            "--model", help="Family, variant, diffusers folder, or hub id [default: the demo model in this package]."
-        ),
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
-            default="auto",
-            show_default=True,
-            help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
-        ),
-        click.option("--bundle", help="Bundle of engines to use [default: the newest for this network and card]."),
-        click.option(
-            "--precision", default="auto", show_default=True, help="Of the engines: auto (16 bit), fp8, int8 or nvfp4."
-        ),
-        quantization_options,
-        click.option(
-            "--pack", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Made by overcrank pack."
-        ),
-        click.option(
-            "--lora",
-            "loras",
-            multiple=True,
-            metavar="[PART=]FILE[:SCALE]",
-            help="Merged into the weights; PART where it fits several (Wan 2.2: high, low); repeatable.",
-        ),
-        click.option(
-            "--preset", default="", help="A published way to render in few steps: overcrank models show NAME."
-        ),
-        click.option(
-            "--cache",
-            default="off",
-            show_default=True,
-            help="Step caching: off, safe, fast, or a threshold such as 0.08 (extrapolates what changes by less).",
-        ),
-        click.option(
-            "--vram",
-            default="auto",
-            show_default=True,
-            help="How much GPU memory to use: auto (what is free), low, balanced, high, or an amount such as 8GB.",
-        ),
-        click.option(
-            "--pull", metavar="URL", help="Fetch the engine from there if none in the store serves this card."
-        ),
-        click.option(
-            "--slow-engines",
-            is_flag=True,
-            help="Also use engines that were measured to be slower than eager PyTorch here.",
-        ),
-        click.option("--device", help="cuda or cpu [default: cuda when there is a card]."),
-        click.option(
-            "--dtype",
-            multiple=True,
-            metavar="[PART=]TYPE",
-            help="fp32, fp16 or bf16, of all parts or one (vae=bf16); repeatable [default: publisher's; fp32 on cpu].",
-        ),
-        click.option("--preview", is_flag=True, help="Write NAME.preview.png at each denoising step."),
-        click.option("--quiet", is_flag=True, help="No progress."),
-        click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),
-        store_option,
-    )
-    for option in reversed(options):
+    for option in reversed(_RENDER_OPTIONS):
         function = option(function)
     return function
