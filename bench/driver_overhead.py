@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from overcrank.models import components, resolve
 from overcrank.runtime.pipeline.load import load
-from overcrank.runtime.render.renderer import Driver, Job, Silent
+from overcrank.runtime.render.renderer import Renderer, RenderJob, Silent
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
 
@@ -60,7 +60,7 @@ def driven(pipe: Any, ready: torch.Tensor, steps: int, folder: Path) -> float:
     module = EngineModule(pipe.transformer, [Slot(component, lambda: NullSession(ready))], pipe.overcrank.ledger)
     request = RenderRequest(prompt="x", steps=steps, formats=("gif",)).completed(variant)
     start = time.perf_counter()
-    (outcome,) = Driver(pipe, MODEL, Silent()).run([Job(request, folder / "x")])
+    (outcome,) = Renderer(pipe, MODEL, Silent()).run([RenderJob(request, folder / "x")])
     seconds = time.perf_counter() - start
     module.remove()
     assert outcome.status == "done", outcome.error

@@ -138,7 +138,7 @@ def _component(case: Case, way: Way, name: str, at: Setting) -> dict[str, Any]:
         figures |= timed(run, at)
         figures |= _likeness(_first(run()), expected)
         if way.kind == "engine":
-            session.settle()
+            session.save_kernels()
     if at.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(at.device)
         figures["torch_peak_gb"] = round(torch.cuda.max_memory_allocated(at.device) / 1e9, 3)

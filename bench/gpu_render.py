@@ -14,7 +14,7 @@ from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import resolve
 from overcrank.runtime.pipeline.accelerate import main_module
 from overcrank.runtime.pipeline.load import load
-from overcrank.runtime.render.renderer import Driver, Job, Outcome, Silent
+from overcrank.runtime.render.renderer import Outcome, Renderer, RenderJob, Silent
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.render.sidecar import timing
 from overcrank.runtime.render.stepcache import BACKEND, threshold_of
@@ -46,12 +46,12 @@ def rendered(case: Case, way: Way, at: Setting, reference: Path) -> dict[str, An
 def _one(case: Case, pipe: Any, level: str, at: Setting, reference: Path) -> dict[str, Any]:
     variant, shape = pipe.overcrank.variant, case.shape
     threshold = threshold_of(level, resolve(case.model))
-    driver = Driver(pipe, variant.name, Silent(), cache=threshold, lanes=1)
+    driver = Renderer(pipe, variant.name, Silent(), cache=threshold, lanes=1)
     size = {"height": shape.height, "width": shape.width, "frames": shape.frames}
     request = RenderRequest(prompt=PROMPT, formats=("latents",), **size).completed(variant)
     if level == LEVELS[0]:
         driver.video(request)  # compiles what is to be compiled
-    outcome = Outcome(Job(request, Path("video")))
+    outcome = Outcome(RenderJob(request, Path("video")))
     at.wait()
     start = time.perf_counter()
     with pipe.overcrank.ledger.recording() as record:

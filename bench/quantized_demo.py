@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from overcrank.calibration.run import Wanted, calibrate, layout_of
+from overcrank.calibration.run import CalibrationConfig, calibrate, layout_of
 from overcrank.engines.store import Store
 from overcrank.export.quantization.recipe import IN_16_BIT, LayerFormat, Recipe, Rule, default_recipe
 from overcrank.export.quantization.reference import ranges_of_call
@@ -73,7 +73,7 @@ def recipe_for(way: Way, store: Path) -> Recipe | None:
     if way.method != "random":
         out = store / "recipe.json"
         asked = {"prompts": None, "images": None, "samples": SAMPLES, "steps": None, "device": "cpu"}
-        wanted = Wanted(model=MODEL, form=way.form, method=way.method, store=store, out=out, quiet=True, **asked)  # type: ignore[arg-type]
+        wanted = CalibrationConfig(model=MODEL, form=way.form, method=way.method, store=store, out=out, **asked)  # type: ignore[arg-type]
         made = calibrate(wanted)
         return made if way.attention else _without_attention(made)
     (component,) = components(resolve(MODEL), ("denoiser",))

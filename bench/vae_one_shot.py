@@ -22,7 +22,7 @@ from overcrank.engines.targets import BY_NAME
 from overcrank.export.graph import onnx_from_component
 from overcrank.models import components, resolve
 from overcrank.models._common import patched
-from overcrank.models.base import Component, Tensor
+from overcrank.models.base import Component, TensorSpec
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,8 +48,8 @@ def one_shot(streaming: Component) -> Component:
     return replace(
         streaming,
         name="one_shot",
-        inputs=(Tensor("x", (1, channels, "frames", "height", "width")),),
-        outputs=(Tensor("out", (1, 3, "f", "h", "w")),),
+        inputs=(TensorSpec("x", (1, channels, "frames", "height", "width")),),
+        outputs=(TensorSpec("out", (1, 3, "f", "h", "w")),),
         forward=_traced,
         sizes=lambda s: {"frames": (s.frames - 1) // 4 + 1, "height": s.height // 8, "width": s.width // 8},
         trace_sizes={"frames": 4, "height": 3, "width": 5},

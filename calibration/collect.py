@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from overcrank.errors import CalibrationError, UserError
 from overcrank.export.quantization.attention import intercepted
-from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, LayerFormat, Method, Range
+from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, ActivationRange, LayerFormat, Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,7 +34,7 @@ def collected(
     samples: int,
     run: Callable[[int], None],
     state: Path,
-) -> dict[str, dict[str, Range]]:
+) -> dict[str, dict[str, ActivationRange]]:
     """Part → layer → range over `run(0)` … `run(samples - 1)`; each runs the modules, with fixed seeds.
 
     `modules`: parts of a pipeline, all with the layers of `layout`. Samples done are kept in
@@ -110,17 +110,17 @@ def _load(layer: str, quantizer: Any, method: Method) -> None:
         quantizer.load_calib_amax()
 
 
-def _within(part: str, found: Mapping[str, Range]) -> dict[str, Range]:
+def _within(part: str, found: Mapping[str, ActivationRange]) -> dict[str, ActivationRange]:
     return {name.removeprefix(f"{part}."): seen for name, seen in found.items() if name.startswith(f"{part}.")}
 
 
-def _range(layer: str, amax: Tensor | None, scale: Tensor | None) -> Range:
+def _range(layer: str, amax: Tensor | None, scale: Tensor | None) -> ActivationRange:
     if amax is None or not float(amax) > 0:
         raise CalibrationError(
             f"{layer} saw nothing but zeros, or no sample reached it; keep it in 16 bit in the recipe."
         )
     smoothing = None if scale is None else [float(f"{1 / float(s):.6g}") for s in scale.flatten()]
-    return Range(amax=float(f"{float(amax):.6g}"), smoothing=smoothing)
+    return ActivationRange(amax=float(f"{float(amax):.6g}"), smoothing=smoothing)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
 from overcrank.export.module import DTYPES, abstract_module
-from overcrank.export.quantization.linear import layout_in, quantized
+from overcrank.export.quantization.linear import layout_in, quantize
 from overcrank.export.quantization.pack import Part, write_pack
 from overcrank.export.quantization.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
@@ -50,7 +50,7 @@ def pack(
     merged = _loras(variant, folder, loras)
     for component in components(variant):
         own = recipe_of(recipe, component, layers)
-        for name in (component.subfolder, *component.twins):
+        for name in (component.subfolder, *component.also_serves):
             if not own.rules or not (folder / name).is_dir():
                 continue
             part = _part(component, name, own, compute, folder / name, merged, store)
@@ -83,7 +83,7 @@ def _part(
     layout = layout_in(model, recipe)
     weights = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
     values = checkpoint_values(weight_files(folder) if layout else (), weights.values())
-    _, packed = quantized(model, parameters, layout)
+    _, packed = quantize(model, parameters, layout)
 
     def read(layer: str) -> Tensor:
         weight: Tensor = values(weights[layer].name)
@@ -132,7 +132,7 @@ def _loras(variant: Variant, folder: Path, arguments: Sequence[str]) -> list[Lor
     for component in components(variant):
         if not component.attribute:
             module = abstract_module(component, component.config, "bf16")
-            there = [part for part in (component.subfolder, *component.twins) if (folder / part).is_dir()]
+            there = [part for part in (component.subfolder, *component.also_serves) if (folder / part).is_dir()]
             known |= dict.fromkeys(there, module)
     pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
     return read_loras(asked, pipeline, known, hook(variant, "PART_WORDS"))

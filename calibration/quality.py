@@ -19,7 +19,7 @@ from overcrank.engines.manifest import Manifest, read_manifest
 from overcrank.errors import UserError
 from overcrank.export.quantization.attention import attended, intercepted, packed_factors
 from overcrank.export.quantization.packing import packed_layer
-from overcrank.export.quantization.recipe import ATTENTION, IN_16_BIT, LayerFormat, Range, Recipe, read_recipe
+from overcrank.export.quantization.recipe import ATTENTION, IN_16_BIT, ActivationRange, LayerFormat, Recipe, read_recipe
 from overcrank.export.quantization.reference import multiplied
 from overcrank.runtime.pipeline.accelerate import main_module
 from overcrank.runtime.render.output import Video
@@ -97,7 +97,7 @@ def _form(manifest: Manifest, formats: Mapping[str, LayerFormat]) -> LayerFormat
     return next((form for form in formats.values() if form.format == manifest.precision), IN_16_BIT)
 
 
-def _ranges(recipe: Recipe | None, manifest: Manifest) -> Mapping[str, Range]:
+def _ranges(recipe: Recipe | None, manifest: Manifest) -> Mapping[str, ActivationRange]:
     for entry in manifest.components:
         if recipe is not None and entry.name in recipe.components:
             return recipe.components[entry.name].ranges.get(entry.subfolder, {})
@@ -106,15 +106,15 @@ def _ranges(recipe: Recipe | None, manifest: Manifest) -> Mapping[str, Range]:
 
 def videos(pipe: Any, requests: Sequence[RenderRequest]) -> list[Video]:
     """Rendered in memory, one after the other."""
-    from overcrank.runtime.render.renderer import Driver, Silent
+    from overcrank.runtime.render.renderer import Renderer, Silent
 
-    driver = Driver(pipe, pipe.overcrank.variant.name, Silent(), lanes=1)
+    driver = Renderer(pipe, pipe.overcrank.variant.name, Silent(), lanes=1)
     return [driver.video(request) for request in requests]
 
 
 @contextmanager
 def layer_errors(
-    module: nn.Module, formats: Mapping[str, LayerFormat], ranges: Mapping[str, Range], compute: str, at: int
+    module: nn.Module, formats: Mapping[str, LayerFormat], ranges: Mapping[str, ActivationRange], compute: str, at: int
 ) -> Iterator[dict[str, float]]:
     """Collects, at call `at` of the module, how far each quantized layer's output is from its own, relative in norm."""
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.collect import collected
-from overcrank.calibration.sensitivity import Found, Target, searched
+from overcrank.calibration.sensitivity import QualityTarget, SearchResult, searched
 from overcrank.engines.store import Store
 from overcrank.errors import RequestError, UserError, present
 from overcrank.export.quantization.linear import layout_in
@@ -49,7 +49,7 @@ def uncounted(title: str, unit: str) -> Iterator[Progress]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CalibrationConfig:
     """What a user asks of `overcrank calibrate`."""
 
     model: str
@@ -64,11 +64,11 @@ class Wanted:
     out: Path
     watch: Watch = unwatched  # a download
     count: Count = uncounted  # samples, and tries of a search
-    report: Callable[[Found, Target], None] = lambda found, target: None  # what a search came to
-    target: Target | None = None  # keep sensitive blocks in 16 bit until it holds
+    report: Callable[[SearchResult, QualityTarget], None] = lambda found, target: None  # what a search came to
+    target: QualityTarget | None = None  # keep sensitive blocks in 16 bit until it holds
 
 
-def calibrate(wanted: Wanted) -> Recipe:
+def calibrate(wanted: CalibrationConfig) -> Recipe:
     """Write the recipe to `wanted.out` and return it; what was done is kept beside it until it is whole.
 
     Raises UserError for prompts, images or a model that cannot be used, CalibrationError for
@@ -110,7 +110,7 @@ def calibrate(wanted: Wanted) -> Recipe:
 
 
 def _searched(
-    wanted: Wanted,
+    wanted: CalibrationConfig,
     model: str,
     recipe: Recipe,
     layouts: Mapping[str, tuple[Component, ComponentRecipe]],
@@ -122,7 +122,7 @@ def _searched(
     target = present(wanted.target, "the target of a search")
     pipe = load(model, backend="eager", device=wanted.device, store=wanted.store, watch=wanted.watch)
     parts = {
-        name: ((component.subfolder, *component.twins), layout_of(component, own, Store(wanted.store)))
+        name: ((component.subfolder, *component.also_serves), layout_of(component, own, Store(wanted.store)))
         for name, (component, own) in layouts.items()
         if not component.attribute
     }
@@ -133,7 +133,7 @@ def _searched(
     return found.recipe
 
 
-def _requests(wanted: Wanted, variant: Variant) -> list[RenderRequest]:
+def _requests(wanted: CalibrationConfig, variant: Variant) -> list[RenderRequest]:
     """One a sample: jobs of a .jsonl file, or a line of prompts each, with pictures in turn; seeds count up."""
     native = RenderRequest(prompt="x", steps=wanted.steps)
     if wanted.prompts is not None and wanted.prompts.suffix == ".jsonl":
@@ -221,12 +221,12 @@ def _measured(
     pipe: Any,
     component: Component,
     recipe: ComponentRecipe,
-    wanted: Wanted,
+    wanted: CalibrationConfig,
     about: Calibration,
     run: Callable[[int], None],
 ) -> ComponentRecipe:
     modules: dict[str, nn.Module] = {}
-    for part in (component.subfolder, *component.twins):
+    for part in (component.subfolder, *component.also_serves):
         owner = getattr(pipe, part, None)
         if owner is not None:
             modules[part] = owner.get_submodule(component.attribute) if component.attribute else owner

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from overcrank.calibration.quality import difference, videos
 from overcrank.errors import UserError
 from overcrank.export.quantization.formats import NUMBERS
-from overcrank.export.quantization.recipe import ATTENTION, SIXTEEN, ComponentRecipe, LayerFormat, Range, Recipe, Rule
+from overcrank.export.quantization.recipe import (
+    ATTENTION,
+    SIXTEEN,
+    ActivationRange,
+    ComponentRecipe,
+    LayerFormat,
+    Recipe,
+    Rule,
+)
 from overcrank.export.quantization.reference import quantized_layers
 from overcrank.runtime.render.request import RenderRequest
 
@@ -38,7 +46,7 @@ Layouts = Mapping[str, tuple[Sequence[str], Mapping[str, LayerFormat]]]
 
 
 @dataclass(frozen=True)
-class Target:
+class QualityTarget:
     """What rendered videos must hold against the network in its own precision."""
 
     kind: Literal["dB", "cosine"]
@@ -49,21 +57,21 @@ class Target:
         return f"{self.value:.4g} dB" if self.kind == "dB" else f"cosine {self.value:.6g}"
 
 
-def target_of(text: str) -> Target:
+def target_of(text: str) -> QualityTarget:
     """From "35dB", or a cosine such as "0.995"; raises UserError for anything else."""
     if match := _TARGET.fullmatch(text.strip()):
-        return Target("dB", float(match[1]))
+        return QualityTarget("dB", float(match[1]))
     try:
         cosine = float(text)
     except ValueError:
         cosine = 0.0
     if not 0 < cosine < 1:
         raise UserError(f"--quality {text}: give decibels (35dB), or a cosine below 1 (0.995).")
-    return Target("cosine", cosine)
+    return QualityTarget("cosine", cosine)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     recipe: Recipe
     effects: Mapping[str, float]
     """Block → relative error of the network's output with nothing else quantized, the worst first."""
@@ -78,12 +86,17 @@ class Found:
 class _Part:
     module: nn.Module
     formats: Mapping[str, LayerFormat]
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, ActivationRange]
 
 
 def searched(
-    pipe: Any, recipe: Recipe, layouts: Layouts, requests: Sequence[RenderRequest], target: Target, progress: Progress
-) -> Found:
+    pipe: Any,
+    recipe: Recipe,
+    layouts: Layouts,
+    requests: Sequence[RenderRequest],
+    target: QualityTarget,
+    progress: Progress,
+) -> SearchResult:
     """`recipe` with rules that keep blocks in 16 bit until `requests` hold the target on the eager pipeline.
 
     Raises UserError when nothing quantized holds it.
@@ -113,11 +126,11 @@ def searched(
     kept = list(worst)[:count]
     made = _with_rules(recipe, layouts, {b: worst[b] for b in kept})
     about = (
-        made.calibration.model_copy(update={"quality": f"{Target(target.kind, figure)}, asked {target}"})
+        made.calibration.model_copy(update={"quality": f"{QualityTarget(target.kind, figure)}, asked {target}"})
         if made.calibration
         else None
     )
-    return Found(made.model_copy(update={"calibration": about}), worst, kept, figure, _bytes(parts, set(kept)))
+    return SearchResult(made.model_copy(update={"calibration": about}), worst, kept, figure, _bytes(parts, set(kept)))
 
 
 def block_of(layer: str) -> str:
@@ -126,7 +139,7 @@ def block_of(layer: str) -> str:
     return match[1] if match else layer
 
 
-def _fewest(reached: Callable[[int], float], most: int, target: Target) -> tuple[int, float]:
+def _fewest(reached: Callable[[int], float], most: int, target: QualityTarget) -> tuple[int, float]:
     """The fewest blocks to keep, and what is reached with them; all in 16 bit reach anything."""
     figure = reached(0)
     if figure >= target.value:

@@ -151,7 +151,7 @@ def calibrate(**options: Any) -> None:
     started = time.monotonic()
     quiet = options.pop("quiet")
     watch, count = partial(downloading, quiet=quiet), partial(counting, quiet=quiet)
-    wanted = work.Wanted(form=form, target=target, watch=watch, count=count, report=print_search, **options)
+    wanted = work.CalibrationConfig(form=form, target=target, watch=watch, count=count, report=print_search, **options)
     recipe = work.calibrate(wanted)
     print_recipe(recipe, options["out"], time.monotonic() - started)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from overcrank.calibration.pack import pack
 from overcrank.calibration.quality import markdown, quality_report
-from overcrank.calibration.sensitivity import Found, Target
+from overcrank.calibration.sensitivity import QualityTarget, SearchResult
 from overcrank.cli.display import downloading
 from overcrank.engines.manifest import read_manifest
 from overcrank.errors import UserError
@@ -36,7 +36,7 @@ def print_recipe(recipe: Recipe, out: Path, seconds: float) -> None:
     )
 
 
-def print_search(found: Found, target: Target) -> None:
+def print_search(found: SearchResult, target: QualityTarget) -> None:
     """What a person reads of the search."""
 
     console = Console(soft_wrap=True, highlight=False)
@@ -46,7 +46,7 @@ def print_search(found: Found, target: Target) -> None:
         )
     now, low, high = (n / 1e6 for n in found.bytes)
     counts = f"{len(found.kept)} of {len(found.effects)} blocks in 16 bit"
-    console.print(f"reached  {Target(target.kind, found.reached)}, asked {target}; {counts}")
+    console.print(f"reached  {QualityTarget(target.kind, found.reached)}, asked {target}; {counts}")
     whole = f"{low:,.1f} MB all in {found.recipe.precision}, {high:,.1f} MB in 16 bit"
     console.print(f"weights  {now:,.1f} MB of these layers; {whole}")
 

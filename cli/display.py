@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, SKIPPED, Job, Outcome, Silent
+from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, SKIPPED, Outcome, RenderJob, Silent
 from overcrank.runtime.render.sidecar import timing
 from rich.console import Console
 from rich.progress import (
@@ -26,20 +26,20 @@ from rich.progress import (
 class Bars:
     """One bar for all steps of all jobs, and one for each job that runs."""
 
-    def __init__(self, progress: Progress, jobs: Sequence[Job]) -> None:
+    def __init__(self, progress: Progress, jobs: Sequence[RenderJob]) -> None:
         self._progress, self._lock = progress, threading.Lock()
-        self._rows: dict[Job, Any] = {}
+        self._rows: dict[RenderJob, Any] = {}
         self._steps = {job: job.request.steps or 0 for job in jobs}
         self._all = progress.add_task("all jobs", total=sum(self._steps.values())) if len(jobs) > 1 else None
 
-    def started(self, job: Job) -> None:
+    def started(self, job: RenderJob) -> None:
         with self._lock:
             self._rows[job] = self._progress.add_task(job.stem.name, total=self._steps[job])
 
-    def stage(self, job: Job, name: str) -> None:
+    def stage(self, job: RenderJob, name: str) -> None:
         self._progress.update(self._rows[job], description=f"{job.stem.name}: {name}")
 
-    def stepped(self, job: Job, step: int, steps: int) -> None:
+    def stepped(self, job: RenderJob, step: int, steps: int) -> None:
         self._progress.update(self._rows[job], completed=step, total=steps)
         if self._all is not None:
             self._progress.advance(self._all)
@@ -73,7 +73,7 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def watching(jobs: Sequence[Job], quiet: bool) -> Iterator[Silent | Bars]:
+def watching(jobs: Sequence[RenderJob], quiet: bool) -> Iterator[Silent | Bars]:
     """Progress and warnings on stderr while jobs run."""
     console = Console(stderr=True)
     handler = _Lines(console)

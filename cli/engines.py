@@ -126,12 +126,12 @@ def engines_lint(bundle: str, compare: bool, store: Path | None) -> None:
 def engines_fsck(repair: bool, store: Path | None) -> None:
     """Read every file of the store and name what is damaged or left over (exit 1 if something is)."""
     from overcrank.cli.bundles import print_items
-    from overcrank.engines.maintenance import flaws, remove
+    from overcrank.engines.maintenance import find_problems, remove
     from overcrank.engines.store import Store
     from overcrank.units import human_bytes
 
     where = Store(store)
-    found = list(flaws(where))
+    found = list(find_problems(where))
     print_items(found, where)
     if not found:
         click.echo(f"OK: {len(where.list())} bundles and their caches in {where.root} verified")

@@ -15,11 +15,11 @@ from overcrank.models import packaged_model, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
 from overcrank.runtime.pipeline.dtypes import typed
-from overcrank.runtime.render.options import RenderOptions, load_driver
+from overcrank.runtime.render.options import RenderOptions, load_renderer
 from overcrank.runtime.render.request import FORMATS, RenderRequest, read_jobs, request_of
 
 if TYPE_CHECKING:
-    from overcrank.runtime.render.renderer import Job, Outcome, Watcher
+    from overcrank.runtime.render.renderer import Outcome, RenderJob, Watcher
 
 REQUEST_OPTIONS = (
     *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
@@ -73,7 +73,7 @@ def _run(
     typed(options["dtype"])
     prepare_folder(work[0][1].parent)
     from overcrank.cli import display as show
-    from overcrank.runtime.render.renderer import CANCELLED, FAILED, Job
+    from overcrank.runtime.render.renderer import CANCELLED, FAILED, RenderJob
     from overcrank.runtime.render.stepcache import threshold_of
 
     threshold_of(options["cache"], variant)
@@ -84,7 +84,7 @@ def _run(
         from overcrank.runtime.pipeline.load import checkpoint_folder
 
         checkpoint_folder(options["model"], variant, options["store"], partial(show.downloading, quiet=quiet))
-    jobs = [Job(request, stem) for request, stem in work]
+    jobs = [RenderJob(request, stem) for request, stem in work]
     if not quiet:
         click.echo(f"loading {variant.name} …", err=True)
     started = time.monotonic()
@@ -92,7 +92,7 @@ def _run(
         if options.get("ray"):
             outcomes = _on_cluster(options["ray"], loading, variant, watcher, jobs, resume=not again)
         else:
-            outcomes = load_driver(loading, variant, watcher).run(jobs, resume=not again)
+            outcomes = load_renderer(loading, variant, watcher).run(jobs, resume=not again)
     _print(outcomes, options["as_json"], many, time.monotonic() - started)
     if any(o.status == CANCELLED for o in outcomes):
         return 130
@@ -101,15 +101,15 @@ def _run(
 
 
 def _on_cluster(
-    address: str, options: RenderOptions, variant: Variant, watcher: Watcher, jobs: list[Job], resume: bool
+    address: str, options: RenderOptions, variant: Variant, watcher: Watcher, jobs: list[RenderJob], resume: bool
 ) -> list[Outcome]:
     from overcrank.engines.cluster import connected
     from overcrank.engines.store import Store
-    from overcrank.runtime.render.cluster import ClusterDriver
+    from overcrank.runtime.render.cluster import ClusterRenderer
 
     with connected(address) as ray:
         here = replace(options, store=Store(options.store).root)  # which this machine's environment names
-        return ClusterDriver(ray, here, variant, watcher).run(jobs, resume)
+        return ClusterRenderer(ray, here, variant, watcher).run(jobs, resume)
 
 
 def _print(outcomes: list[Any], as_json: bool, many: bool, seconds: float) -> None:

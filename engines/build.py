@@ -20,7 +20,7 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import Target
 from overcrank.engines.tensorrt import require_flavour
 from overcrank.engines.types import compute_of
-from overcrank.engines.worker import Job, compile_component, export_component, finished, has_graph
+from overcrank.engines.worker import BuildJob, compile_component, export_component, finished, has_graph
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import BuildCancelled, OvercrankError, UserError
 from overcrank.export.cache import exporter_versions, graph_digest
@@ -64,7 +64,7 @@ class Built:
 @dataclass
 class _Bundle:
     request: Request
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[BuildJob] = field(default_factory=list)
     key: str = ""
     staging: Path = Path()
 
@@ -139,7 +139,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
     bundle.key = hashlib.sha256(identity.encode()).hexdigest()
     bundle.staging = store.staging(bundle.key)
     bundle.jobs = [
-        Job(
+        BuildJob(
             variant=request.variant,
             key=key,
             compute=compute,
@@ -172,8 +172,8 @@ class _Run:
         self.bundles, self.store, self.progress, self.stop_at_first = bundles, store, progress, stop_at_first
         self.failures: dict[Path, OvercrankError] = {}  # by staging folder
         self._left: dict[Path, int] = {}  # jobs
-        self._exporting: dict[Future[None], list[Job]] = {}
-        self._compiling: dict[Future[None], Job] = {}
+        self._exporting: dict[Future[None], list[BuildJob]] = {}
+        self._compiling: dict[Future[None], BuildJob] = {}
         self._started, self._peak = time.monotonic(), 0
 
     def go(self, hire: Callable[[], Workers]) -> None:
@@ -194,7 +194,7 @@ class _Run:
                 if isinstance(self.failures.get(bundle.staging), UserError):
                     shutil.rmtree(bundle.staging, ignore_errors=True)
 
-    def _unfinished(self) -> list[Job]:
+    def _unfinished(self) -> list[BuildJob]:
         """Jobs to do; bundles of which an earlier run left nothing to do are published."""
         todo = []
         for bundle in self.bundles:
@@ -211,8 +211,8 @@ class _Run:
                 self._publish(bundle.staging)
         return todo
 
-    def _submit(self, jobs: list[Job], workers: Workers) -> None:
-        by_graph: dict[Path, list[Job]] = {}
+    def _submit(self, jobs: list[BuildJob], workers: Workers) -> None:
+        by_graph: dict[Path, list[BuildJob]] = {}
         for job in jobs:
             by_graph.setdefault(job.graph_folder, []).append(job)
         for same in by_graph.values():
@@ -221,7 +221,7 @@ class _Run:
             else:
                 self._exporting[workers.submit(export_component, same[0])] = same
 
-    def _compile(self, jobs: list[Job], workers: Workers) -> None:
+    def _compile(self, jobs: list[BuildJob], workers: Workers) -> None:
         for job in jobs:
             self._compiling[workers.submit(compile_component, job)] = job
 
@@ -246,7 +246,7 @@ class _Run:
                 if not self._left[job.staging]:
                     self._publish(job.staging)
 
-    def _failed(self, jobs: list[Job], error: OvercrankError) -> None:
+    def _failed(self, jobs: list[BuildJob], error: OvercrankError) -> None:
         for job in jobs:
             self.failures.setdefault(job.staging, error)
             self.progress(job.title, "done, failed")

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from overcrank.engines.worker import Job
+from overcrank.engines.worker import BuildJob
 from overcrank.engines.workers import RAM_PER_WORKER, Work, died
 from overcrank.errors import OvercrankError, UserError
 
@@ -80,10 +80,10 @@ class RayWorkers:
         self._threads = ThreadPoolExecutor(count or int(there["CPU"]), "build")
         self._lock, self._refs, self._stopped = threading.Lock(), set[Any](), False
 
-    def submit(self, work: Work, job: Job) -> Future[None]:
+    def submit(self, work: Work, job: BuildJob) -> Future[None]:
         return self._threads.submit(self._on_cluster, work, job)
 
-    def _on_cluster(self, work: Work, job: Job) -> None:
+    def _on_cluster(self, work: Work, job: BuildJob) -> None:
         failed = self._ray.exceptions
         with self._lock:
             if self._stopped:
@@ -124,5 +124,5 @@ def heard(messages: Any) -> Iterator[Any]:
         return iter(())
 
 
-def _in_task(work: Work, job: Job, messages: Any) -> None:
+def _in_task(work: Work, job: BuildJob, messages: Any) -> None:
     work(job, lambda doing: messages.put((job.title, doing)))

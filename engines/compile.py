@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overcrank.engines.profiles import Range
+from overcrank.engines.profiles import ShapeRange
 from overcrank.engines.targets import Target
 from overcrank.engines.tensorrt import load_flavour
 from overcrank.errors import CompileError, TargetError
@@ -32,7 +32,7 @@ class Compiled:
 def engine_from_graph(
     graph: Path,
     target: Target | None,
-    ranges: Mapping[str, Range],
+    ranges: Mapping[str, ShapeRange],
     *,
     flavour: str = "tensorrt_rtx",
     progress: Progress = lambda phase: None,
@@ -132,7 +132,7 @@ def _make_attention_decomposable(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _add_profile(builder: Any, network: Any, config: Any, ranges: Mapping[str, Range]) -> None:
+def _add_profile(builder: Any, network: Any, config: Any, ranges: Mapping[str, ShapeRange]) -> None:
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)

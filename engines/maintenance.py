@@ -44,7 +44,7 @@ class Item:
 # ── what is wrong ────────────────────────────────────────────────────────────────────
 
 
-def flaws(store: Store) -> Iterator[Item]:
+def find_problems(store: Store) -> Iterator[Item]:
     """Everything that is not what it should be; a build that can be resumed is no flaw."""
     for path, manifest in store.list():
         wrong = [str(manifest)] if isinstance(manifest, IntegrityError) else check_files(path, manifest)
@@ -59,10 +59,10 @@ def flaws(store: Store) -> Iterator[Item]:
     for cache, size in kept_caches(store):
         if not size:
             yield Item(cache.path, "it does not match its SHA-256")
-    yield from leavings(store)
+    yield from stale_files(store)
 
 
-def leavings(store: Store) -> Iterator[Item]:
+def stale_files(store: Store) -> Iterator[Item]:
     """What a killed process left: nothing of it is ever read."""
     for path in store.bundles.glob(".removing-*"):
         yield Item(path, "its removal was interrupted")
@@ -120,7 +120,7 @@ def removable(
     first; `other_versions`: bundles that another TensorRT than the installed one made.
     """
     now = time.time()
-    found = {item.path: item for item in leavings(store)}
+    found = {item.path: item for item in stale_files(store)}
     for path in [*store.bundles.glob(".building-*"), *store.bundles.glob(".pulling-*")]:
         if now - _last_used(path) > UNFINISHED:
             found[path] = Item(path, "a build or a download that nobody resumed for a day")

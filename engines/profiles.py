@@ -8,7 +8,7 @@ from overcrank.errors import ShapeError
 from overcrank.models.base import Component, Variant, VideoShape
 
 ENCODER = "vae_encoder"
-Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Profile:
                     f"set --min-{axis} or --max-{axis}, or use --static."
                 )
 
-    def ranges(self, component: Component) -> dict[str, Range]:
+    def ranges(self, component: Component) -> dict[str, ShapeRange]:
         """(min, opt, max) shape of each input of `component` that is dynamic.
 
         A VAE's encoder is given pictures too, also where the shortest video has more frames than one.

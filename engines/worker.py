@@ -19,13 +19,13 @@ from overcrank.errors import CompileError
 from overcrank.export.cache import cached_graph, load_cached
 from overcrank.export.module import DTYPES
 from overcrank.export.quantization.formats import Packed
-from overcrank.export.quantization.linear import layout_in, quantized
+from overcrank.export.quantization.linear import layout_in, quantize
 from overcrank.export.quantization.pack import Part, embed_pack
 from overcrank.export.quantization.recipe import ATTENTION, SIXTEEN, ComponentRecipe, LayerFormat
 from overcrank.export.weights import Parameter
 from overcrank.files import atomic_write, write_errors
 from overcrank.models import components
-from overcrank.models.base import Component, Tensor, Variant
+from overcrank.models.base import Component, TensorSpec, Variant
 from overcrank.models.network import network
 
 Report = Callable[[str], None]
@@ -33,7 +33,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """All that one component of one bundle is made from."""
 
     variant: Variant
@@ -62,7 +62,7 @@ class Job:
         return self.staging / f"{self.key.component}.json"
 
 
-def finished(job: Job) -> ComponentEntry | None:
+def finished(job: BuildJob) -> ComponentEntry | None:
     """The component left complete by an earlier run, if its files are still what it says."""
     if not job.done.is_file():
         return None
@@ -72,11 +72,11 @@ def finished(job: Job) -> ComponentEntry | None:
     return entry if whole and entry.key == job.key else None
 
 
-def has_graph(job: Job) -> bool:
+def has_graph(job: BuildJob) -> bool:
     return load_cached(job.graph_folder) is not None
 
 
-def export_component(job: Job, report: Report) -> None:
+def export_component(job: BuildJob, report: Report) -> None:
     """Put the component's graph into the store's cache; needs torch, and no TensorRT."""
     report("exporting")
     with job.store.lock(f"graph-{job.graph_folder.name}"), write_errors(job.store.graphs):
@@ -96,7 +96,7 @@ class _Graph:
     replaced: dict[str, Parameter]  # quantized layer → its weight in the checkpoint
 
 
-def compile_component(job: Job, report: Report) -> None:
+def compile_component(job: BuildJob, report: Report) -> None:
     """Compile the cached graph, read the plan, and leave it all in `job.staging`; needs no torch.
 
     Raises CompileError when the plan multiplies in 16 bit what the recipe quantizes.
@@ -143,7 +143,7 @@ def fallen_back(layout: Mapping[str, LayerFormat], plan: PlanReport) -> list[str
     ]
 
 
-def _staged_graph(job: Job) -> _Graph:
+def _staged_graph(job: BuildJob) -> _Graph:
     """The exported graph, quantized as the recipe says, in the staging folder."""
     import onnx_ir as ir
     from overcrank.export.passes import products_in_fp16
@@ -159,7 +159,7 @@ def _staged_graph(job: Job) -> _Graph:
         products_in_fp16(model)
     if job.recipe.rules:
         layout = layout_in(model, job.recipe, job.profile.ranges(job.component))
-        parameters, packed = quantized(model, cached.parameters, layout)
+        parameters, packed = quantize(model, cached.parameters, layout)
     with atomic_write(onnx) as part:
         ir.save(model, part)
     weights = {p.input.removesuffix(".weight"): p for p in cached.parameters}
@@ -167,7 +167,7 @@ def _staged_graph(job: Job) -> _Graph:
     return _Graph(onnx, cached.seconds, parameters, packed, layout, replaced)
 
 
-def _part(job: Job, graph: _Graph, read: Callable[[str], Any]) -> Part:
+def _part(job: BuildJob, graph: _Graph, read: Callable[[str], Any]) -> Part:
     """The quantized layers, for a pack of their tensors."""
     component = job.component
     return Part(
@@ -187,7 +187,7 @@ def _parameter_names(graph: _Graph) -> list[str]:
 
 
 @contextmanager
-def _with_weights(job: Job, graph: _Graph) -> Iterator[Path]:
+def _with_weights(job: BuildJob, graph: _Graph) -> Iterator[Path]:
     """The graph to compile: as it is, or a temporary copy that carries the checkpoint's values."""
     if not job.weights:
         yield graph.onnx
@@ -210,11 +210,13 @@ def _with_weights(job: Job, graph: _Graph) -> Iterator[Path]:
             data.unlink(missing_ok=True)
 
 
-def _entry(job: Job, graph: _Graph, engine: Path, activation: int | None, seconds: float, lint: str) -> ComponentEntry:
+def _entry(
+    job: BuildJob, graph: _Graph, engine: Path, activation: int | None, seconds: float, lint: str
+) -> ComponentEntry:
     component, ranges = job.component, job.profile.ranges(job.component)
     dtypes = {"compute": job.compute}
 
-    def tensors(specs: tuple[Tensor, ...]) -> list[TensorEntry]:
+    def tensors(specs: tuple[TensorSpec, ...]) -> list[TensorEntry]:
         return [
             TensorEntry(
                 name=t.name,

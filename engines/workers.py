@@ -13,15 +13,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any, Protocol
 
-from overcrank.engines.worker import Job, Report
+from overcrank.engines.worker import BuildJob, Report
 from overcrank.errors import CompileError
 
 RAM_PER_WORKER = 1_500_000_000
-Work = Callable[[Job, Report], None]
+Work = Callable[[BuildJob, Report], None]
 
 
 class Workers(Protocol):
-    def submit(self, work: Work, job: Job) -> Future[None]:
+    def submit(self, work: Work, job: BuildJob) -> Future[None]:
         """Do it somewhere; the future raises what the work raised, CompileError if its worker died."""
 
     def said(self) -> Iterator[tuple[str, str]]:
@@ -58,10 +58,10 @@ class LocalWorkers:
         self._lock, self._pools, self._stopped = threading.Lock(), set[ProcessPoolExecutor](), False
         self._me = psutil.Process()
 
-    def submit(self, work: Work, job: Job) -> Future[None]:
+    def submit(self, work: Work, job: BuildJob) -> Future[None]:
         return self._threads.submit(self._in_own_process, work, job)
 
-    def _in_own_process(self, work: Work, job: Job) -> None:
+    def _in_own_process(self, work: Work, job: BuildJob) -> None:
         pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_start_worker, initargs=(self._messages,))
         try:
             with self._lock:
@@ -105,7 +105,7 @@ class LocalWorkers:
         self._threads.shutdown(wait=True)
 
 
-def died(job: Job) -> CompileError:
+def died(job: BuildJob) -> CompileError:
     return CompileError(f"{job.title}: its worker died (out of memory?); the same command resumes what is finished.")
 
 
@@ -130,5 +130,5 @@ def _die_with_parent() -> None:
         pass
 
 
-def _in_worker(work: Work, job: Job) -> None:
+def _in_worker(work: Work, job: BuildJob) -> None:
     work(job, lambda doing: _messages.put((job.title, doing)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import ExportError, present
 from overcrank.export import linear, operators
 from overcrank.export.module import abstract_module, torch_dtype
-from overcrank.export.passes import cleaned, deduplicated
+from overcrank.export.passes import clean, deduplicate
 from overcrank.export.repeat import NotAChain, repeat_chain
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component, Config, Repeat
@@ -59,12 +59,12 @@ def _traced(component: Component, config: Config, precision: str, repeats: tuple
         model = _converted(program)
         _name_interface(model, component)
         stage = "graph cleaning"
-        cleaned(model)
+        clean(model)
         stage = "block repetition"
         for repeat in repeats:
             repeat_chain(model, repeat)
         _drop_extra_outputs(model, component)
-        deduplicated(model)
+        deduplicate(model)
     except NotAChain:
         raise
     except Exception as error:
@@ -101,7 +101,7 @@ def _program(component: Component, module: nn.Module, precision: str) -> Any:
         _quiet(),
         torch.no_grad(),
         _config.patch(  # type: ignore[attr-defined]
-            backed_size_oblivious=component.oblivious
+            backed_size_oblivious=component.backed_size_oblivious
         ),
     ):
         return torch.export.export(Traced(), inputs, dynamic_shapes=(dynamic,), strict=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def cleaned(model: ir.Model) -> ir.Model:
+def clean(model: ir.Model) -> ir.Model:
     """Clean in place and return the model; parameters keep their names."""
     import onnx_ir.passes.common as common
     from onnxscript.optimizer import fold_constants
@@ -32,7 +32,7 @@ def cleaned(model: ir.Model) -> ir.Model:
     return model
 
 
-def deduplicated(model: ir.Model) -> ir.Model:
+def deduplicate(model: ir.Model) -> ir.Model:
     """Merge common subexpressions, in place; last, since it joins what repeated blocks share."""
     import onnx_ir.passes.common as common
 

@@ -34,8 +34,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Raises CheckpointError for a missing, truncated or unreadable file.
     """
     plain = [folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"]
-    twins = sorted((*folder.glob(f"{STEM}.safetensors.index.*.json"), *folder.glob(f"{STEM}.*.safetensors")))
-    first = next((file for file in (*plain, *twins) if file.is_file()), None)
+    others = sorted((*folder.glob(f"{STEM}.safetensors.index.*.json"), *folder.glob(f"{STEM}.*.safetensors")))
+    first = next((file for file in (*plain, *others) if file.is_file()), None)
     if first is not None and first.suffix == ".json":
         try:
             names = sorted(set(json.loads(first.read_text("utf-8"))["weight_map"].values()))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models._common import given
-from overcrank.models.base import Call, Component, Config, Tensor
+from overcrank.models.base import Call, Component, Config, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -32,13 +32,13 @@ def component(config: Config, *, hidden: int = 0) -> Component:
     side = config["image_size"]
     tokens = (side // config["patch_size"]) ** 2 + 1
     states = (1, tokens, config["hidden_size"])
-    out = Tensor("hidden", states) if hidden else Tensor("embeds", (1, config["projection_dim"]))
+    out = TensorSpec("hidden", states) if hidden else TensorSpec("embeds", (1, config["projection_dim"]))
     return Component(
         name="image_encoder",
         cls="CLIPVisionModel" if hidden else "CLIPVisionModelWithProjection",
         subfolder="image_encoder",
         config=config,
-        inputs=(Tensor("pixel_values", (1, 3, side, side)),),
+        inputs=(TensorSpec("pixel_values", (1, 3, side, side)),),
         outputs=(out,),
         forward=partial(_encoded, hidden=hidden),
         adapt=partial(_adapt, hidden=hidden),

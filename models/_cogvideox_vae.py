@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models import _streaming
-from overcrank.models.base import Call, Component, Config, Tensor, VideoShape
+from overcrank.models.base import Call, Component, Config, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -71,7 +71,7 @@ def _component(vae: Config, latent: Any, part: str, kind: str) -> Component:
     sides = sorted({c[3] for c in caches})
     side = 1 if decodes else sides[-1]
     channels = vae["latent_channels"] if decodes else vae["in_channels"]
-    x = Tensor(
+    x = TensorSpec(
         "sample",
         (1, channels, FRAMES[part, kind], _streaming.axis("height", side), _streaming.axis("width", side)),
     )
@@ -91,7 +91,7 @@ def _component(vae: Config, latent: Any, part: str, kind: str) -> Component:
         config=vae,
         inputs=(x, *cached),
         outputs=(
-            Tensor("out", (1, out, "out_frames", "out_height", "out_width")),
+            TensorSpec("out", (1, out, "out_frames", "out_height", "out_width")),
             *_streaming.outputs("kept", [c[1:] for c in caches]),
         ),
         forward=partial(_traced, paths=paths),
@@ -147,7 +147,13 @@ def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, paths: tuple[
 
 
 def _sample(
-    module: nn.Module, sizes: Any, generator: Any, *, x: Tensor, cached: tuple[Tensor, ...], paths: tuple[str, ...]
+    module: nn.Module,
+    sizes: Any,
+    generator: Any,
+    *,
+    x: TensorSpec,
+    cached: tuple[TensorSpec, ...],
+    paths: tuple[str, ...],
 ) -> dict[str, Any]:
     import torch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
-from overcrank.models.base import Arguments, Call, Media, Preset, Sizes, Tensor, Variant, VideoShape
+from overcrank.models.base import Arguments, Call, Media, Preset, Sizes, TensorSpec, Variant, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -170,7 +170,7 @@ def tensors_named(module: nn.Module, call: Call, *, names: tuple[str, ...]) -> d
 
 
 def random_call(
-    module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[Tensor, ...], **more: Any
+    module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[TensorSpec, ...], **more: Any
 ) -> dict[str, Any]:
     """`Component.sample`: normal tensors for `specs`, and `more` as it is."""
     import torch
@@ -178,12 +178,12 @@ def random_call(
     return {t.name: torch.randn(t.shape(sizes), generator=generator) for t in specs} | more
 
 
-def product(latents: tuple[int, int, int], patch: Patch = (1, 1, 1)) -> int:
+def token_count(latents: tuple[int, int, int], patch: Patch = (1, 1, 1)) -> int:
     """Tokens of a latent video."""
     return (latents[0] // patch[0]) * (latents[1] // patch[1]) * (latents[2] // patch[2])
 
 
-class Kept:
+class PerOwnerCache:
     """What is the same from step to step, kept for as long as its owner, a module or a tensor, lives."""
 
     def __init__(self) -> None:

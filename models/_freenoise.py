@@ -11,8 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import OtherKind, ShapeError
-from overcrank.models._common import Kept, forwards
-from overcrank.models.base import Call, Component, Sizes, Tensor, VideoShape
+from overcrank.models._common import PerOwnerCache, forwards
+from overcrank.models.base import Call, Component, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 LENGTH, STRIDE = 16, 4  # frames of a window, and from one window to the next: diffusers' defaults
 BLOCK = "FreeNoiseTransformerBlock"
-_tables = Kept()
+_tables = PerOwnerCache()
 
 
 def windowed(base: Component) -> Component:
     """`denoiser_windows`: the UNet with text for each frame whose motion modules see windows; built on request."""
-    more = (Tensor("windows", ("windows", LENGTH), "int64"), Tensor("mix", ("frames", "windows_x16"), "float32"))
+    more = (
+        TensorSpec("windows", ("windows", LENGTH), "int64"),
+        TensorSpec("mix", ("frames", "windows_x16"), "float32"),
+    )
 
     def sizes(shape: VideoShape) -> Sizes:
         frames = max(shape.frames, LENGTH)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import OtherKind, ShapeError
 from overcrank.models._common import (
-    Kept,
+    PerOwnerCache,
     attend,
     embedded,
     forwards,
@@ -22,7 +22,7 @@ from overcrank.models._common import (
     sample_output,
     unpatched_first,
 )
-from overcrank.models.base import Call, Config, Tensor
+from overcrank.models.base import Call, Config, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -38,36 +38,36 @@ def patch_of(config: Config) -> tuple[int, int, int]:
     return (config["patch_size_t"], config["patch_size"], config["patch_size"])
 
 
-def inputs_of(config: Config, *, framepack: bool = False, newer: bool = False) -> tuple[Tensor, ...]:
+def inputs_of(config: Config, *, framepack: bool = False, newer: bool = False) -> tuple[TensorSpec, ...]:
     """The graph's inputs; `newer` is HunyuanVideo 1.5."""
     t, h, w = patch_of(config)
     half = sum(config["rope_axes_dim"]) // 2
     inputs = [
-        Tensor("hidden_states", (1, "tokens", config["in_channels"] * t * h * w)),
-        Tensor("timestep", (1,), "float32"),
-        Tensor("encoder_hidden_states", (1, "text", config["text_embed_dim"])),
-        Tensor("rope_cos", (1, "tokens", half), "float32"),
-        Tensor("rope_sin", (1, "tokens", half), "float32"),
+        TensorSpec("hidden_states", (1, "tokens", config["in_channels"] * t * h * w)),
+        TensorSpec("timestep", (1,), "float32"),
+        TensorSpec("encoder_hidden_states", (1, "text", config["text_embed_dim"])),
+        TensorSpec("rope_cos", (1, "tokens", half), "float32"),
+        TensorSpec("rope_sin", (1, "tokens", half), "float32"),
     ]
     if newer:
-        inputs.append(Tensor("encoder_hidden_states_2", (1, "text_2", config["text_embed_2_dim"])))
-        inputs.append(Tensor("bias_2", (1, "text_2")))
+        inputs.append(TensorSpec("encoder_hidden_states_2", (1, "text_2", config["text_embed_2_dim"])))
+        inputs.append(TensorSpec("bias_2", (1, "text_2")))
         if config.get("use_meanflow"):
-            inputs.append(Tensor("timestep_r", (1,), "float32"))
+            inputs.append(TensorSpec("timestep_r", (1,), "float32"))
     else:
-        inputs.append(Tensor("pooled_projections", (1, config["pooled_projection_dim"])))
+        inputs.append(TensorSpec("pooled_projections", (1, config["pooled_projection_dim"])))
         if config["guidance_embeds"]:
-            inputs.append(Tensor("guidance", (1,), "float32"))
+            inputs.append(TensorSpec("guidance", (1,), "float32"))
     if newer and config["task_type"] == "i2v":
-        inputs.append(Tensor("image_embeds", (1, IMAGE_TOKENS, config["image_embed_dim"])))
+        inputs.append(TensorSpec("image_embeds", (1, IMAGE_TOKENS, config["image_embed_dim"])))
     if config.get("image_condition_type") == "token_replace":
-        inputs.append(Tensor("first_frame", (1, "tokens", 1)))
+        inputs.append(TensorSpec("first_frame", (1, "tokens", 1)))
     if framepack:
-        inputs.append(Tensor("image_embeds", (1, IMAGE_TOKENS, config["image_proj_dim"])))
+        inputs.append(TensorSpec("image_embeds", (1, IMAGE_TOKENS, config["image_proj_dim"])))
         for name, patch in CLEAN.items():
             features = config["in_channels"] * patch[0] * patch[1] * patch[2]
-            inputs.append(Tensor(name, (1, name, features)))
-            inputs += [Tensor(f"{name}_{part}", (1, name, half), "float32") for part in ("cos", "sin")]
+            inputs.append(TensorSpec(name, (1, name, features)))
+            inputs += [TensorSpec(f"{name}_{part}", (1, name, half), "float32") for part in ("cos", "sin")]
     return tuple(inputs)
 
 
@@ -221,8 +221,8 @@ def _normed(attn: Any, to: Any, norm: Any, x: T) -> T:
 
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
-_tables = Kept()
-_lengths, _blanks = Kept(), Kept()
+_tables = PerOwnerCache()
+_lengths, _blanks = PerOwnerCache(), PerOwnerCache()
 
 
 def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], config: Config) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import Kept, random_call, tensors_named
-from overcrank.models.base import Call, Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models._common import PerOwnerCache, random_call, tensors_named
+from overcrank.models.base import Call, Component, Config, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -42,7 +42,7 @@ def components(vae: Config, chunk: int) -> tuple[Component, ...]:
         attribute="decoder",
         config=vae,
         inputs=(x,),
-        outputs=(Tensor("image", ("frames", vae["out_channels"], "out_height", "out_width")),),
+        outputs=(TensorSpec("image", ("frames", vae["out_channels"], "out_height", "out_width")),),
         forward=_plain,
         adapt=partial(tensors_named, names=("sample",)),
         sample=partial(random_call, specs=(x,)),
@@ -64,7 +64,7 @@ def temporal_components(vae: Config, chunk: int) -> tuple[Component, ...]:
         attribute="decoder",
         config=vae,
         inputs=(x,),
-        outputs=(Tensor("image", ("frames", vae["out_channels"], "out_height", "out_width")),),
+        outputs=(TensorSpec("image", ("frames", vae["out_channels"], "out_height", "out_width")),),
         forward=_temporal,
         adapt=_adapt_temporal,
         sample=partial(_sample_temporal, x=x),
@@ -76,18 +76,18 @@ def temporal_components(vae: Config, chunk: int) -> tuple[Component, ...]:
     return decoder, encoder(vae, "AutoencoderKLTemporalDecoder")
 
 
-def _latents(vae: Config, chunk: int) -> tuple[Tensor, Any]:
+def _latents(vae: Config, chunk: int) -> tuple[TensorSpec, Any]:
     side = stride(vae)
 
     def sizes(shape: VideoShape) -> Sizes:
         return {"frames": min(chunk, shape.frames), "height": shape.height // side, "width": shape.width // side}
 
-    return Tensor("sample", ("frames", vae["latent_channels"], "height", "width")), sizes
+    return TensorSpec("sample", ("frames", vae["latent_channels"], "height", "width")), sizes
 
 
 def encoder(vae: Config, cls: str) -> Component:
     side = stride(vae)
-    x = Tensor("sample", (1, vae["in_channels"], "height", "width"))
+    x = TensorSpec("sample", (1, vae["in_channels"], "height", "width"))
     return Component(
         name="vae_encoder",
         cls=cls,
@@ -95,7 +95,7 @@ def encoder(vae: Config, cls: str) -> Component:
         attribute="encoder",
         config=vae,
         inputs=(x,),
-        outputs=(Tensor("moments", (1, 2 * vae["latent_channels"], "out_height", "out_width")),),
+        outputs=(TensorSpec("moments", (1, 2 * vae["latent_channels"], "out_height", "out_width")),),
         forward=_plain,
         adapt=partial(tensors_named, names=("sample",)),
         sample=partial(random_call, specs=(x,)),
@@ -125,7 +125,7 @@ def _adapt_temporal(module: nn.Module, call: Call) -> dict[str, Any]:
     return {"sample": sample}
 
 
-_still = Kept()
+_still = PerOwnerCache()
 
 
 def _frames_are_video(call: Call) -> None:
@@ -135,7 +135,7 @@ def _frames_are_video(call: Call) -> None:
         raise ShapeError("this call decodes pictures, not a video")
 
 
-def _sample_temporal(module: nn.Module, sizes: Sizes, generator: Any, *, x: Tensor) -> dict[str, Any]:
+def _sample_temporal(module: nn.Module, sizes: Sizes, generator: Any, *, x: TensorSpec) -> dict[str, Any]:
     import torch
 
     frames = sizes["frames"]

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from overcrank.errors import ShapeError
 from overcrank.models._common import first_of_equal, flat, forwards, given, modulations, one_time
-from overcrank.models.base import Call, Sizes, Tensor, Variant
+from overcrank.models.base import Call, Sizes, TensorSpec, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -223,7 +223,7 @@ def sample_denoiser(module: nn.Module, sizes: Sizes, generator: Any, *, per_toke
     }
 
 
-def adapt_vae_decoder(module: nn.Module, call: Call, *, noise: tuple[Tensor, ...] = ()) -> dict[str, T]:
+def adapt_vae_decoder(module: nn.Module, call: Call, *, noise: tuple[TensorSpec, ...] = ()) -> dict[str, T]:
     """Noise planes are drawn here, one by one, exactly as the stock decoder would draw them."""
     import torch
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from overcrank.errors import OtherKind, ShapeError
-from overcrank.models._common import Kept, first_of_equal, forwards, given, patched
+from overcrank.models._common import PerOwnerCache, first_of_equal, forwards, given, patched
 from overcrank.models.base import Call, Sizes
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _upsampled(conv: Any, x: T) -> T:
 
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
-_tables = Kept()
+_tables = PerOwnerCache()
 
 
 def adapt_denoiser(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from overcrank.models._common import random_call, tensors_named
-from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models.base import Component, Config, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -32,7 +32,7 @@ def components(config: Config, strides: tuple[int, int], encoder: Component) -> 
     `strides` is the VAE's (spatial, temporal) compression.
     """
     spatial, temporal = strides
-    x = Tensor("hidden_states", (1, config["in_channels"], "frames", "height", "width"))
+    x = TensorSpec("hidden_states", (1, config["in_channels"], "frames", "height", "width"))
 
     def sizes(shape: VideoShape) -> Sizes:
         frames = (shape.frames - 1) // temporal + 1
@@ -45,7 +45,7 @@ def components(config: Config, strides: tuple[int, int], encoder: Component) -> 
         subfolder="latent_upsampler",
         config=config,
         inputs=(x,),
-        outputs=(Tensor("sample", (1, config["in_channels"], "out_frames", "out_height", "out_width")),),
+        outputs=(TensorSpec("sample", (1, config["in_channels"], "out_frames", "out_height", "out_width")),),
         forward=_traced,
         adapt=partial(tensors_named, names=("hidden_states",)),
         sample=partial(random_call, specs=(x,)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from overcrank.models.base import Tensor
+from overcrank.models.base import TensorSpec
 
 
 def axis(name: str, scale: int) -> str:
@@ -20,17 +20,17 @@ def affine(scales: list[int]) -> dict[str, tuple[str, int, int]]:
     return {axis(a, s): (a, s, 0) for s in scales if s > 1 for a in ("height", "width")}
 
 
-def inputs(prefix: str, caches: list[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+def inputs(prefix: str, caches: list[tuple[int, int, int]]) -> tuple[TensorSpec, ...]:
     """One tensor a cache of (channels, frames, scale)."""
     return tuple(
-        Tensor(f"{prefix}_{i}", (1, channels, frames, axis("height", scale), axis("width", scale)))
+        TensorSpec(f"{prefix}_{i}", (1, channels, frames, axis("height", scale), axis("width", scale)))
         for i, (channels, frames, scale) in enumerate(caches)
     )
 
 
-def outputs(prefix: str, caches: list[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+def outputs(prefix: str, caches: list[tuple[int, int, int]]) -> tuple[TensorSpec, ...]:
     """As `inputs`; the sides of an output need no names of their own."""
     return tuple(
-        Tensor(t.name, tuple(d if isinstance(d, int) else f"{t.name}_{d}" for d in t.dims))
+        TensorSpec(t.name, tuple(d if isinstance(d, int) else f"{t.name}_{d}" for d in t.dims))
         for t in inputs(prefix, caches)
     )

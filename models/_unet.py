@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models import _kl_vae
-from overcrank.models._common import Kept, forwards, given, one_time, patched
-from overcrank.models.base import Call, Component, Config, Sizes, Tensor, Variant, VideoShape
+from overcrank.models._common import PerOwnerCache, forwards, given, one_time, patched
+from overcrank.models.base import Call, Component, Config, Sizes, TensorSpec, Variant, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
     from torch import nn
 
-_same = Kept()
+_same = PerOwnerCache()
 DOWN = 8  # of the latents' sides, by three downsamplings
 
 
@@ -33,14 +33,14 @@ def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
 
 
 def component(
-    cls: str, config: Config, more: tuple[Tensor, ...], *, frames_first: bool = False, stride: int = 8
+    cls: str, config: Config, more: tuple[TensorSpec, ...], *, frames_first: bool = False, stride: int = 8
 ) -> Component:
     """`more` are the inputs beside the latents and the timestep; `frames_first` latents are [B, F, C, H, W]."""
     channels = config["in_channels"]
     middle: tuple[int | str, ...] = ("frames", channels) if frames_first else (channels, "frames")
     out: tuple[int | str, ...] = ("frames", config["out_channels"])
-    x = Tensor("sample", ("batch", *middle, "height", "width"))
-    inputs = (x, Tensor("timestep", (1,), "float32"), *more)
+    x = TensorSpec("sample", ("batch", *middle, "height", "width"))
+    inputs = (x, TensorSpec("timestep", (1,), "float32"), *more)
     names = tuple(t.name for t in inputs)
 
     def sizes(shape: VideoShape) -> Sizes:
@@ -53,14 +53,14 @@ def component(
         subfolder="unet",
         config=config,
         inputs=inputs,
-        outputs=(Tensor("out", ("batch", *(out if frames_first else out[::-1]), "height", "width")),),
+        outputs=(TensorSpec("out", ("batch", *(out if frames_first else out[::-1]), "height", "width")),),
         forward=partial(_traced, names=names),
         adapt=partial(_adapt, specs=inputs),
         returns=partial(_returns, cls=cls),
         sample=partial(_sample, specs=(x, *more)),
         sizes=sizes,
         trace_sizes={"batch": 2, "frames": 3, "height": 2 * DOWN, "width": 3 * DOWN},
-        oblivious=frames_first,  # the temporal transformer takes repeated rows apart again
+        backed_size_oblivious=frames_first,  # the temporal transformer takes repeated rows apart again
         bounds={"frames": (2, config.get("motion_max_seq_length") or 128)},
         affine_axes={"height": ("height_k", DOWN, 0), "width": ("width_k", DOWN, 0)},
     )
@@ -114,7 +114,7 @@ def _text_by_frame(module: Any) -> bool:
     return type(module).__name__ == "UNetMotionModel"
 
 
-def _adapt(module: nn.Module, call: Call, *, specs: tuple[Tensor, ...]) -> dict[str, Any]:
+def _adapt(module: nn.Module, call: Call, *, specs: tuple[TensorSpec, ...]) -> dict[str, Any]:
     """The engine's inputs for a call of the UNet (same arguments).
 
     Raises ShapeError for what only PyTorch runs: IP-Adapter, a prompt that changes from frame to frame where
@@ -156,7 +156,7 @@ def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, cls: str) -> 
     return made[cls](sample=outputs["out"])
 
 
-def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[Tensor, ...]) -> dict[str, Any]:
+def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[TensorSpec, ...]) -> dict[str, Any]:
     import torch
 
     call: dict[str, Any] = {t.name: torch.randn(t.shape(sizes), generator=generator) for t in specs}

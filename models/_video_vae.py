@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from overcrank.models._common import random_call, tensors_named
-from overcrank.models.base import Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models.base import Component, Config, Sizes, TensorSpec, VideoShape
 
 SizesOf = Callable[[VideoShape], Sizes]
 
@@ -39,7 +39,7 @@ def components(
     common: dict[str, Any] = {"cls": cls, "subfolder": "vae", "config": vae, "forward": forward}
     common["adapt"] = partial(tensors_named, names=("hidden_states",))
     z, x = (
-        Tensor("hidden_states", (1, vae[channels], "frames", "height", "width"))
+        TensorSpec("hidden_states", (1, vae[channels], "frames", "height", "width"))
         for channels in ("latent_channels", "in_channels")
     )
     out = ("out_frames", "out_height", "out_width")
@@ -47,7 +47,7 @@ def components(
         name="vae_decoder",
         attribute="decoder",
         inputs=(z,),
-        outputs=(Tensor("sample", (1, vae["out_channels"], *out)),),
+        outputs=(TensorSpec("sample", (1, vae["out_channels"], *out)),),
         sample=partial(random_call, specs=(z,)),
         sizes=sizes[0],
         trace_sizes={"frames": 3, "height": 3, "width": 4},
@@ -58,7 +58,7 @@ def components(
         name="vae_encoder",
         attribute="encoder",
         inputs=(x,),
-        outputs=(Tensor("latent", (1, moments * vae["latent_channels"], *out)),),
+        outputs=(TensorSpec("latent", (1, moments * vae["latent_channels"], *out)),),
         sample=partial(random_call, specs=(x,)),
         sizes=sizes[1],
         trace_sizes={"frames": 2 * temporal + 1, "height": 3 * side, "width": 4 * side},

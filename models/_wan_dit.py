@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import OtherKind, ShapeError
 from overcrank.models._common import (
-    Kept,
+    PerOwnerCache,
     attend,
     embedded,
     first_of_equal,
@@ -22,11 +22,11 @@ from overcrank.models._common import (
     modulations,
     one_time,
     patches,
-    product,
     rotated,
     state_of,
+    token_count,
 )
-from overcrank.models.base import Call, Component, Config, Repeat, Sizes, Tensor, VideoShape
+from overcrank.models.base import Call, Component, Config, Repeat, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -50,26 +50,26 @@ def component(
     image = config.get("image_dim")
     images = IMAGE_TOKENS * (2 if config.get("pos_embed_seq_len") else 1)
     inputs = [
-        Tensor("hidden_states", (1, "tokens", config["in_channels"] * features)),
-        Tensor("encoder_hidden_states", (1, TEXT_LENGTH if image else "text", config["text_dim"])),
-        Tensor("time", ("tokens" if per_token else 1, config["freq_dim"]), "float32"),
-        Tensor("rope_cos", (1, "tokens", config["attention_head_dim"] // 2), "float32"),
-        Tensor("rope_sin", (1, "tokens", config["attention_head_dim"] // 2), "float32"),
+        TensorSpec("hidden_states", (1, "tokens", config["in_channels"] * features)),
+        TensorSpec("encoder_hidden_states", (1, TEXT_LENGTH if image else "text", config["text_dim"])),
+        TensorSpec("time", ("tokens" if per_token else 1, config["freq_dim"]), "float32"),
+        TensorSpec("rope_cos", (1, "tokens", config["attention_head_dim"] // 2), "float32"),
+        TensorSpec("rope_sin", (1, "tokens", config["attention_head_dim"] // 2), "float32"),
     ]
     if image:
-        inputs.append(Tensor("encoder_hidden_states_image", (1, images, image)))
+        inputs.append(TensorSpec("encoder_hidden_states_image", (1, images, image)))
     if config.get("inject_sample_info"):
-        inputs.append(Tensor("fps", (1,), "int64"))
+        inputs.append(TensorSpec("fps", (1,), "int64"))
     if vace:
-        inputs.append(Tensor("control_hidden_states", (1, "tokens", config["vace_in_channels"] * features)))
-        inputs.append(Tensor("control_hidden_states_scale", (len(vace),)))
+        inputs.append(TensorSpec("control_hidden_states", (1, "tokens", config["vace_in_channels"] * features)))
+        inputs.append(TensorSpec("control_hidden_states_scale", (len(vace),)))
     names = tuple(t.name for t in inputs)
     deep = config["num_layers"] > TRACED_BLOCKS and not vace  # hints differ from block to block
 
     def sizes(shape: VideoShape) -> Sizes:
         frames, height, width = latent(shape)
         sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {"tokens": product(latent(shape), patch), "text": TEXT_LENGTH} | sides
+        return {"tokens": token_count(latent(shape), patch), "text": TEXT_LENGTH} | sides
 
     return Component(
         name=name,
@@ -79,7 +79,7 @@ def component(
         traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
         repeats=(Repeat("blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
         inputs=tuple(inputs),
-        outputs=(Tensor("sample", (1, "tokens", config["out_channels"] * features)),),
+        outputs=(TensorSpec("sample", (1, "tokens", config["out_channels"] * features)),),
         forward=partial(denoiser, names=names, per_token=per_token),
         adapt=partial(adapt, names=names, per_token=per_token),
         returns=partial(from_patches, patch=patch),
@@ -181,7 +181,7 @@ def _cross_attention(attn: Any, x: T, text: T, image: T | None) -> T:
 
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
-_tables = Kept()
+_tables = PerOwnerCache()
 
 
 def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import OtherKind
 from overcrank.models import _streaming
 from overcrank.models._common import patched, scaled_norm
-from overcrank.models.base import Call, Component, Config, Sizes, Tensor, VideoShape
+from overcrank.models.base import Call, Component, Config, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -90,7 +90,7 @@ def _component(vae: Config, latent: Any, part: str, first: bool) -> Component:
     side = 1 if decodes else coarse
     frames = 1 if decodes or first else 2 ** sum(vae["temperal_downsample"])
     channels = vae["z_dim"] if decodes else vae["in_channels"]
-    x = Tensor("x", (1, channels, frames, _streaming.axis("height", side), _streaming.axis("width", side)))
+    x = TensorSpec("x", (1, channels, frames, _streaming.axis("height", side), _streaming.axis("width", side)))
     out = (1, vae["out_channels"] if decodes else 2 * vae["z_dim"], "out_frames", "out_height", "out_width")
     left = caches
     if first:  # one frame came in; a temporal upsampling keeps nothing of it
@@ -103,7 +103,7 @@ def _component(vae: Config, latent: Any, part: str, first: bool) -> Component:
         attribute=part,
         config=vae,
         inputs=(x, *cached),
-        outputs=(Tensor("out", out), *_streaming.outputs("kept", [c[1:] for c in left])),
+        outputs=(TensorSpec("out", out), *_streaming.outputs("kept", [c[1:] for c in left])),
         forward=partial(_first if first else _next, count=_counted(vae, part)),
         adapt=partial(_adapt, first=first, caches=tuple(caches), side=side),
         returns=partial(_returns, caches=tuple(caches), first=first, decodes=decodes),
@@ -174,7 +174,7 @@ def _returns(
 
 
 def _sample(
-    module: nn.Module, sizes: Sizes, generator: Any, *, x: Tensor, caches: tuple[Tensor, ...], count: int
+    module: nn.Module, sizes: Sizes, generator: Any, *, x: TensorSpec, caches: tuple[TensorSpec, ...], count: int
 ) -> dict[str, Any]:
     import torch
 

@@ -21,7 +21,7 @@ from overcrank.models.base import (
     Config,
     Media,
     Repository,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -157,16 +157,16 @@ latent = _unet.latent
 def components(variant: Variant) -> tuple[Component, ...]:
     unet, vae = variant.configs["unet"], variant.configs["vae"]
     text = (TEXT_LENGTH, unet["cross_attention_dim"])
-    conditions = [Tensor("encoder_hidden_states", ("batch", *text))]
+    conditions = [TensorSpec("encoder_hidden_states", ("batch", *text))]
     sdxl = unet.get("addition_embed_type") == "text_time"
     if sdxl:
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        conditions += [Tensor("text_embeds", ("batch", pooled)), Tensor("time_ids", ("batch", 6))]
+        conditions += [TensorSpec("text_embeds", ("batch", pooled)), TensorSpec("time_ids", ("batch", 6))]
     made = partial(_unet.component, DENOISER_CLASSES[0], unet, stride=_kl_vae.stride(vae))
     denoiser, around = made(tuple(conditions)), _kl_vae.components(vae, CHUNK)
     if sdxl:  # its pipeline has no FreeNoise
         return (denoiser, *around)
-    by_frame = (Tensor("encoder_hidden_states", ("batch", "frames", *text)),)
+    by_frame = (TensorSpec("encoder_hidden_states", ("batch", "frames", *text)),)
     return (_freenoise.unwindowed(denoiser), *around, _freenoise.windowed(made(by_frame)))
 
 

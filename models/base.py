@@ -63,7 +63,7 @@ class VideoShape:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """One graph input or output.
 
     `dtype` is "compute" (the engine's 16-bit type, fp32 when verified) or a fixed
@@ -118,11 +118,11 @@ class Component:
     the full one (export/repeat.py); `trace_sizes` are the axis lengths it is traced at.
     `affine_axes` maps an axis to (root, scale, offset) where torch.export must know that its
     length is scale * root + offset; `bounds` maps an axis to the smallest and largest length it
-    is traced for; `oblivious` has torch.export take every length for neither 0 nor 1, where its
+    is traced for; `backed_size_oblivious` has torch.export take every length for neither 0 nor 1, where its
     guards ask for no more; `free_axes` maps an axis that no video shape sets to its smallest
     length. `variations` are classes that its `adapt` knows in the place of submodules of the stock module.
     `fed` are stored buffers whose values `adapt` passes on; others are constants of the graph.
-    `twins` are other parts of the pipeline, of the same architecture, that the same
+    `also_serves` are other parts of the pipeline, of the same architecture, that the same
     engine serves with their own weights, if the pipeline has them.
     """
 
@@ -130,8 +130,8 @@ class Component:
     cls: str
     subfolder: str
     config: Config
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     forward: Callable[..., Any]
     adapt: Callable[..., dict[str, Any]]
     sample: Callable[..., dict[str, Any]]
@@ -139,7 +139,7 @@ class Component:
     trace_sizes: Sizes
     attribute: str = ""
     default: bool = True
-    twins: tuple[str, ...] = ()
+    also_serves: tuple[str, ...] = ()
     variations: tuple[str, ...] = ()
     fed: tuple[str, ...] = ()
     returns: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] = _only_output
@@ -147,7 +147,7 @@ class Component:
     traced_config: Config = field(default_factory=dict)
     repeats: tuple[Repeat, ...] = ()
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
-    oblivious: bool = False
+    backed_size_oblivious: bool = False
     affine_axes: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 
     def at_depth(self, config: Config) -> Component:

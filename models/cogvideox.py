@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.models import _cogvideox_vae
 from overcrank.models._common import (
-    Kept,
+    PerOwnerCache,
     attend,
     embedded,
     flat,
@@ -20,10 +20,10 @@ from overcrank.models._common import (
     given,
     one_time,
     patches,
-    product,
     rotated,
     sample_output,
     state_of,
+    token_count,
     unpatched_first,
 )  # fmt: skip
 from overcrank.models.base import (
@@ -35,7 +35,7 @@ from overcrank.models.base import (
     Repeat,
     Repository,
     Sizes,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -193,24 +193,28 @@ def _denoiser(variant: Variant) -> Component:
     features = patch[0] * patch[1] * patch[2]
     inner = config["num_attention_heads"] * config["attention_head_dim"]
     inputs = [
-        Tensor("hidden_states", ("batch", "tokens", config["in_channels"] * features)),
-        Tensor("encoder_hidden_states", ("batch", "text", config["text_embed_dim"])),
-        Tensor("timestep", (1,), "float32"),
+        TensorSpec("hidden_states", ("batch", "tokens", config["in_channels"] * features)),
+        TensorSpec("encoder_hidden_states", ("batch", "text", config["text_embed_dim"])),
+        TensorSpec("timestep", (1,), "float32"),
     ]
     if config["use_rotary_positional_embeddings"]:
         half = config["attention_head_dim"] // 2
-        inputs += [Tensor(n, (1, "tokens", half), "float32") for n in ("rope_cos", "rope_sin")]
+        inputs += [TensorSpec(n, (1, "tokens", half), "float32") for n in ("rope_cos", "rope_sin")]
     if not config["use_rotary_positional_embeddings"] or config["use_learned_positional_embeddings"]:
-        inputs.append(Tensor("position", (1, "tokens", inner)))
+        inputs.append(TensorSpec("position", (1, "tokens", inner)))
     if config["ofs_embed_dim"]:
-        inputs.append(Tensor("ofs", (1,), "float32"))
+        inputs.append(TensorSpec("ofs", (1,), "float32"))
     names = tuple(t.name for t in inputs)
 
     def sizes(shape: VideoShape) -> Sizes:
         frames, height, width = latent(variant, shape)
         frames += -frames % patch[0]  # the 1.5 pipelines round up to whole patches
         sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {"batch": shape.batch, "tokens": product((frames, height, width), patch), "text": TEXT_LENGTH} | sides
+        return {
+            "batch": shape.batch,
+            "tokens": token_count((frames, height, width), patch),
+            "text": TEXT_LENGTH,
+        } | sides
 
     deep = config["num_layers"] > TRACED_BLOCKS
     return Component(
@@ -221,7 +225,7 @@ def _denoiser(variant: Variant) -> Component:
         traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
         repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
         inputs=tuple(inputs),
-        outputs=(Tensor("sample", ("batch", "tokens", config["out_channels"] * features)),),
+        outputs=(TensorSpec("sample", ("batch", "tokens", config["out_channels"] * features)),),
         forward=partial(_traced, names=names),
         adapt=partial(_adapt, names=names, patch=patch),
         returns=partial(_returns, patch=patch),
@@ -300,7 +304,7 @@ def _joint(attn: Any, x: T, c: T, rope: Any, sizes: tuple[Any, Any]) -> tuple[T,
 
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
-_tables, _positions = Kept(), Kept()
+_tables, _positions = PerOwnerCache(), PerOwnerCache()
 
 
 def _adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], patch: tuple[int, int, int]) -> dict[str, Any]:
@@ -357,7 +361,7 @@ def _sample(
     }
     if "rope_cos" in names:
         angles = torch.rand(
-            product((frames, height, width), patch), config.attention_head_dim // 2, generator=generator
+            token_count((frames, height, width), patch), config.attention_head_dim // 2, generator=generator
         )
         angles = angles.repeat_interleave(2, dim=1) * 6
         call["image_rotary_emb"] = (angles.cos(), angles.sin())

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RequestError, ShapeError
 from overcrank.models import _cosmos_vae, _negative_prompts, _wan_vae, wan
-from overcrank.models._common import Kept, attend, forwards, given, one_time, patches, product, sample_output, state_of
+from overcrank.models._common import (
+    PerOwnerCache,
+    attend,
+    forwards,
+    given,
+    one_time,
+    patches,
+    sample_output,
+    state_of,
+    token_count,
+)
 from overcrank.models.base import (
     Arguments,
     Call,
@@ -23,7 +33,7 @@ from overcrank.models.base import (
     Repeat,
     Repository,
     Sizes,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -187,18 +197,22 @@ def _denoiser(variant: Variant) -> Component:
     text = config["crossattn_proj_in_channels"] if config.get("use_crossattn_projection") else config["text_embed_dim"]
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     inputs = [
-        Tensor("hidden_states", ("frames", "pixels", (config["in_channels"] + mask) * features)),
-        Tensor("encoder_hidden_states", (1, "text", text)),
-        Tensor("timestep", (1,) if learned else ("frames",), "float32"),
-        Tensor("rope_cos", ("frames", "pixels", dim // 2), "float32"),
-        Tensor("rope_sin", ("frames", "pixels", dim // 2), "float32"),
-        *((Tensor("extra_pos_emb", ("frames", "pixels", heads * dim)),) if learned else ()),
+        TensorSpec("hidden_states", ("frames", "pixels", (config["in_channels"] + mask) * features)),
+        TensorSpec("encoder_hidden_states", (1, "text", text)),
+        TensorSpec("timestep", (1,) if learned else ("frames",), "float32"),
+        TensorSpec("rope_cos", ("frames", "pixels", dim // 2), "float32"),
+        TensorSpec("rope_sin", ("frames", "pixels", dim // 2), "float32"),
+        *((TensorSpec("extra_pos_emb", ("frames", "pixels", heads * dim)),) if learned else ()),
     ]
 
     def sizes(shape: VideoShape) -> Sizes:
         frames, height, width = latent(variant, shape)
         sides = {"height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {"frames": frames, "pixels": product((1, height, width), (1, *patch[1:])), "text": TEXT_LENGTH} | sides
+        return {
+            "frames": frames,
+            "pixels": token_count((1, height, width), (1, *patch[1:])),
+            "text": TEXT_LENGTH,
+        } | sides
 
     deep = config["num_layers"] > TRACED_BLOCKS
     return Component(
@@ -209,7 +223,7 @@ def _denoiser(variant: Variant) -> Component:
         traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
         repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
         inputs=tuple(inputs),
-        outputs=(Tensor("sample", ("frames", "pixels", config["out_channels"] * features)),),
+        outputs=(TensorSpec("sample", ("frames", "pixels", config["out_channels"] * features)),),
         forward=_traced,
         adapt=partial(_adapt, learned=learned),
         returns=partial(_returns, patch=patch),
@@ -279,7 +293,7 @@ def _turned(x: T, cos: T, sin: T) -> T:
 
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
-_tables = Kept()
+_tables = PerOwnerCache()
 
 
 def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:

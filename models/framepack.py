@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 from overcrank.models import _hunyuan_dit, _hunyuan_vae, hunyuan_video
-from overcrank.models._common import product
+from overcrank.models._common import token_count
 from overcrank.models.base import (
     Arguments,
     Component,
@@ -20,7 +20,7 @@ from overcrank.models.base import (
     Media,
     Repository,
     Sizes,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -113,7 +113,7 @@ def _denoiser(variant: Variant) -> Component:
             name: ceil(frames / scale) * ceil(height / (2 * scale)) * ceil(width / (2 * scale))
             for name, (frames, scale) in HISTORY.items()
         }
-        return {"tokens": product((WINDOW, height, width), patch), "text": variant.text_length} | history | sides
+        return {"tokens": token_count((WINDOW, height, width), patch), "text": variant.text_length} | history | sides
 
     features = config["out_channels"] * patch[0] * patch[1] * patch[2]
     traced, repeats = hunyuan_video.shallow(config)
@@ -125,7 +125,7 @@ def _denoiser(variant: Variant) -> Component:
         traced_config=traced,
         repeats=repeats,
         inputs=inputs,
-        outputs=(Tensor("sample", (1, "tokens", features)),),
+        outputs=(TensorSpec("sample", (1, "tokens", features)),),
         forward=partial(_hunyuan_dit.denoiser, names=names),
         adapt=partial(_hunyuan_dit.adapt, names=names, config=config),
         returns=partial(_hunyuan_dit.output, patch=patch),

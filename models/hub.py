@@ -70,7 +70,7 @@ def hub_folder(variant: Variant, whole: bool = False, *, home: Path, watch: Watc
     if not variant.sources:
         raise ModelError(f"No repository of {variant.name} is known; give its diffusers folder as --model.")
     every = components(variant, tuple(c.name for c in _all_components(variant))) if not whole else ()
-    wanted = {name for c in every for name in (c.subfolder, *c.twins)}
+    wanted = {name for c in every for name in (c.subfolder, *c.also_serves)}
     found = [_cached(source, wanted) or _listed(variant, source, wanted) for source in variant.sources]
     _fetch_all(variant, found, watch)
     if not variant.repositories or (len(found) == 1 and not found[0].source.parts):

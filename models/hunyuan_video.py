@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from overcrank.models import _few_steps, _hunyuan_dit, _hunyuan_vae
-from overcrank.models._common import product
+from overcrank.models._common import token_count
 from overcrank.models.base import (
     Arguments,
     Component,
@@ -19,7 +19,7 @@ from overcrank.models.base import (
     Media,
     Repeat,
     Sizes,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -223,7 +223,7 @@ def _denoiser(variant: Variant, newer: bool) -> Component:
         frames, height, width = latent(variant, shape)
         texts = {"text": variant.text_length, "text_2": TEXT_2_LENGTH}
         sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {"tokens": product((frames, height, width), patch)} | texts | sides
+        return {"tokens": token_count((frames, height, width), patch)} | texts | sides
 
     features = config["out_channels"] * patch[0] * patch[1] * patch[2]
     traced, repeats = shallow(config)
@@ -235,7 +235,7 @@ def _denoiser(variant: Variant, newer: bool) -> Component:
         traced_config=traced,
         repeats=repeats,
         inputs=inputs,
-        outputs=(Tensor("sample", (1, "tokens", features)),),
+        outputs=(TensorSpec("sample", (1, "tokens", features)),),
         forward=partial(_hunyuan_dit.newer_denoiser if newer else _hunyuan_dit.denoiser, names=names),
         adapt=partial(_hunyuan_dit.adapt, names=names, config=config),
         returns=partial(_hunyuan_dit.output, patch=patch),

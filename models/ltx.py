@@ -24,7 +24,7 @@ from overcrank.models.base import (
     Repeat,
     Repository,
     Sizes,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -276,14 +276,14 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
         traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
         repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
         inputs=(
-            Tensor("hidden_states", ("batch", "tokens", config["in_channels"])),
-            Tensor("encoder_hidden_states", ("batch", "text", config["caption_channels"])),
-            Tensor("timestep", ("batch", "tokens") if per_token else (1,), "float32"),
-            Tensor("encoder_attention_mask", ("batch", "text")),
-            Tensor("rope_cos", (1, "tokens", inner // 2), "float32"),
-            Tensor("rope_sin", (1, "tokens", inner // 2), "float32"),
+            TensorSpec("hidden_states", ("batch", "tokens", config["in_channels"])),
+            TensorSpec("encoder_hidden_states", ("batch", "text", config["caption_channels"])),
+            TensorSpec("timestep", ("batch", "tokens") if per_token else (1,), "float32"),
+            TensorSpec("encoder_attention_mask", ("batch", "text")),
+            TensorSpec("rope_cos", (1, "tokens", inner // 2), "float32"),
+            TensorSpec("rope_sin", (1, "tokens", inner // 2), "float32"),
         ),
-        outputs=(Tensor("sample", ("batch", "tokens", config["out_channels"])),),
+        outputs=(TensorSpec("sample", ("batch", "tokens", config["out_channels"])),),
         forward=partial(_ltx.denoiser, per_token=per_token),
         adapt=partial(_ltx.adapt_denoiser, per_token=per_token),
         returns=_ltx.denoiser_output,
@@ -301,7 +301,7 @@ def _chains(layers: tuple[int, ...], paths: list[str]) -> tuple[tuple[int, ...],
     return cut, tuple(Repeat(p, traced, n) for p, n in zip(paths, layers, strict=True) if n > traced)
 
 
-def _noise_inputs(vae: Config) -> tuple[Tensor, ...]:
+def _noise_inputs(vae: Config) -> tuple[TensorSpec, ...]:
     """One input per up block that injects noise: two planes for each of its resnets (0.9.1)."""
     blocks = zip(
         reversed(vae["decoder_inject_noise"][:-1]),
@@ -313,7 +313,7 @@ def _noise_inputs(vae: Config) -> tuple[Tensor, ...]:
     for i, (injects, layers, doubles) in enumerate(blocks):
         scale *= 2 if doubles else 1
         if injects:
-            inputs.append(Tensor(f"noise_{i}", (2 * layers, f"height_x{scale}", f"width_x{scale}")))
+            inputs.append(TensorSpec(f"noise_{i}", (2 * layers, f"height_x{scale}", f"width_x{scale}")))
     return tuple(inputs)
 
 
@@ -326,7 +326,7 @@ def _vae_decoder(variant: Variant) -> Component:
     if noise:  # every resnet reads its own plane of the noise, so the chain is not a repetition
         cut, repeats = layers, ()
     scales = sorted({int(str(t.dims[1]).partition("_x")[2]) for t in noise})
-    temb = (Tensor("temb", (1,)),) if vae["timestep_conditioning"] else ()
+    temb = (TensorSpec("temb", (1,)),) if vae["timestep_conditioning"] else ()
 
     def sizes(shape: VideoShape) -> Sizes:
         f, h, w = latent(variant, shape)
@@ -343,11 +343,11 @@ def _vae_decoder(variant: Variant) -> Component:
         traced_config={**vae, "decoder_layers_per_block": cut} if repeats else {},
         repeats=repeats,
         inputs=(
-            Tensor("hidden_states", (1, vae["latent_channels"], "frames", "height", "width")),
+            TensorSpec("hidden_states", (1, vae["latent_channels"], "frames", "height", "width")),
             *temb,
             *noise,
         ),
-        outputs=(Tensor("sample", (1, vae["out_channels"], "out_frames", "out_height", "out_width")),),
+        outputs=(TensorSpec("sample", (1, vae["out_channels"], "out_frames", "out_height", "out_width")),),
         forward=_ltx.vae_decoder,
         adapt=partial(_ltx.adapt_vae_decoder, noise=noise),
         sample=partial(_ltx.sample_vae_decoder, channels=vae["latent_channels"], timed=bool(temb)),
@@ -371,8 +371,8 @@ def _vae_encoder(variant: Variant) -> Component:
         config=vae,
         traced_config={**vae, "layers_per_block": cut} if repeats else {},
         repeats=repeats,
-        inputs=(Tensor("hidden_states", (1, vae["in_channels"], "frames", "height", "width")),),
-        outputs=(Tensor("latent", (1, 2 * vae["latent_channels"], "out_frames", "out_height", "out_width")),),
+        inputs=(TensorSpec("hidden_states", (1, vae["in_channels"], "frames", "height", "width")),),
+        outputs=(TensorSpec("latent", (1, 2 * vae["latent_channels"], "out_frames", "out_height", "out_width")),),
         forward=_ltx.vae_encoder,
         adapt=_ltx.adapt_vae_encoder,
         sample=partial(_ltx.sample_vae_encoder, channels=vae["in_channels"]),

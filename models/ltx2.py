@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from overcrank.models import _few_steps, _ltx2, _negative_prompts, _video_vae
-from overcrank.models._common import product, random_call, tensors_named
+from overcrank.models._common import random_call, tensors_named, token_count
 from overcrank.models.base import (
     Arguments,
     Component,
@@ -19,7 +19,7 @@ from overcrank.models.base import (
     Media,
     Repeat,
     Sizes,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -227,22 +227,22 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
         "cross_audio": ("audio", audio_heads, crossing // audio_heads // 2),
     }
     inputs = (
-        Tensor("hidden_states", (1, "tokens", config["in_channels"])),
-        Tensor("audio_hidden_states", (1, "audio", config["audio_in_channels"])),
-        Tensor("encoder_hidden_states", (1, "text", config["caption_channels"])),
-        Tensor("audio_encoder_hidden_states", (1, "text", config["caption_channels"])),
-        Tensor("timestep", (1, "tokens" if per_token else 1), "float32"),
-        Tensor("audio_timestep", (1,), "float32"),
-        Tensor("cross_timestep", (1,), "float32"),
-        Tensor("cross_timestep_audio", (1,), "float32"),
-        Tensor("encoder_attention_mask", (1, "text")),
-        Tensor("audio_encoder_attention_mask", (1, "text")),
-        *(Tensor(f"{n}_{k}", (1, *dims), "float32") for n, dims in tables.items() for k in ("cos", "sin")),
+        TensorSpec("hidden_states", (1, "tokens", config["in_channels"])),
+        TensorSpec("audio_hidden_states", (1, "audio", config["audio_in_channels"])),
+        TensorSpec("encoder_hidden_states", (1, "text", config["caption_channels"])),
+        TensorSpec("audio_encoder_hidden_states", (1, "text", config["caption_channels"])),
+        TensorSpec("timestep", (1, "tokens" if per_token else 1), "float32"),
+        TensorSpec("audio_timestep", (1,), "float32"),
+        TensorSpec("cross_timestep", (1,), "float32"),
+        TensorSpec("cross_timestep_audio", (1,), "float32"),
+        TensorSpec("encoder_attention_mask", (1, "text")),
+        TensorSpec("audio_encoder_attention_mask", (1, "text")),
+        *(TensorSpec(f"{n}_{k}", (1, *dims), "float32") for n, dims in tables.items() for k in ("cos", "sin")),
     )
     names = tuple(t.name for t in inputs)
 
     def sizes(shape: VideoShape) -> Sizes:
-        tokens = product(latent(variant, shape))
+        tokens = token_count(latent(variant, shape))
         # `batch` is of no input: the prompts of a guided call go one by one through a graph of batch 1, for a dynamic
         # batch compiled for 861 s at full size
         return {"batch": shape.batch, "tokens": tokens, "audio": sound(variant, shape), "text": variant.text_length}
@@ -258,8 +258,8 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
         repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
         inputs=inputs,
         outputs=(
-            Tensor("sample", (1, "tokens", config["out_channels"])),
-            Tensor("audio_sample", (1, "audio", config["audio_out_channels"])),
+            TensorSpec("sample", (1, "tokens", config["out_channels"])),
+            TensorSpec("audio_sample", (1, "audio", config["audio_out_channels"])),
         ),
         forward=partial(_ltx2.denoiser, names=names),
         adapt=partial(_ltx2.adapt_denoiser, names=names, per_token=per_token),
@@ -279,7 +279,7 @@ def _vae(variant: Variant) -> tuple[Component, ...]:
 
 def _audio_decoder(variant: Variant) -> Component:
     audio = variant.configs["audio_vae"]
-    x = Tensor("sample", (1, audio["latent_channels"], "audio", audio["mel_bins"] // 4))
+    x = TensorSpec("sample", (1, audio["latent_channels"], "audio", audio["mel_bins"] // 4))
     return Component(
         name="audio_decoder",
         cls="AutoencoderKLLTX2Audio",
@@ -287,7 +287,7 @@ def _audio_decoder(variant: Variant) -> Component:
         attribute="decoder",
         config=audio,
         inputs=(x,),
-        outputs=(Tensor("mel", (1, audio["output_channels"], "mel_frames", "mel_bins")),),
+        outputs=(TensorSpec("mel", (1, audio["output_channels"], "mel_frames", "mel_bins")),),
         forward=_ltx2.audio_decoder,
         adapt=partial(tensors_named, names=("sample",)),
         sample=partial(random_call, specs=(x,)),
@@ -300,14 +300,14 @@ def _audio_decoder(variant: Variant) -> Component:
 def _vocoder(variant: Variant) -> Component:
     audio, vocoder = variant.configs["audio_vae"], variant.configs["vocoder"]
     bins = vocoder["in_channels"] // audio["output_channels"]
-    x = Tensor("hidden_states", (1, audio["output_channels"], "mel_frames", bins))
+    x = TensorSpec("hidden_states", (1, audio["output_channels"], "mel_frames", bins))
     return Component(
         name="vocoder",
         cls="pipelines.ltx2.vocoder.LTX2Vocoder",
         subfolder="vocoder",
         config=vocoder,
         inputs=(x,),
-        outputs=(Tensor("waveform", (1, vocoder["out_channels"], "samples")),),
+        outputs=(TensorSpec("waveform", (1, vocoder["out_channels"], "samples")),),
         forward=_ltx2.vocoder,
         adapt=partial(tensors_named, names=("hidden_states",)),
         sample=partial(random_call, specs=(x,)),

@@ -83,7 +83,7 @@ def _default_first(module: Any) -> list[Variant]:
 def _classes(variant: Variant) -> dict[str, str]:
     """Part of the pipeline → class, of the parts that components describe."""
     every = family(variant.family).components(variant)
-    return {part: c.cls for c in every for part in (c.subfolder, *c.twins) if part in variant.configs}
+    return {part: c.cls for c in every for part in (c.subfolder, *c.also_serves) if part in variant.configs}
 
 
 def _likeness(

@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from overcrank.models._common import (
-    Kept,
+    PerOwnerCache,
     attend,
     embedded,
     forwards,
@@ -19,13 +19,13 @@ from overcrank.models._common import (
     one_time,
     patched,
     patches,
-    product,
     random_call,
     rotated,
     sample_output,
+    token_count,
     unpatched,
 )
-from overcrank.models.base import Call, Component, Config, Repeat, Sizes, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import Call, Component, Config, Repeat, Sizes, TensorSpec, Variant, VideoShape, renderings
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -126,7 +126,7 @@ def _denoiser(variant: Variant) -> Component:
     def sizes(shape: VideoShape) -> Sizes:
         frames, height, width = latent(variant, shape)
         sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        tokens = product((frames, height, width), patch)
+        tokens = token_count((frames, height, width), patch)
         return {"tokens": tokens, "text": TEXT_LENGTH, "batch": shape.batch} | sides
 
     deep = config["num_layers"] > TRACED_BLOCKS + 1
@@ -138,14 +138,14 @@ def _denoiser(variant: Variant) -> Component:
         traced_config={**config, "num_layers": TRACED_BLOCKS + 1} if deep else {},
         repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"] - 1, after=1),) if deep else (),
         inputs=(
-            Tensor("hidden_states", (1, "tokens", features)),
-            Tensor("encoder_hidden_states", (1, "text", config["text_embed_dim"])),
-            Tensor("encoder_attention_mask", (1, "text")),
-            Tensor("timestep", (1,), "float32"),
-            Tensor("rope_cos", rope, "float32"),
-            Tensor("rope_sin", rope, "float32"),
+            TensorSpec("hidden_states", (1, "tokens", features)),
+            TensorSpec("encoder_hidden_states", (1, "text", config["text_embed_dim"])),
+            TensorSpec("encoder_attention_mask", (1, "text")),
+            TensorSpec("timestep", (1,), "float32"),
+            TensorSpec("rope_cos", rope, "float32"),
+            TensorSpec("rope_sin", rope, "float32"),
         ),
-        outputs=(Tensor("sample", (1, "tokens", features)),),
+        outputs=(TensorSpec("sample", (1, "tokens", features)),),
         forward=_traced,
         adapt=partial(_adapt, patch=patch),
         returns=partial(_returns, patch=patch),
@@ -158,7 +158,7 @@ def _denoiser(variant: Variant) -> Component:
 
 def _vae_decoder(variant: Variant) -> Component:
     vae = variant.configs["vae"]
-    x = Tensor("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
+    x = TensorSpec("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
 
     def tile(shape: VideoShape) -> Sizes:
         frames, height, width = latent(variant, shape)
@@ -172,7 +172,7 @@ def _vae_decoder(variant: Variant) -> Component:
         attribute="decoder",
         config=vae,
         inputs=(x,),
-        outputs=(Tensor("sample", (1, vae["out_channels"], "out_frames", "out_height", "out_width")),),
+        outputs=(TensorSpec("sample", (1, vae["out_channels"], "out_frames", "out_height", "out_width")),),
         forward=_decoded,
         adapt=_adapt_decoder,
         returns=lambda outputs, call: (outputs["sample"], {}),
@@ -252,7 +252,7 @@ def _norm(norm: Any, x: T) -> T:
 
 # ── from a diffusers call to named inputs ────────────────────────────────────────────
 
-_tables = Kept()
+_tables = PerOwnerCache()
 
 
 def _adapt(module: nn.Module, call: Call, *, patch: tuple[int, int, int]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The configuration is that of the published checkpoint. Paper: arXiv:2308.06571.
 from __future__ import annotations
 
 from overcrank.models import _kl_vae, _unet
-from overcrank.models.base import Component, Config, Repository, Tensor, Variant, VideoShape, renderings
+from overcrank.models.base import Component, Config, Repository, TensorSpec, Variant, VideoShape, renderings
 
 TITLE = "ModelScope"
 DEFAULT = "modelscope-1.7b"
@@ -69,6 +69,6 @@ latent = _unet.latent
 def components(variant: Variant) -> tuple[Component, ...]:
     """Every frame is decoded in one call, as the pipeline does."""
     unet, vae = variant.configs["unet"], variant.configs["vae"]
-    text = Tensor("encoder_hidden_states", ("batch", TEXT_LENGTH, unet["cross_attention_dim"]))
+    text = TensorSpec("encoder_hidden_states", ("batch", TEXT_LENGTH, unet["cross_attention_dim"]))
     denoiser = _unet.component(DENOISER_CLASSES[0], unet, (text,), stride=_kl_vae.stride(vae))
     return (denoiser, *_kl_vae.components(vae, variant.maximum.frames))

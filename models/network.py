@@ -49,7 +49,7 @@ def unknown_fields(cls: str, config: Config) -> list[str]:
 
 def completed(variant: Variant, components: Iterable[Component]) -> Variant:
     """The variant with the configuration of each of its components as the class sees it."""
-    classes = {part: c.cls for c in components for part in (c.subfolder, *c.twins) if part in variant.configs}
+    classes = {part: c.cls for c in components for part in (c.subfolder, *c.also_serves) if part in variant.configs}
     seen = {part: as_class_sees(cls, variant.configs[part]) for part, cls in classes.items()}
     return replace(variant, configs={**variant.configs, **seen})
 

@@ -14,7 +14,7 @@ from overcrank.models.base import (
     Config,
     Media,
     Repository,
-    Tensor,
+    TensorSpec,
     Variant,
     VideoShape,
     renderings,
@@ -114,8 +114,8 @@ def components(variant: Variant) -> tuple[Component, ...]:
     unet, vae = variant.configs["unet"], variant.configs["vae"]
     ids = unet["projection_class_embeddings_input_dim"] // unet["addition_time_embed_dim"]
     conditions = (
-        Tensor("encoder_hidden_states", ("batch", 1, unet["cross_attention_dim"])),
-        Tensor("added_time_ids", ("batch", ids)),
+        TensorSpec("encoder_hidden_states", ("batch", 1, unet["cross_attention_dim"])),
+        TensorSpec("added_time_ids", ("batch", ids)),
     )
     denoiser = _unet.component(DENOISER_CLASSES[0], unet, conditions, frames_first=True, stride=_kl_vae.stride(vae))
     return (denoiser, *_kl_vae.temporal_components(vae, CHUNK), _clip.component(variant.configs["image_encoder"]))

@@ -210,7 +210,7 @@ def components(variant: Variant) -> tuple[Component, ...]:
         return latent(variant, shape)
 
     cls = DENOISER_CLASSES[1 if dit.get("vace_layers") else 0]
-    denoiser = _wan_dit.component(cls, dit, latent_of, per_token=vae["z_dim"] == 48, twins=("transformer_2",))
+    denoiser = _wan_dit.component(cls, dit, latent_of, per_token=vae["z_dim"] == 48, also_serves=("transformer_2",))
     encoder = variant.configs.get("image_encoder")
     images = (_clip.component(encoder, hidden=-2),) if encoder and dit.get("image_dim") else ()
     return (denoiser, *_wan_vae.components(vae, latent_of), *images)

@@ -17,8 +17,8 @@ from overcrank.engines.manifest import ComponentEntry, Manifest, check_files, re
 from overcrank.engines.targets import BY_NAME, sixteen_bit
 from overcrank.errors import IntegrityError
 from overcrank.export.quantization.attention import attentions
-from overcrank.export.quantization.linear import linear_layers, quantized
-from overcrank.export.quantization.recipe import LayerFormat, Range, read_recipe, unmeasured
+from overcrank.export.quantization.linear import linear_layers, quantize
+from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, read_recipe, unmeasured
 from overcrank.export.quantization.reference import quantized_layers, ranges_of_call
 from overcrank.export.weights import Parameter
 from overcrank.models import components, family, variant_from_manifest
@@ -182,7 +182,7 @@ def _session(
         component, config = component.at_depth(component.traced_config), component.traced_config
         exported = onnx_from_component(component, short)
         model, formats = exported.model, _alike(formats, exported.model)
-        parameters, _ = quantized(model, exported.parameters, formats)
+        parameters, _ = quantize(model, exported.parameters, formats)
         note = f"; {count / 1e9:.1f} B parameters do not fit in RAM here: same export with {depth}"
     else:
         model = ir.load(bundle / entry.graph.name)
@@ -204,7 +204,7 @@ def _alike(formats: Mapping[str, LayerFormat], shallow: ir.Model) -> dict[str, L
 
 def _ranges(
     bundle: Path, component: Component, module: nn.Module, formats: Mapping[str, LayerFormat]
-) -> Mapping[str, Range]:
+) -> Mapping[str, ActivationRange]:
     """The bundle's recipe's, if it has one for these layers, else those of one call."""
     import torch
 

@@ -24,7 +24,7 @@ from overcrank.engines.build import build
 from overcrank.engines.matrix import cells_of, expanded
 from overcrank.engines.store import Store
 from overcrank.engines.types import own_precision
-from overcrank.engines.worker import Job
+from overcrank.engines.worker import BuildJob
 from overcrank.engines.workers import Work
 from overcrank.errors import CannotServe
 from overcrank.models import components, families, family, registry, resolve
@@ -64,7 +64,7 @@ def _put(variants: dict[str, tuple[Variant, ...]]) -> None:
 class Here:
     """Workers that are this process: 240 small tasks would spend their time on starting."""
 
-    def submit(self, work: Work, job: Job) -> Future[None]:
+    def submit(self, work: Work, job: BuildJob) -> Future[None]:
         future: Future[None] = Future()
         try:
             future.set_result(work(job, lambda done: None))

@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from overcrank.engines.maintenance import flaws, removable, remove
+from overcrank.engines.maintenance import find_problems, removable, remove
 from overcrank.engines.manifest import check_files, file_entry, read_manifest
 from overcrank.engines.remote import Remote, read_index
 from overcrank.engines.store import Store
@@ -329,7 +329,7 @@ def main(kills: int, seed: int, root: Path) -> dict[str, Any]:
     print("batch", found["batch"], flush=True)
     for store in (Store(build.store), Store(root / "pulled")):
         remove(removable(store))
-        assert not list(flaws(store)), "fsck finds something after gc"
+        assert not list(find_problems(store)), "fsck finds something after gc"
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from overcrank.engines import matrix
 from overcrank.engines.matrix import Cell, cells_of, expanded
-from overcrank.engines.worker import Job, compile_component
+from overcrank.engines.worker import BuildJob, compile_component
 from overcrank.engines.workers import LocalWorkers
 from overcrank.errors import CompileError, UserError
 
@@ -75,7 +75,7 @@ def test_a_matrix_is_built_resumed_and_indexed(run: Any, tmp_path: Path) -> None
 def test_one_that_fails_does_not_stop_the_rest(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, broken = LocalWorkers.submit, ["sm_89"]
 
-    def submit(self: LocalWorkers, work: Any, job: Job) -> Future[None]:
+    def submit(self: LocalWorkers, work: Any, job: BuildJob) -> Future[None]:
         """The real one, with a compiler that gives up for some cards."""
         if work is compile_component and job.target.name in broken:
             given_up = Future[None]()

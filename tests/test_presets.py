@@ -110,7 +110,7 @@ def test_every_preset_is_well_formed() -> None:
         for name in preset.variants:
             variant = resolve(name)
             assert set(preset.tasks) <= variant.renders.keys()
-            there = {part for c in components(variant) for part in (c.subfolder, *c.twins)}
+            there = {part for c in components(variant) for part in (c.subfolder, *c.also_serves)}
             assert {lora.part for lora in preset.loras} <= there
     names = [(p.name, v) for p, v in PAIRS]
     assert len(names) == len(set(names))

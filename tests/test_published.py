@@ -68,7 +68,7 @@ def test_without_its_source_it_is_one_network_with_what_it_follows(variant: Vari
 def test_data_agrees_with_what_is_published(variant: Variant) -> None:
     """Field by field, of every part that both describe; fields that only one lists have the class's default."""
     own, known = completed_variant(variant), configs_of(facts(variant))
-    classes = {part: c.cls for c in family(own.family).components(own) for part in (c.subfolder, *c.twins)}
+    classes = {part: c.cls for c in family(own.family).components(own) for part in (c.subfolder, *c.also_serves)}
     for part, config in own.configs.items():
         if part not in known:
             continue

@@ -16,10 +16,10 @@ from overcrank.export.module import random_module
 from overcrank.export.passes import products_in_fp16
 from overcrank.export.quantization.attention import attended, packed_factors
 from overcrank.export.quantization.formats import NUMBERS
-from overcrank.export.quantization.linear import layout_in, quantized
+from overcrank.export.quantization.linear import layout_in, quantize
 from overcrank.export.quantization.pack import Part, embed_pack
 from overcrank.export.quantization.packing import packed_layer, unpacked_fp4
-from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, LayerFormat, Range, default_recipe
+from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, ActivationRange, LayerFormat, default_recipe
 from overcrank.export.quantization.reference import quantized_layers, ranges_of_call
 from overcrank.models import components, resolve
 from overcrank.models.base import Call, Component
@@ -51,7 +51,7 @@ def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str
     weight = torch.randn(48, 64, generator=generator) * torch.rand(48, 1, generator=generator) * 0.1
     x = torch.randn(32, 64, generator=generator) * 5
     smoothing = torch.rand(64, generator=generator) + 0.5
-    seen = Range(amax=float((x / smoothing).abs().max()), smoothing=smoothing.tolist())
+    seen = ActivationRange(amax=float((x / smoothing).abs().max()), smoothing=smoothing.tolist())
     made = packed_layer("layer", weight, form, seen, compute)
     number = NUMBERS[form.format]
     w = unpacked_fp4(made["weight"], made["block_scale"]) if form.format == "nvfp4" else made["weight"].float()
@@ -70,7 +70,7 @@ def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str
 def _quantized(component: Component, form: LayerFormat) -> tuple[Any, dict[str, LayerFormat], Any, Any]:
     exported = onnx_from_component(component, "bf16")
     layout = layout_in(exported.model, default_recipe(component, form), tiny.profile(NAME).ranges(component))
-    parameters, packed = quantized(exported.model, exported.parameters, layout)
+    parameters, packed = quantize(exported.model, exported.parameters, layout)
     return exported.model, layout, parameters, packed
 
 
@@ -149,7 +149,7 @@ def test_an_attention_in_fp8_is_nearly_exact_at_any_scale(compute: str) -> None:
     query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) * s for s in (30, 0.02, 2000))
     mask = torch.rand(2, 1, 1, 40, generator=generator) < 0.8
     largest = {f"attn.{n}": float(x.abs().max()) for n, x in zip(OPERANDS, (query, key, value), strict=True)}
-    factors = packed_factors("attn", {n: Range(amax=m) for n, m in largest.items()}, compute)
+    factors = packed_factors("attn", {n: ActivationRange(amax=m) for n, m in largest.items()}, compute)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     found = attended(query, key, value, {"attn_mask": mask}, factors)
     assert (found - expected).norm() / expected.norm() < 0.06
@@ -170,7 +170,7 @@ def test_attentions_are_in_fp8_where_the_compiler_fuses_them(fewest: int, tmp_pa
     attentions = {name for name, form in every.items() if form.kind == ATTENTION}
     assert attentions == {f"transformer_blocks.{i}.attn1" for i in (1, 2, 3)}
     assert (every == layout_in(exported.model, recipe, ranges)) == (fewest == 32)
-    parameters, packed = quantized(exported.model, exported.parameters, every)
+    parameters, packed = quantize(exported.model, exported.parameters, every)
     ir.save(exported.model, tmp_path / "g.onnx")
     ((_, plan),) = compiled(tmp_path / "g.onnx", ("sm_89",), ranges, [p.input for p in (*parameters, *packed)])
     assert plan.known
@@ -189,7 +189,7 @@ def _delivered(
         products_in_fp16(model)
     layout = layout_in(model, default_recipe(component, form), ranges)
     assert layout
-    parameters, packed = quantized(model, exported.parameters, layout)
+    parameters, packed = quantize(model, exported.parameters, layout)
     made = graph.with_name("quantized.onnx")
     ir.save(model, made)
     names = [p.input for p in (*parameters, *packed)]

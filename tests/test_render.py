@@ -127,13 +127,13 @@ def test_previews_show_the_video_while_it_is_made(
     from overcrank.runtime.render import steps
 
     seen = []
-    write = steps.written_preview
+    write = steps.write_preview
 
     def spy(image: np.ndarray, stem: Path) -> None:
         write(image, stem)
         seen.append(np.asarray(Image.open(tmp_path / "p.preview.png")) / 255)
 
-    monkeypatch.setattr(steps, "written_preview", spy)
+    monkeypatch.setattr(steps, "write_preview", spy)
     options = ["--prompt", PROMPT, "--quiet", "--preview", "--formats", "png"]
     assert run("overcrank", "render", *options, "-o", tmp_path / "p.png").exit_code == 0
     last = frames_of(tmp_path / "p-frames")

@@ -89,10 +89,10 @@ def test_a_full_disk_does_not_fail_the_render(tmp_path: Path, caplog: pytest.Log
     (tmp_path / "runtime").write_text("a file is in the way")
     kernels = Kernels(Config(b"this driver: new"), kernel_cache(Store(tmp_path), "ab" * 32, *RTX))
     slot: Any = SimpleNamespace(
-        session=SimpleNamespace(settle=kernels.keep), component=SimpleNamespace(name="denoiser")
+        session=SimpleNamespace(save_kernels=kernels.keep), component=SimpleNamespace(name="denoiser")
     )
     module: Any = SimpleNamespace(slots=[slot])
-    Acceleration(resolve("ltx-demo"), "auto", Ledger(False), [module]).settle()
+    Acceleration(resolve("ltx-demo"), "auto", Ledger(False), [module]).save_kernels()
     assert "the kernels compiled for denoiser are not kept" in caplog.text
 
 

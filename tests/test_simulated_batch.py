@@ -16,7 +16,7 @@ from overcrank.engines.store import Store
 from overcrank.models import resolve
 from overcrank.models.base import VideoShape
 from overcrank.runtime.pipeline import placement as memory
-from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, Driver, Job, Outcome
+from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, Outcome, Renderer, RenderJob
 from overcrank.runtime.render.request import request_of
 from overcrank.runtime.sessions.select import engines_of
 
@@ -53,23 +53,23 @@ class Watcher:
         self.card, self.at = card, at
         self.peaks: list[int] = []
 
-    def started(self, job: Job) -> None: ...
+    def started(self, job: RenderJob) -> None: ...
 
-    def stage(self, job: Job, name: str) -> None:
+    def stage(self, job: RenderJob, name: str) -> None:
         self.at(name)
 
-    def stepped(self, job: Job, step: int, steps: int) -> None:
+    def stepped(self, job: RenderJob, step: int, steps: int) -> None:
         self.at(f"step {step}")
 
     def ended(self, outcome: Outcome) -> None:
         self.peaks.append(self.card.peak)
 
 
-def job(folder: Path, number: int, size: tuple[int, int, int] = SIZES[0]) -> Job:
+def job(folder: Path, number: int, size: tuple[int, int, int] = SIZES[0]) -> RenderJob:
     height, width, frames = size
     values = {"prompt": "a red circle", "height": height, "width": width, "frames": frames, "steps": STEPS}
     request = request_of({**values, "formats": ("png",), "output": f"{number}", "seed": number})
-    return Job(request.completed(resolve("ltx-demo")), folder / f"{number}")
+    return RenderJob(request.completed(resolve("ltx-demo")), folder / f"{number}")
 
 
 def pixels(outcome: Outcome) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_a_render_is_eagers(loaded: Any, simulated: Simulated, tmp_path: Path) -
     made = {}
     for backend in ("eager", "tensorrt"):
         (tmp_path / backend).mkdir()
-        driver = Driver(loaded(backend), "ltx-demo", Watcher(simulated.card), lanes=1)
+        driver = Renderer(loaded(backend), "ltx-demo", Watcher(simulated.card), lanes=1)
         jobs = [job(tmp_path / backend, i, size) for i, size in enumerate(SIZES)]
         made[backend] = driver.run(jobs)
     for eager, engine in zip(*made.values(), strict=True):
@@ -109,7 +109,7 @@ def test_a_batch_whose_memory_is_flat_after_the_second_job(
     watcher = Watcher(card)
     rng = random.Random(0)
     sizes = [LARGEST, LARGEST, *(rng.choice(SIZES) for _ in range(count - 2))]
-    outcomes = Driver(pipe, "ltx-demo", watcher, lanes=lanes).run([job(tmp_path, i, s) for i, s in enumerate(sizes)])
+    outcomes = Renderer(pipe, "ltx-demo", watcher, lanes=lanes).run([job(tmp_path, i, s) for i, s in enumerate(sizes)])
     assert [o.status for o in outcomes] == [DONE] * count
     for key, value in {"weights": weights, "peaks": watcher.peaks, "left": card.allocated}.items():
         record_property(key, value)  # docs/reliability.md
@@ -125,7 +125,7 @@ def test_memory_that_runs_out_at_every_allocation(
 ) -> None:
     """Once, and from then on for the rest of the job: it ends right, by the engine or eagerly with a named reason."""
     card = simulated.card
-    driver = Driver(loaded("auto"), "ltx-demo", Watcher(card), lanes=1)
+    driver = Renderer(loaded("auto"), "ltx-demo", Watcher(card), lanes=1)
     (first,) = driver.run([job(tmp_path, 0)])
     right, weights = pixels(first), card.allocated
     before = card.allocations
@@ -158,7 +158,7 @@ def test_a_job_that_ends_at_any_point(
 ) -> None:
     card = simulated.card
     points: list[str] = []
-    driver = Driver(loaded("tensorrt"), "ltx-demo", Watcher(card, points.append), lanes=1)
+    driver = Renderer(loaded("tensorrt"), "ltx-demo", Watcher(card, points.append), lanes=1)
     (first,) = driver.run([job(tmp_path, 0)])
     right, weights = pixels(first), card.allocated
     assert len(points) >= STEPS + 3
@@ -194,7 +194,7 @@ def test_parts_that_come_and_go(
     monkeypatch.setattr(memory, "is_on", lambda module, device: card.holds(next(module.parameters())))
     memory.place(pipe, list(parts), torch.device("cpu"))
     assert card.allocated == 0
-    driver = Driver(pipe, "ltx-demo", Watcher(card), lanes=1)
+    driver = Renderer(pipe, "ltx-demo", Watcher(card), lanes=1)
     card.peak = 0
     first, second = driver.run([job(tmp_path, 0), job(tmp_path, 0)])
     assert {o.status for o in (first, second)} == {DONE}, first.error
@@ -202,7 +202,7 @@ def test_parts_that_come_and_go(
     assert card.peak < sum(sizes.values()) + 2**20
     here = [n for n, m in parts.items() if card.holds(next(m.parameters()))]
     assert len(here) == 1
-    eager = Driver(loaded("eager"), "ltx-demo", Watcher(card), lanes=1).run([job(tmp_path, 1)])
+    eager = Renderer(loaded("eager"), "ltx-demo", Watcher(card), lanes=1).run([job(tmp_path, 1)])
     assert eager[0].status == DONE
     assert close(pixels(first), pixels(second))
 
@@ -210,7 +210,7 @@ def test_parts_that_come_and_go(
 def test_weights_that_change_between_jobs(loaded: Any, simulated: Simulated, tmp_path: Path) -> None:
     """Moved away and back, and fused into as a LoRA is: each next job is as eager's."""
     pipe = loaded("tensorrt")
-    driver = Driver(pipe, "ltx-demo", Watcher(simulated.card), lanes=1)
+    driver = Renderer(pipe, "ltx-demo", Watcher(simulated.card), lanes=1)
 
     def both() -> bool:
         (engine,) = driver.run([job(tmp_path, 0)])
@@ -237,7 +237,7 @@ def test_the_memory_planner_knows_what_a_batch_takes(
     predicted = memory.working_bytes(engines_of(Store(demo_bundles), pipe.overcrank.variant))
     card.peak = 0
     jobs = [job(tmp_path, i, LARGEST) for i in range(4)]
-    assert {o.status for o in Driver(pipe, "ltx-demo", Watcher(card), lanes=2).run(jobs)} == {DONE}
+    assert {o.status for o in Renderer(pipe, "ltx-demo", Watcher(card), lanes=2).run(jobs)} == {DONE}
     taken = card.peak - weights
     record_property("predicted and taken", (predicted, taken))
     assert 0.5 * predicted <= taken <= predicted

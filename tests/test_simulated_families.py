@@ -57,7 +57,7 @@ def options_of(name: str, folder: Path, media: Path) -> list[object]:
 def built(name: str, folder: Path, store: Path, simulated: Simulated) -> Path:
     from overcrank.runtime.pipeline.load import load
 
-    pipe = load(str(folder), backend="eager", device="cpu", quiet=True)
+    pipe = load(str(folder), backend="eager", device="cpu")
     variant = pipe.overcrank.variant
     return simulated.plans.register(bundle_of(variant, profile_of(variant, pipelines.CASES[name]), Store(store)))
 
@@ -98,12 +98,12 @@ def test_a_streamed_vae_holds_its_caches_twice(tmp_path: Path, bundles: Path, si
     from overcrank.runtime.pipeline.load import load
 
     folder, card = pipelines.saved("wan", tmp_path), simulated.card
-    variant = load(str(folder), backend="eager", device="cpu", quiet=True).overcrank.variant
+    variant = load(str(folder), backend="eager", device="cpu").overcrank.variant
     largest = VideoShape(96, 96, 33, batch=2)
     profile = Profile(VideoShape(32, 32, 1), replace(largest, batch=1), largest)
     names = ("vae_decoder_first", "vae_decoder")
     simulated.plans.register(path := bundle_of(variant, profile, Store(bundles), *names))
-    pipe = load(str(folder), backend="auto", device="cpu", quiet=True, store=bundles, bundle=str(path))
+    pipe = load(str(folder), backend="auto", device="cpu", store=bundles, bundle=str(path))
     latents = torch.randn(1, 4, 9, 12, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with pipe.overcrank.ledger.recording() as record:

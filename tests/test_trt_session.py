@@ -342,7 +342,7 @@ def test_measuring_compiles_a_shapes_kernels_at_its_first_call(simulated: Simula
 def test_kernels_are_kept_and_taken_up(simulated: Simulated, tmp_path: Path) -> None:
     session = small.session(simulated, tmp_path)
     session(small.call(4))
-    session.settle()
+    session.save_kernels()
     again = small.session(simulated, tmp_path, card=replace(CARD, driver="580.126.09"))
     assert again._kernels is not None
     assert again._kernels.known

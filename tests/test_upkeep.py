@@ -15,7 +15,7 @@ import onnx
 import pytest
 from filelock import FileLock
 from overcrank.engines.kernel_cache import kernel_cache
-from overcrank.engines.maintenance import DAY, flaws, removable
+from overcrank.engines.maintenance import DAY, find_problems, removable
 from overcrank.engines.manifest import read_manifest
 from overcrank.engines.store import Store
 from safetensors.numpy import save_file
@@ -44,7 +44,7 @@ def bundle_of(store: Store) -> Path:
 
 
 def test_a_whole_store_has_no_flaws(store: Store, run: Any) -> None:
-    assert list(flaws(store)) == []
+    assert list(find_problems(store)) == []
     result = run("overcrank", "engines", "fsck", "--store", store.root)
     assert result.exit_code == 0, result.output
     assert "OK: 1 bundles and their caches" in result.output
@@ -91,14 +91,14 @@ KINDS = ["byte", "engine gone", "manifest", "graph", "table", "pack", "kernels",
 @pytest.mark.parametrize("what", KINDS)
 def test_every_damage_is_named_and_repaired(what: str, store: Store, run: Any) -> None:
     place = damaged(store, what)
-    assert [flaw.path for flaw in flaws(store)] == [place]
+    assert [flaw.path for flaw in find_problems(store)] == [place]
     result = run("overcrank", "engines", "fsck", "--store", store.root)
     assert result.exit_code == 1
     assert str(place.relative_to(store.root)) in result.output
     assert place.exists()
     assert run("overcrank", "engines", "fsck", "--repair", "--store", store.root).exit_code == 0
     assert not place.exists()
-    assert list(flaws(store)) == []
+    assert list(find_problems(store)) == []
 
 
 def test_what_a_living_process_writes_is_left_alone(store: Store) -> None:

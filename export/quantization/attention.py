@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import present
 from overcrank.export.quantization.formats import NUMBERS, Packed, Rewriting
-from overcrank.export.quantization.recipe import OPERANDS, Range
+from overcrank.export.quantization.recipe import OPERANDS, ActivationRange
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +33,7 @@ FP8 = NUMBERS["fp8"]
 FEWEST_TOKENS = 32
 """Where a profile allows fewer, TensorRT for RTX 1.7.1 does not fuse it (read from plans)."""
 
-Range3 = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, best-served and largest shape of a graph input."""
 
 
@@ -61,7 +61,7 @@ def attentions(model: ir.Model) -> Iterator[Attention]:
             yield Attention(name, node, str(shape[2]))
 
 
-def fusable(model: ir.Model, ranges: Mapping[str, Range3]) -> Iterator[Attention]:
+def fusable(model: ir.Model, ranges: Mapping[str, ShapeRange]) -> Iterator[Attention]:
     """Those whose kernel is fused where inputs are within `ranges`; another would write its scores out."""
     import sympy
 
@@ -135,7 +135,7 @@ class _Rewriting(Rewriting):
 # ── the same in PyTorch ──────────────────────────────────────────────────────────────
 
 
-def packed_factors(name: str, ranges: Mapping[str, Range], compute: str) -> dict[str, Tensor]:
+def packed_factors(name: str, ranges: Mapping[str, ActivationRange], compute: str) -> dict[str, Tensor]:
     """Role → factor [1, 1, 1, 1], powers of two; an operand without a range may be as large as e4m3's 448."""
     import torch
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from overcrank.errors import present
-from overcrank.export.quantization.attention import Range3, attentions, fusable, in_fp8
+from overcrank.export.quantization.attention import ShapeRange, attentions, fusable, in_fp8
 from overcrank.export.quantization.formats import BLOCK, NUMBERS, Packed, Rewriting
 from overcrank.export.quantization.recipe import ATTENTION, ComponentRecipe, LayerFormat
 from overcrank.export.weights import Parameter
@@ -50,7 +50,7 @@ def linear_layers(model: ir.Model) -> Iterator[Linear]:
 
 
 def layout_in(
-    model: ir.Model, recipe: ComponentRecipe, ranges: Mapping[str, Range3] | None = None
+    model: ir.Model, recipe: ComponentRecipe, ranges: Mapping[str, ShapeRange] | None = None
 ) -> dict[str, LayerFormat]:
     """Layer → format, of the linear layers and attentions of a graph that `recipe` takes out of 16 bit.
 
@@ -60,7 +60,7 @@ def layout_in(
     return recipe.layout([x.name for x in linear_layers(model)], [x.name for x in found])
 
 
-def quantized(
+def quantize(
     model: ir.Model, parameters: tuple[Parameter, ...], layout: Mapping[str, LayerFormat]
 ) -> tuple[tuple[Parameter, ...], tuple[Packed, ...]]:
     """Rewrite the layers of `layout` in place; returns the parameters left to the module, and the pack's."""

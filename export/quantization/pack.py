@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from overcrank.errors import CheckpointError, UserError
 from overcrank.export.quantization.formats import Packed
 from overcrank.export.quantization.packing import packed_tensors
-from overcrank.export.quantization.recipe import LayerFormat, Range, unmeasured
+from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,7 +41,7 @@ class Part:
     compute: str
     formats: Mapping[str, LayerFormat]
     packed: tuple[Packed, ...]
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, ActivationRange]
     read: Callable[[str], Tensor]
 
 

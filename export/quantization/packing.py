@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from overcrank.errors import CheckpointError, present
 from overcrank.export.quantization.attention import packed_factors
 from overcrank.export.quantization.formats import BLOCK, NUMBERS
-from overcrank.export.quantization.recipe import ATTENTION, LayerFormat, Range
+from overcrank.export.quantization.recipe import ATTENTION, ActivationRange, LayerFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def packed_tensors(
-    name: str, form: LayerFormat, weight: Callable[[str], Tensor], ranges: Mapping[str, Range], compute: str
+    name: str, form: LayerFormat, weight: Callable[[str], Tensor], ranges: Mapping[str, ActivationRange], compute: str
 ) -> dict[str, Tensor]:
     """Role → tensor of a linear layer, whose weight is asked for by name, or of an attention, which has none."""
     if form.kind == ATTENTION:
@@ -27,7 +27,9 @@ def packed_tensors(
     return packed_layer(name, weight(name), form, ranges.get(name), compute)
 
 
-def packed_layer(name: str, weight: Tensor, form: LayerFormat, seen: Range | None, compute: str) -> dict[str, Tensor]:
+def packed_layer(
+    name: str, weight: Tensor, form: LayerFormat, seen: ActivationRange | None, compute: str
+) -> dict[str, Tensor]:
     """Role → tensor as `Packed` declares them; weight [N, K] in any float type.
 
     The factors are rounded to `compute` ("float16" or "bfloat16") first, and the weight
@@ -60,7 +62,7 @@ def packed_layer(name: str, weight: Tensor, form: LayerFormat, seen: Range | Non
     return made
 
 
-def _before(weight: Tensor, form: LayerFormat, seen: Range | None, reach: float) -> Tensor:
+def _before(weight: Tensor, form: LayerFormat, seen: ActivationRange | None, reach: float) -> Tensor:
     """The factor of each input channel [K]: one over its smoothing, and over the range if that is static."""
     import torch
 

@@ -66,7 +66,7 @@ class Rule(_Model):
         return self
 
 
-class Range(_Model):
+class ActivationRange(_Model):
     """What a layer's input was seen to hold: the largest value to represent, after division by `smoothing`
     (SmoothQuant, arXiv:2211.10438: one factor for each input channel)."""
 
@@ -77,7 +77,7 @@ class Range(_Model):
 OPERANDS = ("query", "key", "value")
 
 
-def unmeasured(layer: str, form: LayerFormat, ranges: Mapping[str, Range]) -> str:
+def unmeasured(layer: str, form: LayerFormat, ranges: Mapping[str, ActivationRange]) -> str:
     """The first range that a static layer needs and `ranges` lacks; empty if it has all."""
     if form.activations != "static":
         return ""
@@ -89,7 +89,7 @@ class ComponentRecipe(_Model):
     cls: str
     config: dict[str, object]
     rules: list[Rule]
-    ranges: dict[str, dict[str, Range]] = Field(default_factory=dict)
+    ranges: dict[str, dict[str, ActivationRange]] = Field(default_factory=dict)
     """Part of the pipeline ("transformer") → layer → range; experts share an engine, each with its own.
     An attention has three: of ".query", ".key" and ".value"."""
 

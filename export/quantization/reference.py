@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.export.quantization.attention import attended, intercepted, packed_factors
 from overcrank.export.quantization.formats import BLOCK, NUMBERS
 from overcrank.export.quantization.packing import fp4_values, packed_layer, unpacked_fp4
-from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, LayerFormat, Range
+from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, ActivationRange, LayerFormat
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +49,7 @@ def _rounded(x: Tensor, form: LayerFormat, step: float) -> Tensor:
 
 @contextmanager
 def quantized_layers(
-    module: nn.Module, formats: Mapping[str, LayerFormat], ranges: Mapping[str, Range], compute: str
+    module: nn.Module, formats: Mapping[str, LayerFormat], ranges: Mapping[str, ActivationRange], compute: str
 ) -> Iterator[None]:
     """Layers of `formats` multiply as quantized ones meanwhile; `compute`: torch's name of the factors' type."""
     changed: list[Any] = []
@@ -73,7 +73,9 @@ def quantized_layers(
             del layer.forward
 
 
-def ranges_of_call(module: nn.Module, formats: Mapping[str, LayerFormat], call: Mapping[str, Any]) -> dict[str, Range]:
+def ranges_of_call(
+    module: nn.Module, formats: Mapping[str, LayerFormat], call: Mapping[str, Any]
+) -> dict[str, ActivationRange]:
     """Layer → the range of its input in one call of the module, for networks nothing was measured of."""
     seen: dict[str, float] = {}
 
@@ -95,7 +97,7 @@ def ranges_of_call(module: nn.Module, formats: Mapping[str, LayerFormat], call: 
     finally:
         for handle in handles:
             handle.remove()
-    return {name: Range(amax=largest) for name, largest in seen.items()}
+    return {name: ActivationRange(amax=largest) for name, largest in seen.items()}
 
 
 def _forward(layer: Any, packed: Mapping[str, Tensor], form: LayerFormat) -> Any:

@@ -60,11 +60,11 @@ class Acceleration:
             found |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
         return found
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Keep on disk what sessions have compiled; a disk that is full costs later renders time, not this one."""
         for slot in (s for module in self.modules for s in module.slots if s.session is not None):
             try:
-                slot.session.settle()  # type: ignore[union-attr]
+                slot.session.save_kernels()  # type: ignore[union-attr]
             except StoreError as error:
                 log.warning("the kernels compiled for %s are not kept: %s", slot.component.name, error)
 
@@ -171,7 +171,7 @@ def denoisers(pipe: Any, variant: Variant) -> list[tuple[nn.Module, str]]:
     """Modules that steps call, with the component's name: the pipeline's main part and its twins."""
     main = main_module(pipe)
     serving = [c for c in components(variant) if not c.attribute and getattr(pipe, c.subfolder, None) is main]
-    parts = dict.fromkeys(part for c in serving for part in (c.subfolder, *c.twins))
+    parts = dict.fromkeys(part for c in serving for part in (c.subfolder, *c.also_serves))
     return [(m, serving[0].name) for part in parts if (m := getattr(pipe, part, None)) is not None]
 
 
@@ -232,7 +232,7 @@ def _install(pipe: Any, variant: Variant, ledger: Ledger, session: SessionMaker)
     """One EngineModule for each module that some component describes."""
     grouped: dict[tuple[str, str], list[Component]] = defaultdict(list)
     for component in family(variant.family).components(variant):
-        for part in (component.subfolder, *component.twins):
+        for part in (component.subfolder, *component.also_serves):
             grouped[part, component.attribute].append(component)
     installed: dict[tuple[str, str], EngineModule] = {}
     for (part, attribute), serving in grouped.items():

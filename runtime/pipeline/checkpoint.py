@@ -18,7 +18,7 @@ from overcrank.models.base import Component, Variant
 
 def checkpoint_digest(folder: Path, parts: Iterable[Component], store: Store) -> str:
     """SHA-256 of these components' weight files, kept in the store as long as they do not change."""
-    folders = [folder / name for c in parts for name in (c.subfolder, *c.twins) if (folder / name).is_dir()]
+    folders = [folder / name for c in parts for name in (c.subfolder, *c.also_serves) if (folder / name).is_dir()]
     files = list(dict.fromkeys(file for each in folders for file in weight_files(each)))
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     known = store.root / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]

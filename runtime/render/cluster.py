@@ -14,27 +14,27 @@ from typing import Any
 from overcrank.engines.cluster import RETRIES, heard
 from overcrank.errors import OvercrankError, RenderError, UserError
 from overcrank.models.base import Variant
-from overcrank.runtime.render.options import RenderOptions, load_driver
-from overcrank.runtime.render.output import remove_leavings
-from overcrank.runtime.render.renderer import CANCELLED, FAILED, Driver, Job, Outcome, Watcher, log
+from overcrank.runtime.render.options import RenderOptions, load_renderer
+from overcrank.runtime.render.output import remove_partial_results
+from overcrank.runtime.render.renderer import CANCELLED, FAILED, Outcome, Renderer, RenderJob, Watcher, log
 
 LANES = 4
 """Most jobs that one process is given at a time."""
 
 
-class _Renderer:
+class _RemoteRenderer:
     """Lives in a process of the cluster; loads the pipeline when it is first needed."""
 
     def __init__(self) -> None:
         self._loading = threading.Lock()
-        self._driver: Driver | None = None
-        self._attempts: dict[Job, tuple[int, int]] = {}
+        self._renderer: Renderer | None = None
+        self._attempts: dict[RenderJob, tuple[int, int]] = {}
 
     def load(self, options: RenderOptions, variant: Variant, folder: str, events: Any) -> int:
         """The model, once; how many jobs it takes at a time."""
         self._events = events
         with self._loading:
-            if self._driver is None:
+            if self._renderer is None:
                 try:
                     os.chdir(folder)
                 except OSError as error:
@@ -42,35 +42,35 @@ class _Renderer:
                         f"--ray: {os.uname().nodename} has no {folder}; start the batch in a folder that every "
                         f"machine of the cluster sees."
                     ) from error
-                self._driver = load_driver(options, variant, self)
-            return self._driver.lanes
+                self._renderer = load_renderer(options, variant, self)
+            return self._renderer.lanes
 
-    def render(self, number: int, attempt: int, job: Job, resume: bool) -> Outcome | None:
+    def render(self, number: int, attempt: int, job: RenderJob, resume: bool) -> Outcome | None:
         """None if this process was restarted meanwhile and has no model."""
-        if self._driver is None:
+        if self._renderer is None:
             return None
         self._attempts[job] = (number, attempt)
-        (outcome,) = self._driver.run([job], resume)
+        (outcome,) = self._renderer.run([job], resume)
         return outcome
 
     def cancel(self) -> None:
-        if self._driver is not None:
-            self._driver.cancel()
+        if self._renderer is not None:
+            self._renderer.cancel()
 
-    def started(self, job: Job) -> None:
+    def started(self, job: RenderJob) -> None:
         self._events.put((*self._attempts[job], "started", ()))
 
-    def stage(self, job: Job, name: str) -> None:
+    def stage(self, job: RenderJob, name: str) -> None:
         self._events.put((*self._attempts[job], "stage", (name,)))
 
-    def stepped(self, job: Job, step: int, steps: int) -> None:
+    def stepped(self, job: RenderJob, step: int, steps: int) -> None:
         self._events.put((*self._attempts[job], "stepped", (step, steps)))
 
     def ended(self, outcome: Outcome) -> None: ...
 
 
-class ClusterDriver:
-    """As `Driver`, with the cluster in the place of this process."""
+class ClusterRenderer:
+    """As `Renderer`, with the cluster in the place of this process."""
 
     def __init__(self, ray: Any, options: RenderOptions, variant: Variant, watcher: Watcher) -> None:
         from ray.util.queue import Queue
@@ -84,11 +84,11 @@ class ClusterDriver:
         self._ray, self._watcher, self._events = ray, watcher, events
         kind = ray.remote(
             num_gpus=int(on_cards), num_cpus=int(not on_cards), max_restarts=-1, max_concurrency=LANES + 1
-        )(_Renderer)
+        )(_RemoteRenderer)
         self._new: Callable[[], Any] = kind.remote
         self._setup = (options, variant, os.getcwd(), events)
 
-    def run(self, jobs: Sequence[Job], resume: bool = False) -> list[Outcome]:
+    def run(self, jobs: Sequence[RenderJob], resume: bool = False) -> list[Outcome]:
         """Render every job; one that fails does not stop the rest, and Ctrl-C cancels between steps."""
         self._jobs, self._outcomes = jobs, [Outcome(job) for job in jobs]
         self._resume, self._attempt = resume, [0] * len(jobs)
@@ -164,7 +164,7 @@ class ClusterDriver:
         self._free = [a for a in self._free if a is not actor]
         if actor not in self._starting.values():
             self._starting[self._asked(actor)] = actor
-        remove_leavings(job.stem)
+        remove_partial_results(job.stem)
         if tried > RETRIES:
             self._outcomes[number] = _failure(job, f"its process was lost {tried} times (out of memory?)")
             self._watcher.ended(self._outcomes[number])
@@ -189,9 +189,9 @@ class ClusterDriver:
             self._go()
         except KeyboardInterrupt:
             for number, _ in self._running.values():
-                remove_leavings(self._jobs[number].stem)
+                remove_partial_results(self._jobs[number].stem)
                 self._outcomes[number].status = CANCELLED
 
 
-def _failure(job: Job, error: str) -> Outcome:
+def _failure(job: RenderJob, error: str) -> Outcome:
     return Outcome(job, FAILED, error, RenderError.exit_code)

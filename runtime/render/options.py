@@ -10,13 +10,13 @@ from overcrank.models.base import Variant
 from overcrank.models.hub import unwatched
 
 if TYPE_CHECKING:
-    from overcrank.runtime.render.renderer import Driver, Watcher
+    from overcrank.runtime.render.renderer import Renderer, Watcher
     from overcrank.runtime.sessions.sources import Quantization
 
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """As the options of `overcrank render` and `batch` are called; `load` and `Driver` say what they mean.
+    """As the options of `overcrank render` and `batch` are called; `load` and `Renderer` say what they mean.
 
     `dtype` are words such as "vae=fp32", `cache` a threshold in words, and `lanes` how many jobs overlap.
     """
@@ -38,11 +38,11 @@ class RenderOptions:
     lanes: int | None = None
 
 
-def load_driver(options: RenderOptions, variant: Variant, watcher: Watcher) -> Driver:
+def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
     """The pipeline, loaded and accelerated in this process."""
     import diffusers
     from overcrank.runtime.pipeline.load import load
-    from overcrank.runtime.render.renderer import Driver
+    from overcrank.runtime.render.renderer import Renderer
     from overcrank.runtime.render.stepcache import threshold_of
 
     diffusers.utils.logging.set_verbosity_error()
@@ -62,4 +62,4 @@ def load_driver(options: RenderOptions, variant: Variant, watcher: Watcher) -> D
         watch=unwatched,  # a bar would be drawn over that of the jobs
     )
     threshold = threshold_of(options.cache, variant)
-    return Driver(pipe, variant.name, watcher, preview=options.preview, lanes=options.lanes, cache=threshold)
+    return Renderer(pipe, variant.name, watcher, preview=options.preview, lanes=options.lanes, cache=threshold)

@@ -94,7 +94,7 @@ def preview_path(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.preview.png")
 
 
-def written_preview(image: np.ndarray, stem: Path) -> None:
+def write_preview(image: np.ndarray, stem: Path) -> None:
     """Replace the preview picture; `image`: [H, W, 3] in [0, 1]."""
     import numpy as np
     from PIL import Image
@@ -105,7 +105,7 @@ def written_preview(image: np.ndarray, stem: Path) -> None:
         part.replace(preview_path(stem))
 
 
-def remove_leavings(stem: Path) -> None:
+def remove_partial_results(stem: Path) -> None:
     """What an interrupted write of this result left behind."""
     for path in [preview_path(stem), *stem.parent.glob(f".{glob.escape(stem.name)}.*part")]:
         if path.is_dir():

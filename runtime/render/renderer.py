@@ -1,9 +1,9 @@
-"""The driver: runs one or many renders over shared sessions.
+"""The renderer: runs one or many renders over shared sessions.
 
 A job goes through three stages, text encoding, denoising and decoding, and each stage is
 held by one job at a time. Where the device gains from it (`lanes`), the text encoding and
 the decoding of one job overlap the denoising of another. The sampling mathematics stays
-in diffusers' pipelines; the driver enters at their step callback.
+in diffusers' pipelines; the renderer enters at their step callback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from overcrank.models.base import Media, Variant
 from overcrank.runtime.pipeline.accelerate import device_of
 from overcrank.runtime.pipeline.load import pipeline_for
 from overcrank.runtime.render.media import media_of
-from overcrank.runtime.render.output import Video, check_audio, is_complete, remove_leavings, write_results
+from overcrank.runtime.render.output import Video, check_audio, is_complete, remove_partial_results, write_results
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.render.sidecar import about_render
 from overcrank.runtime.render.stepcache import StepCache
@@ -41,7 +41,7 @@ DONE, SKIPPED, FAILED, CANCELLED = "done", "skipped", "failed", "cancelled"
 
 
 @dataclass(frozen=True)
-class Job:
+class RenderJob:
     request: RenderRequest  # completed
     stem: Path  # the results' path without a suffix
 
@@ -50,7 +50,7 @@ class Job:
 class Outcome:
     """How a job ended; seconds of wall time, and of each denoising step after the first."""
 
-    job: Job
+    job: RenderJob
     status: str = CANCELLED
     error: str = ""
     exit_code: int = 0
@@ -63,22 +63,22 @@ class Outcome:
 class Watcher(Protocol):
     """Told what happens, from the jobs' own threads."""
 
-    def started(self, job: Job) -> None: ...
-    def stage(self, job: Job, name: str) -> None: ...
-    def stepped(self, job: Job, step: int, steps: int) -> None: ...
+    def started(self, job: RenderJob) -> None: ...
+    def stage(self, job: RenderJob, name: str) -> None: ...
+    def stepped(self, job: RenderJob, step: int, steps: int) -> None: ...
     def ended(self, outcome: Outcome) -> None: ...
 
 
 class Silent:
     """Watches nothing."""
 
-    def started(self, job: Job) -> None: ...
-    def stage(self, job: Job, name: str) -> None: ...
-    def stepped(self, job: Job, step: int, steps: int) -> None: ...
+    def started(self, job: RenderJob) -> None: ...
+    def stage(self, job: RenderJob, name: str) -> None: ...
+    def stepped(self, job: RenderJob, step: int, steps: int) -> None: ...
     def ended(self, outcome: Outcome) -> None: ...
 
 
-class Driver:
+class Renderer:
     def __init__(
         self,
         pipe: Any,
@@ -101,7 +101,7 @@ class Driver:
         self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
         self._cancelled = threading.Event()
 
-    def run(self, jobs: Sequence[Job], resume: bool = False) -> list[Outcome]:
+    def run(self, jobs: Sequence[RenderJob], resume: bool = False) -> list[Outcome]:
         """Render every job; one that fails does not stop the rest.
 
         Ctrl-C cancels between steps, keeps finished videos and leaves the rest `cancelled`;
@@ -126,11 +126,11 @@ class Driver:
         """Jobs end after their current step; those not begun do not begin."""
         self._cancelled.set()
 
-    def _stop_at_once(self, jobs: Sequence[Job]) -> None:
+    def _stop_at_once(self, jobs: Sequence[RenderJob]) -> None:
         import os
 
         for job in jobs:
-            remove_leavings(job.stem)
+            remove_partial_results(job.stem)
         os._exit(RenderCancelled.exit_code)
 
     def _guarded(self, outcome: Outcome, resume: bool) -> None:
@@ -154,7 +154,7 @@ class Driver:
             log.debug("job %s", job.stem.name, exc_info=True)
             outcome.status, outcome.error, outcome.exit_code = FAILED, self._said(error), 1
         finally:
-            remove_leavings(job.stem)
+            remove_partial_results(job.stem)
             outcome.seconds = time.monotonic() - start
             self.watcher.ended(outcome)
 
@@ -191,7 +191,7 @@ class Driver:
                         video, pipe = self.made(outcome)
                     except NonFinite as again:
                         raise RenderError(f"engines and eager PyTorch both gave {again}; try another seed.") from again
-            self.acceleration.settle()
+            self.acceleration.save_kernels()
             self.watcher.stage(job, "writing")
             about = about_render(self.acceleration, self._settings(), self.model, pipe, job.request, outcome)
             outcome.files = write_results(video, job.stem, job.request.formats, about, job.request.audio)
@@ -202,7 +202,7 @@ class Driver:
     def video(self, request: RenderRequest) -> Video:
         """A completed request's video, not written anywhere."""
         with self.acceleration.ledger.recording():
-            return self.made(Outcome(Job(request, Path("video"))))[0]
+            return self.made(Outcome(RenderJob(request, Path("video"))))[0]
 
     def made(self, outcome: Outcome) -> tuple[Video, Any]:
         """The video of a job, not written anywhere, and the pipeline that made it; fills `outcome.steps`."""
@@ -260,7 +260,7 @@ class Driver:
             self.acceleration.workspace.release()
 
     @contextmanager
-    def stage(self, job: Job, name: str) -> Iterator[None]:
+    def stage(self, job: RenderJob, name: str) -> Iterator[None]:
         with self._stages[name]:
             self.check_cancelled()
             self.watcher.stage(job, name)

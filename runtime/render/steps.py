@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import RenderError
 from overcrank.models import family, hook
 from overcrank.runtime.pipeline.accelerate import device_of
-from overcrank.runtime.render.output import written_preview
+from overcrank.runtime.render.output import write_preview
 
 if TYPE_CHECKING:
     import numpy as np
-    from overcrank.runtime.render.renderer import Driver, Job
+    from overcrank.runtime.render.renderer import Renderer, RenderJob
     from torch import Tensor
 
 PREVIEWS = 6  # for each render, at most
@@ -27,17 +27,17 @@ class NonFinite(Exception):
 class Steps:
     """A diffusers `callback_on_step_end`; nothing in it waits for the GPU before the last step."""
 
-    def __init__(self, driver: Driver, job: Job, pipe: Any) -> None:
-        self._driver, self._job, self._pipe = driver, job, pipe
+    def __init__(self, renderer: Renderer, job: RenderJob, pipe: Any) -> None:
+        self._renderer, self._job, self._pipe = renderer, job, pipe
         self._held = ExitStack()
         self._marks: list[Any] = []
         self._kept: list[Tensor] = []
         self._before: Tensor | None = None
         self._scale: float | None = None  # of guidance, while it is off
         self._cuda = device_of(pipe).type == "cuda"
-        variant = driver.acceleration.variant
+        variant = renderer.acceleration.variant
         self._scheduler = getattr(pipe, "scheduler", None)  # an upsampler has none, and takes no steps
-        previews = driver.preview and hasattr(self._scheduler, "sigmas")
+        previews = renderer.preview and hasattr(self._scheduler, "sigmas")
         self._preview_of: Any = hook(variant, "preview") if previews else None
         self._left = hook(variant, "rounds")(variant, job.request.shape)  # times the steps are run through
 
@@ -47,12 +47,12 @@ class Steps:
         import torch
 
         with self._held:
-            self._held.enter_context(self._driver.stage(self._job, "denoising"))
-            self._held.enter_context(self._driver.cache.over(self._pipe))
+            self._held.enter_context(self._renderer.stage(self._job, "denoising"))
+            self._held.enter_context(self._renderer.cache.over(self._pipe))
             torch.manual_seed(self._job.request.seed)  # some schedulers draw noise of the global generator
             yield
             if self._scheduler is None:
-                self._driver.watcher.stepped(self._job, 1, 1)
+                self._renderer.watcher.stepped(self._job, 1, 1)
 
     def callback(self) -> dict[str, Any]:
         """How the pipeline is told to call this; older ones take another argument, some none."""
@@ -81,15 +81,15 @@ class Steps:
         scheduler.step = watched
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self._driver.check_cancelled()
+        self._renderer.check_cancelled()
         latents = tensors["latents"]
         self._mark()
         if "latents" in self._job.request.formats:
             self._kept.append(latents.detach().clone())
         steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
         self._guide(pipe, step, steps)
-        self._driver.cache.stepped(step, steps)
-        self._driver.watcher.stepped(self._job, step + 1, steps)
+        self._renderer.cache.stepped(step, steps)
+        self._renderer.watcher.stepped(self._job, step + 1, steps)
         if self._preview_of is not None:
             self._preview(step, steps, latents)
         if step + 1 == steps:
@@ -112,8 +112,8 @@ class Steps:
         if not bool(torch.isfinite(latents).all()):  # waits for the GPU
             raise NonFinite("non-finite latents")
         self._held.close()
-        self._driver.acceleration.workspace.release()
-        self._held.enter_context(self._driver.stage(self._job, "decoding"))
+        self._renderer.acceleration.workspace.release()
+        self._held.enter_context(self._renderer.stage(self._job, "decoding"))
         torch.manual_seed(self._job.request.seed)  # some VAEs inject noise of the global generator
 
     def _mark(self) -> None:
@@ -147,11 +147,11 @@ class Steps:
         sigmas = self._pipe.scheduler.sigmas
         velocity = (latents - before) / (sigmas[step + 1] - sigmas[step]).item()
         guess = latents - sigmas[step + 1].item() * velocity
-        acceleration = self._driver.acceleration
+        acceleration = self._renderer.acceleration
         grid = family(acceleration.variant.family).latent(acceleration.variant, self._job.request.shape)
         with acceleration.ledger.eagerly():
             image = self._preview_of(self._pipe, guess, grid)
-        written_preview(image.permute(1, 2, 0).cpu().numpy(), self._job.stem)
+        write_preview(image.permute(1, 2, 0).cpu().numpy(), self._job.stem)
 
 
 def require_finite(frames: np.ndarray) -> None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from overcrank.errors import OvercrankError
 from overcrank.export.quantization.packing import unpacked_fp4
-from overcrank.runtime.sessions.ort_fp4 import spelled_out
+from overcrank.runtime.sessions.ort_fp4 import lower_nvfp4
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
 
-def widened(model: ir.Model) -> ir.Model:
+def widen_to_fp32(model: ir.Model) -> ir.Model:
     """Turn a 16-bit graph into the same graph in fp32, in place.
 
     1. Inputs, outputs and constants of 16-bit types become fp32; casts to them, casts to fp32.
@@ -89,7 +89,7 @@ class OrtSession:
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # it makes integer products of fp8
         loaded = ir.load(model) if isinstance(model, Path) else model
-        content = ir.to_proto(spelled_out(widened(loaded))).SerializeToString()
+        content = ir.to_proto(lower_nvfp4(widen_to_fp32(loaded))).SerializeToString()
         providers = [p for p in PROVIDERS[device] if p in ort.get_available_providers()]
         try:
             self._session: Any = ort.InferenceSession(content, options, providers=providers)
@@ -112,7 +112,7 @@ class OrtSession:
         """What it holds of the module's weights is of when it was made."""
         return False
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Nothing is compiled."""
 
 

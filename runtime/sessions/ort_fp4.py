@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def spelled_out(model: ir.Model) -> ir.Model:
+def lower_nvfp4(model: ir.Model) -> ir.Model:
     """Replace what reads or makes four-bit values, in place; call it on a graph widened to fp32."""
     import onnx_ir as ir
     import onnx_ir.passes.common as common

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from overcrank.engines.manifest import ComponentEntry
 from overcrank.errors import CannotServe
 from overcrank.export.quantization.packing import packed_tensors
-from overcrank.export.quantization.recipe import LayerFormat, Range, unmeasured
+from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
 
@@ -23,7 +23,7 @@ def parameters_of(entry: ComponentEntry) -> tuple[Parameter, ...]:
 def packed_parameters(
     module: nn.Module,
     formats: Mapping[str, LayerFormat],
-    ranges: Mapping[str, Range],
+    ranges: Mapping[str, ActivationRange],
     compute: str,
 ) -> dict[str, Tensor]:
     """Graph input → tensor of the quantized layers in `formats`, made of the module's weights where they are.

@@ -37,7 +37,7 @@ class Session(Protocol):
         `written`: they have other values too.
         """
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Keep on disk what was compiled for this machine."""
 
 

@@ -18,8 +18,8 @@ from overcrank.export.quantization.pack import read_pack
 from overcrank.export.quantization.recipe import (
     IN_16_BIT,
     QUANTIZED,
+    ActivationRange,
     LayerFormat,
-    Range,
     Recipe,
     read_recipe,
     recipe_of,
@@ -142,7 +142,7 @@ def graph_session(
     It is of the module's own type, as its constants are; quantized layers compute in bf16.
     """
     import onnx_ir as ir
-    from overcrank.export.quantization.linear import layout_in, quantized
+    from overcrank.export.quantization.linear import layout_in, quantize
     from overcrank.runtime.sessions.ort import OrtSession
 
     own = compute_type(module)
@@ -152,7 +152,7 @@ def graph_session(
     if quantization is not None:
         recipe = recipe_of(quantization.recipe, component, quantization.layers)
         layout = layout_in(model, recipe)
-        parameters, _ = quantized(model, parameters, layout)
+        parameters, _ = quantize(model, parameters, layout)
         ranges = recipe.ranges.get(part, {})
         packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16", store)
     views = bound_parameters(module, component, parameters)
@@ -166,7 +166,7 @@ def _packs(
     part: str,
     module: nn.Module,
     formats: Mapping[str, LayerFormat],
-    ranges: Mapping[str, Range],
+    ranges: Mapping[str, ActivationRange],
     layout: str,
     compute: str,
     store: Store,

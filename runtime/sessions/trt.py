@@ -133,7 +133,7 @@ class TrtSession:
         """Addresses are told at every call; packed weights are of the values that were packed."""
         return not (written and self.copies)
 
-    def settle(self) -> None:
+    def save_kernels(self) -> None:
         """Keep the kernels that were compiled."""
         if self._kernels is not None:
             self._kernels.keep()

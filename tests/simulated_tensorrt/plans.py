@@ -14,8 +14,8 @@ import onnxruntime as ort
 import torch
 from overcrank.engines.manifest import ComponentEntry, TensorEntry, read_manifest
 from overcrank.export.quantization.packing import unpacked_fp4
-from overcrank.runtime.sessions.ort import widened
-from overcrank.runtime.sessions.ort_fp4 import spelled_out
+from overcrank.runtime.sessions.ort import widen_to_fp32
+from overcrank.runtime.sessions.ort_fp4 import lower_nvfp4
 
 FP8 = 17  # ONNX's TensorProto.FLOAT8E4M3FN
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,7 +31,7 @@ class Plan:
         self._shapes: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, tuple[int, ...]]] = {}
         model = ir.load(graph)
         if entry.compute == "fp32":
-            widened(model)
+            widen_to_fp32(model)
         self.dtypes = {v.name or "": v.dtype for v in (*model.graph.inputs, *model.graph.outputs)}
         self.dims = {v.name or "": tuple(v.shape or ()) for v in model.graph.inputs}
         self.outputs = [v.name or "" for v in model.graph.outputs]
@@ -63,7 +63,7 @@ class Plan:
                 options.log_severity_level = 3
                 options.intra_op_num_threads = 1
                 options.add_session_config_entry("session.disable_quant_qdq", "1")
-                content = ir.to_proto(spelled_out(widened(ir.load(self.graph)))).SerializeToString()
+                content = ir.to_proto(lower_nvfp4(widen_to_fp32(ir.load(self.graph)))).SerializeToString()
                 self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         given = dict(tensors)
         for name, scale in tensors.items():
