@@ -110,29 +110,33 @@ def test_help_imports_neither_models_nor_pydantic(script: str) -> None:
     assert done.stdout.strip().endswith("[]")
 
 
-def test_the_readme_shows_commands_that_exist() -> None:
-    """Every command of the README parses; the ones that build or verify are run by other tests."""
-    from click.testing import CliRunner
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("building", "rendering", "engines", "quantization"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_show_commands_that_parse(page: str) -> None:
+    """As click reads them: each command is there, and takes these options with these values."""
+    import shlex
+
+    import click
     from overcrank import cli
 
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [s.split("#")[0].strip() for b in blocks for s in b.splitlines()]
-    commands = [s.split() for s in lines if s.startswith(("build-engine", "overcrank"))]
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    commands = [words for words in lines if words and words[0] in ("build-engine", "overcrank")]
     assert commands
-    for name, *arguments in commands:
-        script = cli.build_engine if name == "build-engine" else cli.main
-        words = [a for a in arguments if not a.startswith("-")]
-        options = [a.split("=")[0] for a in arguments if a.startswith("--")]
-        path = []
-        command: object = script
-        for word in words:
-            children = getattr(command, "commands", {})
-            if word not in children:
-                break
-            path.append(word)
-            command = children[word]
-        shown = CliRunner().invoke(script, [*path, "--help"]).output
-        assert all(o in shown for o in options), (name, options)
+    for name, *words in commands:
+        command: click.Command = cli.build_engine if name == "build-engine" else cli.main
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            assert words[0] in command.commands, (page, words)
+            command = command.commands[words.pop(0)]
+        context = click.Context(command)
+        values, left, _ = command.make_parser(context).parse_args(words)
+        assert not left, (page, words)
+        for parameter in command.params:
+            given = values.get(parameter.name)
+            if isinstance(given, str) and not isinstance(parameter.type, click.Path):
+                parameter.type_cast_value(context, given)
 
 
 def test_no_machine_path_or_index_host_is_named() -> None:
@@ -142,3 +146,14 @@ def test_no_machine_path_or_index_host_is_named() -> None:
         file = ROOT / name
         if file.suffix in (".py", ".md", ".toml", ".txt", ".sh", ".json") and file.is_file():
             assert not words.search(file.read_text("utf-8")), name
+
+
+def test_the_table_of_the_architecture_names_what_there_is() -> None:
+    """Each row's file has the name; there are at least twenty."""
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| [^|]+ \| `([^`]+)`[^|]* \| `([^`]+)` \|$", text, re.M)
+    assert len(rows) >= 20
+    for file, name in rows:
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text("utf-8")), (file, name)
+    for file in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / file).is_file(), file
