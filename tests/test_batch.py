@@ -122,7 +122,7 @@ def test_a_broken_job_does_not_stop_the_rest_and_finished_ones_are_skipped(run: 
     file = write_jobs(tmp_path / "jobs.jsonl", jobs)
     out = tmp_path / "out"
     result = run("overcrank", "batch", file, "-o", out, "--json", "--backend", "eager")
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     rows = json.loads(result.stdout)
     assert [r["status"] for r in rows] == ["done", "failed", "done", "done"]
     assert "cannot be read as a picture" in rows[1]["error"]
