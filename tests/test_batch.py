@@ -176,7 +176,7 @@ def test_twelve_jobs_one_broken_one_cancelled_then_resumed(tmp_path: Path) -> No
     stamps = {name: (out / f"{name}.json").stat().st_mtime_ns for name in kept}
     second = started(file, out)
     _, said = second.communicate(timeout=240)
-    assert second.returncode == 2
+    assert second.returncode == 3
     assert f"{11 - len(kept)} done, {len(kept)} skipped, 1 failed" in said
     assert len(results(out)) == 11
     assert stamps == {name: (out / f"{name}.json").stat().st_mtime_ns for name in kept}

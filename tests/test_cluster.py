@@ -106,7 +106,7 @@ def test_a_batch_is_whole_though_a_worker_is_killed(cluster: str, run: Any, tmp_
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, [*jobs, {"prompt": "x", "audio": __file__}])))
     out, killed = tmp_path / "out", list[int]()
     words = ["batch", tmp_path / "jobs.jsonl", "-o", out, "--backend", "eager", "--ray", cluster]
-    killer = _kill_one("ray::_Renderer", killed, lambda: list(out.glob("*.json")))
+    killer = _kill_one("ray::_RemoteRenderer", killed, lambda: list(out.glob("*.json")))
     result = run("overcrank", *words, "--json")
     killer.join()
     assert killed
