@@ -15,7 +15,9 @@ from typing import Any
 import click
 from overcrank import __version__
 from overcrank.cli.build import build_engine
+from overcrank.cli.completion import BUNDLE, MODEL
 from overcrank.cli.engines import engines
+from overcrank.cli.json import json_option, print_json
 from overcrank.cli.keys import keys
 from overcrank.cli.options import (
     Command,
@@ -71,7 +73,7 @@ main.add_command(build_engine, "build")
 
 
 @main.command(cls=Command)
-@click.argument("bundle")
+@click.argument("bundle", type=BUNDLE)
 @click.option("--weights", default="random", show_default=True, help="'random', or a diffusers folder.")
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
 @click.option(
@@ -82,8 +84,17 @@ main.add_command(build_engine, "build")
 @click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="For the report, one a line.")
 @click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Prompts of the report.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of the report [default: the model's].")
+@json_option
 @store_option
-def verify(bundle: str, weights: str, tolerance: float, report: Path | None, store: Path | None, **asked: Any) -> None:
+def verify(
+    bundle: str,
+    weights: str,
+    tolerance: float,
+    report: Path | None,
+    as_json: bool,
+    store: Path | None,
+    **asked: Any,
+) -> None:
     """Run a bundle's graphs in ONNX Runtime against the eager modules."""
     from overcrank.cli.checks import print_checks
     from overcrank.engines.store import Store
@@ -93,7 +104,12 @@ def verify(bundle: str, weights: str, tolerance: float, report: Path | None, sto
     folder = None if weights == "random" else Path(weights).expanduser()
     if folder is not None and not folder.is_dir():
         raise UserError(f"--weights {weights} is neither 'random' nor a folder.")
-    good = print_checks(verify_bundle(path, folder), tolerance)
+    if as_json:
+        checks = list(verify_bundle(path, folder))
+        good = all(check.within(tolerance) for check in checks)
+        print_json("verify", path=path, good=good, tolerance=tolerance, checks=checks)
+    else:
+        good = print_checks(verify_bundle(path, folder), tolerance)
     if report is not None:
         from overcrank.cli.calibration import print_quality
 
@@ -103,7 +119,7 @@ def verify(bundle: str, weights: str, tolerance: float, report: Path | None, sto
 
 
 @main.command(cls=Command)
-@click.option("--model", help="Family, variant, diffusers folder, or hub id [default: the demo model].")
+@click.option("--model", type=MODEL, help="Family, variant, diffusers folder, or hub id [default: the demo model].")
 @click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True, help="Of quantized layers.")
 @click.option(
     "--method",
@@ -157,7 +173,7 @@ def calibrate(**options: Any) -> None:
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Family, variant, diffusers folder, or hub id.")
+@click.option("--model", type=MODEL, required=True, help="Family, variant, diffusers folder, or hub id.")
 @click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True, help="Of quantized layers.")
 @quantization_options
 @click.option(
@@ -255,7 +271,7 @@ def batch(**options: Any) -> None:
 
 
 @main.group(cls=Group, invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="As one JSON document.")
+@json_option
 @click.option(
     "--markdown", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="As docs/models.md, after NOTES."
 )
@@ -275,19 +291,29 @@ def models(context: click.Context, as_json: bool, markdown: Path | None, figures
 
 @models.command("show", cls=Command)
 @click.argument("model")
-def models_show(model: str) -> None:
+@json_option
+def models_show(model: str, as_json: bool) -> None:
     """One family, variant, diffusers folder or hub id, explained."""
-    from overcrank.cli.catalogue import print_model
+    from overcrank.cli.catalogue import explained, print_model
 
-    print_model(model)
+    if as_json:
+        print_json("models show", **explained(model))
+    else:
+        print_model(model)
 
 
 @main.command(cls=Command)
 @click.option("--quick", is_flag=True, help="Without compiling and running a small engine.")
+@json_option
 @store_option
-def doctor(quick: bool, store: Path | None) -> None:
+def doctor(quick: bool, as_json: bool, store: Path | None) -> None:
     """What this machine has: card, driver, PyTorch, TensorRT; which bundles serve, and why others do not."""
     from overcrank.cli.checks import print_doctor
     from overcrank.engines.store import Store
+    from overcrank.runtime.doctor import every_finding
 
-    sys.exit(0 if print_doctor(Store(store), quick) else 1)
+    if not as_json:
+        sys.exit(0 if print_doctor(Store(store), quick) else 1)
+    found = every_finding(Store(store), quick)
+    print_json("doctor", findings=found)
+    sys.exit(1 if any(f.verdict == "bad" for f in found) else 0)

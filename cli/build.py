@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from overcrank.cli.completion import CARD, MODEL
+from overcrank.cli.json import json_option, print_json
 from overcrank.cli.options import Command, bounds_options, quantization_options, quantized_layers, store_option
 from overcrank.errors import UserError
 
@@ -20,10 +22,11 @@ from overcrank.errors import UserError
         "build-engine --model wan-2.2-ti2v-5b --gpu sm_120 --precision fp8 --max-height 704",
     ),
 )
-@click.option("--model", required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
+@click.option("--model", type=MODEL, required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
 @click.option(
     "--gpu",
     "gpus",
+    type=CARD,
     required=True,
     multiple=True,
     help="sm_75 … sm_121, a card (rtx4090, dgx-spark), rtx (one engine for RTX 30, 40, 50), all, or auto; repeatable.",
@@ -67,7 +70,7 @@ from overcrank.errors import UserError
 @store_option
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
 @click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress.")
+@json_option
 def build_engine(**options: Any) -> None:
     """Build TensorRT engines of MODEL for GPU, on any machine: no GPU, no weights needed."""
     from overcrank.cli import build_report as report
@@ -82,7 +85,7 @@ def build_engine(**options: Any) -> None:
         built = build(requests, store, progress, partial(LocalWorkers, options["jobs"]))
     seconds = time.monotonic() - started
     if options["as_json"]:
-        click.echo(report.as_json(built, seconds))
+        print_json("build", seconds=round(seconds, 2), bundles=built)
     else:
         report.summary(built, seconds)
 

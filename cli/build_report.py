@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -124,15 +123,3 @@ def _quoted(text: str) -> str:
     import shlex
 
     return shlex.quote(text)
-
-
-def as_json(built: list[Built], seconds: float) -> str:
-    return json.dumps(
-        {
-            "seconds": round(seconds, 2),
-            "bundles": [
-                {"path": str(b.path), "cached": b.cached, "manifest": b.manifest.model_dump(mode="json")} for b in built
-            ],
-        },
-        indent=1,
-    )

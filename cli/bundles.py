@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from overcrank.engines.lint import compared, lint_bundle, profile_of
+from overcrank.engines.lint import Comparison, compared, lint_bundle, profile_of
 from overcrank.engines.maintenance import Item
 from overcrank.engines.manifest import Manifest, check_files, profile_line, read_manifest
+from overcrank.engines.remote import Listed
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
 from overcrank.engines.trust import PULLED, Keyring, fingerprint
 from overcrank.errors import IntegrityError
 from overcrank.models import components, variant_from_manifest
+from overcrank.models.base import Component
 from overcrank.units import human_bytes
 from rich.console import Console
+
+
+def listed(store: Store) -> list[dict[str, Any]]:
+    """As plain data, for programs; a bundle whose manifest cannot be read has an `error`."""
+    return [
+        {
+            "name": path.name,
+            "path": path,
+            "model": manifest.model,
+            "target": manifest.target,
+            "precision": manifest.precision,
+            "profile": {"min": manifest.min, "opt": manifest.opt, "max": manifest.max},
+            "components": [c.name for c in manifest.components],
+            "engine_bytes": sum(c.engine.bytes for c in manifest.components),
+            "flavour": manifest.flavour,
+            "flavour_version": manifest.flavour_version,
+        }
+        if isinstance(manifest, Manifest)
+        else {"name": path.name, "path": path, "error": str(manifest)}
+        for path, manifest in store.list()
+    ]
+
+
+def described(items: Sequence[Item]) -> list[dict[str, Any]]:
+    return [{"path": item.path, "why": item.why, "bytes": item.bytes} for item in items]
+
+
+def published(bundle: Listed) -> dict[str, Any]:
+    return bundle.model_dump(mode="json", exclude={"files"}) | {"bytes": bundle.bytes}
 
 
 def print_list(store: Store) -> None:
@@ -50,7 +82,7 @@ def print_bundle(bundle: Path) -> bool:
         ("target", f"{manifest.target}, {manifest.precision}, {manifest.flavour} {manifest.flavour_version}"),
         ("profile", profile_line(manifest)),
         ("weights", manifest.weights),
-        ("signed", _signed(bundle)),
+        ("signed", signed(bundle)),
         (
             "built",
             f"{manifest.created} by overcrank {manifest.overcrank} in {manifest.build_seconds:.1f} s, "
@@ -78,7 +110,7 @@ def print_bundle(bundle: Path) -> bool:
     return not wrong
 
 
-def _signed(bundle: Path) -> str:
+def signed(bundle: Path) -> str:
     try:
         who = Keyring().check(bundle)
     except IntegrityError as error:
@@ -102,6 +134,23 @@ def print_items(items: Sequence[Item], store: Store) -> None:
         console.print(f"{human_bytes(item.bytes):>10}  {shown}: {item.why}")
 
 
+def lint_report(bundle: Path, compare: bool) -> dict[str, Any]:
+    """What `print_lint` prints, as plain data."""
+    plans = [{"name": name, "verdict": report.verdict(), "plan": report} for name, report in lint_bundle(bundle)]
+    pairs = [
+        {"name": c.name, "inputs": r.inputs, "embedded": r.embedded, "difference": r.inputs.difference(r.embedded)}
+        for c, r in (_comparisons(bundle) if compare else ())
+    ]
+    return {"components": plans, "comparisons": pairs}
+
+
+def _comparisons(bundle: Path) -> Iterator[tuple[Component, Comparison]]:
+    manifest = read_manifest(bundle)
+    target, profile = BY_NAME[manifest.target].narrowed(manifest.precision), profile_of(manifest)
+    for component in components(variant_from_manifest(manifest), tuple(e.name for e in manifest.components)):
+        yield component, compared(component, manifest.precision, target, profile, manifest.flavour)
+
+
 def print_lint(bundle: Path, compare: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for name, report in lint_bundle(bundle):
@@ -110,12 +159,7 @@ def print_lint(bundle: Path, compare: bool) -> None:
             console.print(f"  {count:>5} × GEMM+{epilogue}")
     if not compare:
         return
-    manifest = read_manifest(bundle)
-    variant = variant_from_manifest(manifest)
-    profile = profile_of(manifest)
-    for component in components(variant, tuple(e.name for e in manifest.components)):
-        target = BY_NAME[manifest.target].narrowed(manifest.precision)
-        result = compared(component, manifest.precision, target, profile, manifest.flavour)
+    for component, result in _comparisons(bundle):
         depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats) or "full depth"
         console.print(f"\n{component.name} at {depth}, compiled both ways")
         console.print(f"  weights as inputs  {result.inputs.verdict()}")

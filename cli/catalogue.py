@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from overcrank.cli.json import print_json
 from overcrank.engines.targets import TARGETS
 from overcrank.models import components, families, family, parameter_counts, resolve
 from overcrank.models.base import Preset, Variant
@@ -51,8 +52,7 @@ def print_models(as_json: bool) -> None:
     import click
 
     if as_json:
-        everything = {"models": [described(v) for v in variants()], "targets": precisions()}
-        click.echo(json.dumps(everything, indent=1))
+        print_json("models", models=[described(v) for v in variants()], targets=precisions())
         return
     rows = [described(v) for v in variants()]
     width = max(len(r["name"]) for r in rows)
@@ -67,6 +67,24 @@ def print_models(as_json: bool) -> None:
     for target, built in precisions().items():
         click.echo(f"  {target:<7} {', '.join(built)}")
     click.echo("overcrank models show NAME explains one.")
+
+
+def explained(name: str) -> dict[str, Any]:
+    """What `print_model` prints, as plain data; dimensions of inputs are lengths, or names of axes."""
+    variant = resolve(name)
+    counts = parameter_counts(variant)
+    networks = [
+        {
+            "name": c.name,
+            "class": c.cls,
+            "default": c.default,
+            "parameters": counts.get(c.name),
+            "inputs": [{"name": t.name, "dims": t.dims, "dtype": t.dtype} for t in c.inputs],
+        }
+        for c in family(variant.family).components(variant)
+    ]
+    profile = {"min": str(variant.minimum), "opt": str(variant.native), "max": str(variant.maximum)}
+    return described(variant) | {"networks": networks, "profile": profile, "download": published(variant)}
 
 
 def print_model(name: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from overcrank import __version__
 from overcrank.engines.store import Store
-from overcrank.runtime.doctor import examined, findings, of_store, self_test
+from overcrank.runtime.doctor import every_finding
 from overcrank.runtime.verify import Check
 from overcrank.units import human_bytes
 from rich.console import Console
@@ -24,7 +24,7 @@ def print_checks(checks: Iterator[Check], tolerance: float) -> bool:
     )
     good, rounding = True, 0.0
     for check in checks:
-        passed = check.relative_error <= max(tolerance, check.allowed)
+        passed = check.within(tolerance)
         good &= passed
         rounding = max(rounding, check.allowed)
         console.print(
@@ -46,10 +46,7 @@ def print_doctor(store: Store, quick: bool) -> bool:
     disk = shutil.disk_usage(next(p for p in (store.root, *store.root.parents) if p.exists()))
     console.print(f"overcrank {__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"store {store.root}, {human_bytes(disk.free)} free on its disk")
-    machine = examined()
-    found = [*findings(machine, store.list()), *of_store(machine, store)]
-    if not quick:
-        found.append(self_test(machine))
+    found = every_finding(store, quick)
     for finding in found:
         console.print(f"{finding.verdict:<5}{finding.subject:<18} {finding.text}")
     return all(f.verdict != "bad" for f in found)

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from overcrank.cli.completion import BUNDLE, CARD, MODEL
+from overcrank.cli.json import json_option, print_json
 from overcrank.cli.options import SOME_FAILED, Command, Group, ray_option, store_option
+from overcrank.errors import UserError
 
 if TYPE_CHECKING:
     from overcrank.engines.workers import Workers
@@ -22,13 +25,17 @@ def engines() -> None:
 
 
 @engines.command("list", cls=Command)
+@json_option
 @store_option
-def engines_list(store: Path | None) -> None:
+def engines_list(as_json: bool, store: Path | None) -> None:
     """Every bundle in the store."""
-    from overcrank.cli.bundles import print_list
+    from overcrank.cli.bundles import listed, print_list
     from overcrank.engines.store import Store
 
-    print_list(Store(store))
+    if as_json:
+        print_json("engines list", bundles=listed(Store(store)))
+    else:
+        print_list(Store(store))
 
 
 @engines.command("build", cls=Command)
@@ -43,7 +50,7 @@ def engines_list(store: Path | None) -> None:
 @click.option("--jobs", "-j", type=click.IntRange(min=1), help="Worker processes [default: by cores and RAM].")
 @ray_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no progress; does not ask.")
+@json_option
 @store_option
 def engines_build(**options: Any) -> None:
     """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
@@ -65,7 +72,10 @@ def engines_build(**options: Any) -> None:
         result = matrix.run(wanted, store, progress, hire)
     if options["index"] is not None:
         matrix.write_index(options["index"], result)
-    click.echo(matrix.as_json(result) if options["as_json"] else "\n".join(matrix.result_lines(result)))
+    if options["as_json"]:
+        print_json("engines build", **matrix.reported(result))
+    else:
+        click.echo("\n".join(matrix.result_lines(result)))
     if result.failed:
         sys.exit(SOME_FAILED if result.built else 1)
 
@@ -84,19 +94,25 @@ def _workers(options: dict[str, Any], stack: ExitStack) -> tuple[Callable[[], Wo
 
 
 @engines.command("show", cls=Command)
-@click.argument("bundle")
+@click.argument("bundle", type=BUNDLE)
+@json_option
 @store_option
-def engines_show(bundle: str, store: Path | None) -> None:
+def engines_show(bundle: str, as_json: bool, store: Path | None) -> None:
     """A bundle's manifest, readably, with its hashes checked (exit 1 if one is wrong)."""
-    from overcrank.cli.bundles import print_bundle
+    from overcrank.cli.bundles import print_bundle, signed
+    from overcrank.engines.manifest import check_files, read_manifest
     from overcrank.engines.store import Store
 
-    if not print_bundle(Store(store).resolve(bundle)):
+    path = Store(store).resolve(bundle)
+    if as_json:
+        problems = check_files(path, manifest := read_manifest(path))
+        print_json("engines show", path=path, manifest=manifest, signed=signed(path), problems=problems)
+    if not (print_bundle(path) if not as_json else not problems):
         sys.exit(1)
 
 
 @engines.command("rm", cls=Command)
-@click.argument("bundles", nargs=-1, required=True)
+@click.argument("bundles", type=BUNDLE, nargs=-1, required=True)
 @store_option
 def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
     """Remove bundles."""
@@ -109,29 +125,39 @@ def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
 
 
 @engines.command("lint", cls=Command)
-@click.argument("bundle")
+@click.argument("bundle", type=BUNDLE)
 @click.option("--compare/--no-compare", default=True, help="Also compile a shallow network both ways and compare.")
+@json_option
 @store_option
-def engines_lint(bundle: str, compare: bool, store: Path | None) -> None:
+def engines_lint(bundle: str, compare: bool, as_json: bool, store: Path | None) -> None:
     """What a bundle's plans do: kernels, GEMM epilogues, work on weights at run time."""
-    from overcrank.cli.bundles import print_lint
+    from overcrank.cli.bundles import lint_report, print_lint
     from overcrank.engines.store import Store
 
-    print_lint(Store(store).resolve(bundle), compare)
+    path = Store(store).resolve(bundle)
+    if as_json:
+        print_json("engines lint", **lint_report(path, compare))
+    else:
+        print_lint(path, compare)
 
 
 @engines.command("fsck", cls=Command)
 @click.option("--repair", is_flag=True, help="Remove what is wrong; what is missed is made again when it is needed.")
+@json_option
 @store_option
-def engines_fsck(repair: bool, store: Path | None) -> None:
+def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
     """Read every file of the store and name what is damaged or left over (exit 1 if something is)."""
-    from overcrank.cli.bundles import print_items
+    from overcrank.cli.bundles import described, print_items
     from overcrank.engines.maintenance import find_problems, remove
     from overcrank.engines.store import Store
     from overcrank.units import human_bytes
 
     where = Store(store)
     found = list(find_problems(where))
+    if as_json:
+        items = described(found)
+        print_json("engines fsck", problems=items, removed=remove(found) if repair else 0)
+        sys.exit(1 if found and not repair else 0)
     print_items(found, where)
     if not found:
         click.echo(f"OK: {len(where.list())} bundles and their caches in {where.root} verified")
@@ -150,6 +176,7 @@ def engines_fsck(repair: bool, store: Path | None) -> None:
 @click.option("--other-versions", is_flag=True, help="Also bundles made by another TensorRT than the installed one.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
 @store_option
 def engines_gc(
     older_than: str | None,
@@ -157,10 +184,11 @@ def engines_gc(
     other_versions: bool,
     dry_run: bool,
     yes: bool,
+    as_json: bool,
     store: Path | None,
 ) -> None:
     """Delete unused files: interrupted downloads and builds, caches of deleted engines, and what the options name."""
-    from overcrank.cli.bundles import print_items
+    from overcrank.cli.bundles import described, print_items
     from overcrank.engines.maintenance import removable, remove
     from overcrank.engines.store import Store
     from overcrank.units import human_bytes, parse_age, parse_size
@@ -168,7 +196,13 @@ def engines_gc(
     where = Store(store)
     age = parse_age(older_than, "--older-than") if older_than is not None else None
     size = parse_size(max_size, "--max-size") if max_size is not None else None
+    if as_json and not (yes or dry_run):
+        raise UserError("--json asks nothing: add --yes to remove, or --dry-run to see what would be removed.")
     found = removable(where, age, size, other_versions)
+    if as_json:
+        items = described(found)
+        print_json("engines gc", items=items, removed=0 if dry_run else remove(found))
+        return
     print_items(found, where)
     total = human_bytes(sum(item.bytes for item in found))
     if not found or dry_run:
@@ -181,7 +215,7 @@ def engines_gc(
 
 
 @engines.command("sign", cls=Command)
-@click.argument("bundles", nargs=-1, required=True)
+@click.argument("bundles", type=BUNDLE, nargs=-1, required=True)
 @click.option("--key", required=True, help="Name of a key of one's own (overcrank keys new).")
 @store_option
 def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None:
@@ -201,12 +235,14 @@ def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None
 
 @engines.command("push", cls=Command)
 @click.argument("url")
-@click.argument("bundles", nargs=-1, required=True)
+@click.argument("bundles", type=BUNDLE, nargs=-1, required=True)
 @click.option("--key", required=True, help="Name of a key of one's own (overcrank keys new).")
+@json_option
 @store_option
-def engines_push(url: str, bundles: tuple[str, ...], key: str, store: Path | None) -> None:
+def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, store: Path | None) -> None:
     """Sign BUNDLES and publish them at URL: a folder, s3://, gs://, hf:// or what else fsspec writes to."""
     from overcrank.cli import build_report as report
+    from overcrank.cli.bundles import published
     from overcrank.engines import remote
     from overcrank.engines.store import Store
     from overcrank.engines.trust import Keyring
@@ -216,20 +252,29 @@ def engines_push(url: str, bundles: tuple[str, ...], key: str, store: Path | Non
     paths = [where.resolve(b) for b in bundles]
     with report.transfer_display() as progress:
         made = remote.push(remote.Remote(url), paths, key, Keyring(), progress)
+    if as_json:
+        print_json("engines push", url=url, bundles=[published(listed) for listed in made])
+        return
     for listed in made:
         click.echo(f"published {listed.name}, {human_bytes(listed.bytes)}")
 
 
 @engines.command("pull", cls=Command)
 @click.argument("url")
-@click.option("--model", required=True, help="Family or variant, as 'engines search' shows it.")
-@click.option("--gpu", default="auto", show_default=True, help="auto for the card in this machine, or as build-engine.")
+@click.option("--model", type=MODEL, required=True, help="Family or variant, as 'engines search' shows it.")
+@click.option(
+    "--gpu", type=CARD, default="auto", show_default=True, help="auto for the card in this machine, or as build-engine."
+)
 @click.option("--precision", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4.")
 @click.option("--allow-unsigned", is_flag=True, help="Also what nobody trusted has signed: you vouch for URL.")
+@json_option
 @store_option
-def engines_pull(url: str, model: str, gpu: str, precision: str, allow_unsigned: bool, store: Path | None) -> None:
+def engines_pull(
+    url: str, model: str, gpu: str, precision: str, allow_unsigned: bool, as_json: bool, store: Path | None
+) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
     from overcrank.cli import build_report as report
+    from overcrank.cli.bundles import published
     from overcrank.engines import remote
     from overcrank.engines.store import Store
     from overcrank.engines.targets import precision_for, targets_for
@@ -240,22 +285,31 @@ def engines_pull(url: str, model: str, gpu: str, precision: str, allow_unsigned:
     index = remote.read_index(place, ring, where, allow_unsigned)
     listed = remote.fitting(index, model, target.name, precision_for(target, precision))
     with report.transfer_display() as progress:
-        click.echo(remote.pull(place, listed, where, ring, progress, allow_unsigned))
+        path = remote.pull(place, listed, where, ring, progress, allow_unsigned)
+    if as_json:
+        print_json("engines pull", url=url, path=path, bundle=published(listed))
+    else:
+        click.echo(path)
 
 
 @engines.command("search", cls=Command)
 @click.argument("url")
-@click.option("--model", default="", help="Family or variant [default: all].")
+@click.option("--model", type=MODEL, default="", help="Family or variant [default: all].")
+@json_option
 @store_option
-def engines_search(url: str, model: str, store: Path | None) -> None:
+def engines_search(url: str, model: str, as_json: bool, store: Path | None) -> None:
     """What is published at URL."""
+    from overcrank.cli.bundles import published
     from overcrank.engines import remote
     from overcrank.engines.store import Store
     from overcrank.engines.trust import Keyring
     from overcrank.units import human_bytes
 
     index = remote.read_index(remote.Remote(url), Keyring(), Store(store))
-    for listed in index.bundles.values():
-        if model in ("", listed.model, listed.family):
-            words = (listed.model, listed.target, listed.precision, f"{listed.flavour} {listed.flavour_version}")
-            click.echo(f"{'  '.join(words)}  {human_bytes(listed.bytes)}  {listed.name}")
+    found = [listed for listed in index.bundles.values() if model in ("", listed.model, listed.family)]
+    if as_json:
+        print_json("engines search", url=url, bundles=[published(listed) for listed in found])
+        return
+    for listed in found:
+        words = (listed.model, listed.target, listed.precision, f"{listed.flavour} {listed.flavour_version}")
+        click.echo(f"{'  '.join(words)}  {human_bytes(listed.bytes)}  {listed.name}")

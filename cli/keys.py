@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from overcrank.cli.json import json_option, print_json
 from overcrank.cli.options import Command, Group
 
 
@@ -38,11 +39,15 @@ def keys_trust(key: tuple[str, ...]) -> None:
 
 
 @keys.command("list", cls=Command)
-def keys_list() -> None:
+@json_option
+def keys_list(as_json: bool) -> None:
     """Every key that is or was trusted here."""
     from overcrank.engines.trust import Keyring
 
     known = Keyring().publishers()
+    if as_json:
+        print_json("keys list", keys=[{"fingerprint": name, **found.model_dump()} for name, found in known.items()])
+        return
     for name, found in known.items():
         state = f"revoked {found.revoked}" if found.revoked else f"trusted since {found.added}"
         click.echo(f"{name[:16]}  {found.name}: {state}")

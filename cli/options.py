@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from overcrank.cli.completion import BUNDLE, MODEL
+from overcrank.cli.json import json_option
 from overcrank.errors import OvercrankError, UserError
 
 SOME_FAILED = 3
@@ -161,7 +163,9 @@ def quantization_of(options: dict[str, Any]) -> Any:
 
 _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
-        "--model", help="Family, variant, diffusers folder, or hub id [default: the demo model in this package]."
+        "--model",
+        type=MODEL,
+        help="Family, variant, diffusers folder, or hub id [default: the demo model in this package].",
     ),
     click.option(
         "--backend",
@@ -170,7 +174,9 @@ _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
     ),
-    click.option("--bundle", help="Bundle of engines to use [default: the newest for this network and card]."),
+    click.option(
+        "--bundle", type=BUNDLE, help="Bundle of engines to use [default: the newest for this network and card]."
+    ),
     click.option(
         "--precision", default="auto", show_default=True, help="Of the engines: auto (16 bit), fp8, int8 or nvfp4."
     ),
@@ -213,7 +219,7 @@ _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--preview", is_flag=True, help="Write NAME.preview.png at each denoising step."),
     click.option("--quiet", is_flag=True, help="No progress."),
-    click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, no progress."),
+    json_option,
     store_option,
 )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from overcrank.cli.json import print_json
 from overcrank.cli.options import SOME_FAILED
 from overcrank.errors import RequestError
 from overcrank.models import packaged_model, resolve
@@ -113,13 +114,11 @@ def _on_cluster(
 
 
 def _print(outcomes: list[Any], as_json: bool, many: bool, seconds: float) -> None:
-    import json
-
     from overcrank.cli import display as show
     from overcrank.runtime.render.renderer import CANCELLED, FAILED
 
     if as_json:
-        click.echo(json.dumps(show.as_json(outcomes), indent=1))
+        print_json("batch" if many else "render", seconds=round(seconds, 2), jobs=show.as_json(outcomes))
         return
     if many:
         show.report(outcomes, seconds)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from overcrank.engines.build import Built, Progress, Request, build_each, key_of
 from overcrank.engines.manifest import profile_line
@@ -161,7 +161,7 @@ def write_index(file: Path, result: Result) -> None:
         part.write_text("\n".join([*lines, ""]), "utf-8")
 
 
-def as_json(result: Result) -> str:
+def reported(result: Result) -> dict[str, list[dict[str, Any]]]:
+    """As plain data: what was built, and what failed and why."""
     built = [c._asdict() | {"path": str(b.path), "cached": b.cached} for c, b in result.built.items()]
-    failed = [c._asdict() | {"error": error} for c, error in result.failed.items()]
-    return json.dumps({"built": built, "failed": failed}, indent=1)
+    return {"built": built, "failed": [c._asdict() | {"error": error} for c, error in result.failed.items()]}

@@ -245,3 +245,10 @@ def _error_on_card(flavour: str, plan: Any) -> float:
     torch.cuda.synchronize()
     expected = (x.float() @ w.float()).tanh()
     return float((y.float() - expected).norm() / expected.norm())
+
+
+def every_finding(store: Store, quick: bool) -> list[Finding]:
+    """Of this machine and a store; `quick` leaves the self-test out."""
+    machine = examined()
+    found = [*findings(machine, store.list()), *of_store(machine, store)]
+    return found if quick else [*found, self_test(machine)]

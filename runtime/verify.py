@@ -50,6 +50,9 @@ class Check:
     quantized: int = 0  # layers, which PyTorch multiplies in the same format
     allowed: float = 0.0  # relative error, for their rounding
 
+    def within(self, tolerance: float) -> bool:
+        return self.relative_error <= max(tolerance, self.allowed)
+
 
 def verify_bundle(bundle: Path, weights: Path | None) -> Iterator[Check]:
     """Yield one Check per component and shape: profile minimum, optimum, and another one.

@@ -123,14 +123,14 @@ def test_a_broken_job_does_not_stop_the_rest_and_finished_ones_are_skipped(run: 
     out = tmp_path / "out"
     result = run("overcrank", "batch", file, "-o", out, "--json", "--backend", "eager")
     assert result.exit_code == 3
-    rows = json.loads(result.stdout)
+    rows = json.loads(result.stdout)["jobs"]
     assert [r["status"] for r in rows] == ["done", "failed", "done", "done"]
     assert "cannot be read as a picture" in rows[1]["error"]
     assert results(out) == ["0001", "0003", "0004"]
     (out / "0003.gif").write_bytes(b"damaged")
     write_jobs(file, [*jobs[:3], {**jobs[3], "seed": 99}])
     Image.new("RGB", (64, 64)).save(tmp_path / "broken.png")
-    again = json.loads(run("overcrank", "batch", file, "-o", out, "--json", "--backend", "eager").stdout)
+    again = json.loads(run("overcrank", "batch", file, "-o", out, "--json", "--backend", "eager").stdout)["jobs"]
     assert [r["status"] for r in again] == ["skipped", "done", "done", "done"]
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
@@ -210,7 +210,7 @@ def test_a_full_disk_while_encoding_is_one_sentence_and_leaves_nothing(tmp_path:
     command = [*OVERCRANK, "batch", str(file), "-o", str(out), "--backend", "eager", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files, check=False)
     assert done.returncode == 2, done.stderr
-    (row,) = json.loads(done.stdout)
+    (row,) = json.loads(done.stdout)["jobs"]
     assert "The disk that holds" in row["error"]
     assert list(out.iterdir()) == []
 
@@ -235,7 +235,7 @@ def test_what_the_card_does_to_a_batch(
     monkeypatch.setattr(driver, "encoded", fails)
     jobs = write_jobs(tmp_path / "jobs.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     result = run("overcrank", "batch", jobs, "-o", tmp_path / "out", "--backend", "eager", "--json")
-    report = json.loads(result.output)
+    report = json.loads(result.output)["jobs"]
     failed = [job for job in report if job["status"] == "failed"]
     assert len(failed) == statuses
     assert says in failed[0]["error"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -82,3 +86,72 @@ def test_build_is_build_engine(run: Any) -> None:
         refused = run(*words, "--model", "ltx", "--gpu", card, "--precision", "fp8")
         assert refused.exit_code == 2
         assert "sm_86 (Ampere) has no fp8" in refused.output
+
+
+REPORTING = [words for words, c in ALL.items() if any(p.name == "as_json" for p in c.params)]
+
+
+def test_every_command_that_reports_has_json_and_its_page_lists_it() -> None:
+    """Those without print a key for others to take, or one line of what they did."""
+    page = (Path(cli.__file__).parents[1] / "docs/json.md").read_text("utf-8")
+    told = {name for row in re.findall(r"^\| (`.*?) \|", page, re.M) for name in re.findall(r"`([^`]+)`", row)}
+    assert told - {"build-engine", "command"} == {" ".join(words) for words in REPORTING} - {"build-engine"}
+    silent = {"calibrate", "pack", "engines rm", "engines sign", "keys new", "keys trust", "keys revoke"}
+    groups = {" ".join(words) for words, c in ALL.items() if isinstance(c, click.Group)} - {"models"}
+    assert {" ".join(words) for words in ALL} - {" ".join(w) for w in REPORTING} == silent | groups
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("models",), {"models", "targets"}),
+        (("models", "show", "ltx-demo"), {"name", "networks", "profile", "download", "tasks"}),
+        (("keys", "list"), {"keys"}),
+        (("doctor", "--quick"), {"findings"}),
+        (("engines", "list"), {"bundles"}),
+        (("engines", "fsck"), {"problems", "removed"}),
+        (("engines", "gc", "--dry-run"), {"items", "removed"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_json_documents(words: tuple[str, ...], names: set[str], run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OVERCRANK_HOME", str(tmp_path))
+    result = run("overcrank", *words, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    named = [word for word in words if word in ("show", "list", "fsck", "gc") or word == words[0]]
+    assert (document["format"], document["command"]) == (1, " ".join(named))
+    assert names <= set(document)
+
+
+def test_what_asks_cannot_be_told_to_be_json_alone(run: Any, tmp_path: Path) -> None:
+    refused = run("overcrank", "engines", "gc", "--json", "--store", tmp_path)
+    assert refused.exit_code == 2
+    assert "--yes" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("overcrank render --model wan-2.2-t", {"wan-2.2-ti2v-5b", "wan-2.2-t2v-a14b"}),
+        ("build-engine --gpu rtx509", {"rtx5090", "rtx5090d"}),
+        ("overcrank engines show ltx-d", {"ltx-demo-x"}),
+        ("overcrank ver", {"verify"}),
+    ],
+)
+def test_completion(typed: str, offered: set[str], tmp_path: Path) -> None:
+    (tmp_path / "bundles" / "ltx-demo-x").mkdir(parents=True)
+    (tmp_path / "bundles" / "ltx-demo-x" / "manifest.json").write_text("{}")
+    script = typed.split()[0]
+    variable = f"_{script.upper().replace('-', '_')}_COMPLETE"
+    own = os.environ | {variable: "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    code = f"from overcrank.cli import main, build_engine; {'main' if script == 'overcrank' else 'build_engine'}"
+    code += f"(prog_name={script!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=own | {"OVERCRANK_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == offered, done.stderr

@@ -111,14 +111,14 @@ def test_a_batch_is_whole_though_a_worker_is_killed(cluster: str, run: Any, tmp_
     killer.join()
     assert killed
     assert result.exit_code != 0  # one job has a sound track that is none
-    outcomes = {o["name"]: o for o in json.loads(result.stdout)}
+    outcomes = {o["name"]: o for o in json.loads(result.stdout)["jobs"]}
     assert [o["status"] for name, o in outcomes.items() if "-" in name] == ["done"] * 4
     assert "cannot be read as sound" in outcomes["0005"]["error"]
     assert len(list(out.glob("*.mp4"))) == 4
     assert not list(out.glob(".*"))
     times = {f: f.stat().st_mtime_ns for f in out.glob("*.mp4")}
     again = run("overcrank", *words, "--json")
-    assert [o["status"] for o in json.loads(again.stdout)] == ["skipped"] * 4 + ["failed"]
+    assert [o["status"] for o in json.loads(again.stdout)["jobs"]] == ["skipped"] * 4 + ["failed"]
     assert {f: f.stat().st_mtime_ns for f in out.glob("*.mp4")} == times
 
 

@@ -78,11 +78,11 @@ def test_batch_to_a_full_disk(disk: tuple[Path, Disk], tmp_path: Path, run: Any)
     (tmp_path / "jobs.jsonl").write_text('{"prompt": "a red ring", "steps": 1}\n{"prompt": "a blue cross", "steps": 1}')
     mount("remount,size=16k")
     words = ["batch", tmp_path / "jobs.jsonl", "-o", folder / "out", "--backend", "eager", "--json"]
-    full = json.loads(run("overcrank", *words).stdout)
+    full = json.loads(run("overcrank", *words).stdout)["jobs"]
     assert all("is full; free space or give --out elsewhere" in outcome["error"] for outcome in full)
     assert not list((folder / "out").iterdir())
     mount("remount,size=10m")
-    assert [o["status"] for o in json.loads(run("overcrank", *words).stdout)] == ["done", "done"]
+    assert [o["status"] for o in json.loads(run("overcrank", *words).stdout)["jobs"]] == ["done", "done"]
 
 
 def test_a_read_only_store(disk: tuple[Path, Disk], keys: None, demo_bundle: Path, tmp_path: Path, run: Any) -> None:
