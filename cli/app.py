@@ -17,7 +17,7 @@ from overcrank import __version__
 from overcrank.cli.build import build_engine
 from overcrank.cli.completion import BUNDLE, MODEL
 from overcrank.cli.engines import engines
-from overcrank.cli.json import json_option, print_json
+from overcrank.cli.json_output import json_option, print_json
 from overcrank.cli.keys import keys
 from overcrank.cli.options import (
     Command,

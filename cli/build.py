@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 from overcrank.cli.completion import CARD, MODEL
-from overcrank.cli.json import json_option, print_json
+from overcrank.cli.json_output import json_option, print_json
 from overcrank.cli.options import Command, bounds_options, quantization_options, quantized_layers, store_option
 from overcrank.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from overcrank.cli.json import print_json
+from overcrank.cli.json_output import print_json
 from overcrank.engines.targets import TARGETS
 from overcrank.models import components, families, family, parameter_counts, resolve
 from overcrank.models.base import Preset, Variant

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from overcrank.cli.completion import BUNDLE, CARD, MODEL
-from overcrank.cli.json import json_option, print_json
+from overcrank.cli.json_output import json_option, print_json
 from overcrank.cli.options import SOME_FAILED, Command, Group, ray_option, store_option
 from overcrank.errors import UserError
 

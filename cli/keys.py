@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from overcrank.cli.json import json_option, print_json
+from overcrank.cli.json_output import json_option, print_json
 from overcrank.cli.options import Command, Group
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 from overcrank.cli.completion import BUNDLE, MODEL
-from overcrank.cli.json import json_option
+from overcrank.cli.json_output import json_option
 from overcrank.errors import OvercrankError, UserError
 
 SOME_FAILED = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from overcrank.cli.json import print_json
+from overcrank.cli.json_output import print_json
 from overcrank.cli.options import SOME_FAILED
 from overcrank.errors import RequestError
 from overcrank.models import packaged_model, resolve
