@@ -22,7 +22,7 @@ from tests import without_torchvision
 from tests.diffusers_suite.cells import Outcome, Suite, counts, shared_sessions
 from tests.diffusers_suite.classes import CLASSES
 from tests.diffusers_suite.markdown import page
-from tests.diffusers_suite.variations import VARIATIONS
+from tests.diffusers_suite.variations import CELLS, VARIATIONS
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     asked.add_argument("--store", type=Path, help="where graphs are kept [default: a new folder]")
     asked.add_argument("--all", action="store_true", help="print good cells too")
     asked.add_argument("--results", type=Path, help="outcomes, one to a line: read first, and added to")
+    asked.add_argument("--known", action="store_true", help="run nothing: only what --results has")
     asked.add_argument("--markdown", type=Path, help="write the table there")
     options = asked.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -50,16 +51,19 @@ def main() -> None:
         with shared_sessions():
             for variation in (v for v in varied if VARIATIONS[v].of(name)):
                 found = known.get((name, variation))
-                if found is None or not found.good:
+                if options.known and found is None:
+                    continue
+                if not options.known and (found is None or not found.good):
                     found = suite.run(name, VARIATIONS[variation])
                     _write(options.results, (name, variation), found)
+                assert found is not None
                 table[name, variation] = found
                 if options.all or not found.good:
                     print(f"{found.kind:9} {name} | {variation} | {found.note}", flush=True)
         print(f"# {name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     print(counts(table))
     if options.markdown:
-        options.markdown.write_text(page(table), "utf-8")
+        options.markdown.write_text(page(table, len(CELLS)), "utf-8")
 
 
 def _read(results: Path | None) -> dict[tuple[str, str], Outcome]:

@@ -22,10 +22,12 @@ Runtime on CPU.
 """
 
 
-def page(table: Mapping[tuple[str, str], Outcome]) -> str:
+def page(table: Mapping[tuple[str, str], Outcome], cells: int) -> str:
     """One table for each class would be long: variations are rows, and each outcome lists its classes."""
     notes: dict[str, int] = {}
     total = ", ".join(f"{n} {kind}" for kind, n in counts(table).items())
+    if len(table) < cells:
+        total += f"; {cells - len(table)} of {cells} cells were not run for this page"
     lines = [INTRODUCTION, f"{total}.\n", "| variation | outcome | classes |", "|---|---|---|"]
     for variation in dict.fromkeys(v for _, v in table):
         grouped: dict[str, list[str]] = {}

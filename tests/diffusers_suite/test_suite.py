@@ -16,9 +16,8 @@ from overcrank.runtime.sessions.session import Fallback, Record
 from tests import without_torchvision
 from tests.diffusers_suite import cells, unserved
 from tests.diffusers_suite.classes import CLASSES
-from tests.diffusers_suite.variations import VARIATIONS
+from tests.diffusers_suite.variations import CELLS, VARIATIONS
 
-CELLS = [(name, v) for name in CLASSES for v in VARIATIONS if VARIATIONS[v].of(name)]
 USUAL = {  # of two classes, as each has graphs to export: a transformer and a UNet
     "LTXPipeline": (
         "plain", "two prompts", "prompt embeds", "step callback", "shorter text", "bf16", "LoRA at half strength",

@@ -10,7 +10,7 @@ from tests.diffusers_suite import calls, changes, weights
 from tests.diffusers_suite.calls import given
 from tests.diffusers_suite.cells import Changed, Variation
 from tests.diffusers_suite.changes import before
-from tests.diffusers_suite.classes import clip, picture
+from tests.diffusers_suite.classes import CLASSES, clip, picture
 
 
 def _then(change: Any, call: Any) -> Variation:
@@ -149,3 +149,4 @@ WHOLE = {
     "accelerated twice": Variation(after=lambda pipe: Changed(), again=True),
 }
 VARIATIONS: dict[str, Variation] = CALLS | OWN | WHOLE | BEFORE | AFTER
+CELLS = [(name, variation) for name in CLASSES for variation in VARIATIONS if VARIATIONS[variation].of(name)]
