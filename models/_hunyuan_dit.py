@@ -270,9 +270,11 @@ def _unpadded(call: Mapping[str, Any], name: str, mask: str) -> T:
 
 
 def _length(padding: T) -> int:
-    """Raises ShapeError for a mask that keeps other tokens than the first."""
-    length = max(1, int(padding.sum()))
-    if not bool(padding[:, :length].all()) and bool(padding.any()):
+    """Raises ShapeError for a mask that keeps none, or other tokens than the first."""
+    length = int(padding.sum())
+    if not length:
+        raise ShapeError("this call's text is nothing but padding")
+    if not bool(padding[:, :length].all()):
         raise ShapeError("this call's text has padding among its tokens")
     return length
 

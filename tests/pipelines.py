@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +123,11 @@ def siglip() -> dict[str, Any]:
 
 def hunyuan_15(name: str, cls: str, **more: Any) -> Any:
     config = tiny.variant(name).configs["transformer"]
-    tokenizer = spoken("word " * 120)
+    stock = diffusers.HunyuanVideo15Pipeline
+    system = inspect.signature(stock._get_mllm_prompt_embeds).parameters["system_message"].default
+    filler = "word " * (108 - len(system.split()))  # the pipeline cuts off the first 108 tokens
+    each = "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }} "
+    tokenizer = spoken("word", filler + "{% for m in messages %}" + each + "{% endfor %} word")
     bytes_ = transformers.ByT5Tokenizer()
     glyphs = transformers.T5Config(
         vocab_size=len(bytes_), d_model=config["text_embed_2_dim"], d_kv=8, d_ff=16, num_heads=2, num_layers=1,
