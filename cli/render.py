@@ -1,4 +1,4 @@
-"""The `render` and `batch` commands: options → jobs → driver → report."""
+"""The `render` and `batch` commands: options → jobs → renderer → report."""
 
 from __future__ import annotations
 

@@ -45,7 +45,11 @@ def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
     from tqdm.auto import tqdm
 
     with tqdm(total=total, unit="B", unit_scale=True, desc=text) as bar:
-        yield lambda done: bar.update(done) and None
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        yield advance
 
 
 @contextmanager
