@@ -260,3 +260,15 @@ def test_what_a_download_is_can_be_asked_before(run: Any) -> None:
     assert "nvidia/Cosmos-Predict2.5-2B, revision diffusers/base/post-trained" in shown
     assert "licence" in shown
     assert "download" in shown
+
+
+def test_a_download_in_python_shows_a_bar_and_its_end(capsys: Any) -> None:
+    from overcrank.models.hub import progress_bar
+
+    with progress_bar("two parts", 4_000_000) as advance:
+        advance(1_000_000)
+        advance(3_000_000)
+    shown = capsys.readouterr().err
+    assert "two parts" in shown
+    assert "100%" in shown
+    assert "4.00M/4.00M" in shown
