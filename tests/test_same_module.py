@@ -37,10 +37,7 @@ def pipe(store: Path) -> Iterator[Any]:  # noqa: F811
 
 def called(pipe: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor, Record]:
     """The denoiser's answer to one call through `accelerate`, PyTorch's own, and the record of the first."""
-    component = components(tiny.variant(NAME), ("denoiser",))[0]
-    sizes = {**component.free_axes, **component.sizes(tiny.TINY[NAME].minimum), "batch": 2}
-    call = component.sample(pipe.transformer, sizes, torch.Generator().manual_seed(0)) | more
-    call = {k: v.to(pipe.transformer.proj_out.weight.dtype) if _floats(v) else v for k, v in call.items()}
+    call = arguments(pipe) | more
     ledger, plain = pipe.overcrank.ledger, getattr(pipe.transformer, "_orig_mod", pipe.transformer)
     plain._reset_stateful_cache()  # of diffusers' caches, where they are on
     with torch.no_grad(), ledger.recording() as record, plain.cache_context("cond"):
@@ -49,6 +46,13 @@ def called(pipe: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor, Record]:
     with torch.no_grad(), ledger.recording(), ledger.eagerly(), plain.cache_context("cond"):
         expected = pipe.transformer(**call)[0]
     return found, expected, record
+
+
+def arguments(pipe: Any) -> dict[str, Any]:
+    component = components(tiny.variant(NAME), ("denoiser",))[0]
+    sizes = {**component.free_axes, **component.sizes(tiny.TINY[NAME].minimum), "batch": 2}
+    call = component.sample(pipe.transformer, sizes, torch.Generator().manual_seed(0))
+    return {k: v.to(pipe.transformer.proj_out.weight.dtype) if _floats(v) else v for k, v in call.items()}
 
 
 def _floats(value: Any) -> bool:
@@ -305,8 +309,15 @@ def test_torch_compile_and_engines_get_along(when: str, store: Path) -> None:  #
     pipe = overcrank.accelerate(made, backend="onnxruntime", store=store)
     require_served(pipe)
     if when == "method after":
-        pipe.transformer.compile(backend="eager")
+        compiled: list[torch.fx.GraphModule] = []
+        pipe.transformer.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+        call = arguments(pipe)
+        with torch.no_grad(), pipe.overcrank.ledger.recording() as record:
+            pipe.transformer(**call)
+        assert record.served["denoiser", "onnxruntime"] == 1
+        assert not compiled  # engines' calls are traced by nobody
         require_served(pipe)
+        assert compiled  # PyTorch's are
 
 
 def test_only_pipelines_are_accelerated() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import BuildCancelled, CannotServe, OtherKind, OvercrankError, RenderCancelled, ShapeError
@@ -110,7 +112,8 @@ class EngineModule:
             if hook is not None and self._before is not None:  # under this forward, which brings the weights
                 args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
             try:
-                return self._by_an_engine(_arguments(self.__signature__, args, kwargs))
+                serve = self._uncompiled if "torch._dynamo" in sys.modules else self._by_an_engine
+                return serve(_arguments(self.__signature__, args, kwargs))
             except CannotServe as refusal:
                 self.ledger.fall_back([self.name], refusal.reason, refusal.fix)
         self.ledger.record.served[self.name, EAGER] += 1
@@ -118,6 +121,14 @@ class EngineModule:
         return self._eager(*args, **kwargs)
 
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it as it is
+
+    @cached_property
+    def _uncompiled(self) -> Callable[[dict[str, Any]], Any]:
+        """What engines do is not for torch.compile, which would trace it frame by frame."""
+        import torch
+
+        disabled: Callable[[dict[str, Any]], Any] = torch.compiler.disable(self._by_an_engine)
+        return disabled
 
     def _by_an_engine(self, arguments: dict[str, Any]) -> Any:
         """Raises CannotServe with the reason of the slot that came closest.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import chain
 from operator import attrgetter, is_
@@ -49,14 +49,9 @@ class Fingerprint:
         """Raises CannotServe when the module is not as its class makes it."""
         require_stock(module, kinds)
         self._submodules = list(module.modules())
-        self._children = [m._modules for m in self._submodules if m._modules]
-        self._inside = list(chain.from_iterable(map(dict.values, self._children)))
-        tables: list[dict[str, Any]] = [m._parameters for m in self._submodules if m._parameters]
-        self._full = [t for t in tables if all(v is not None for v in t.values())]
-        gaps = [t for t in tables if any(v is None for v in t.values())]
-        some = [(t, key) for t in gaps for key, value in t.items() if value is not None]
-        self._some = [t for t, _ in some], [key for _, key in some]
-        self._parameters = self._current()
+        self._children = _Tables([m._modules for m in self._submodules])
+        self._tables = _Tables([m._parameters for m in self._submodules])
+        self._parameters = [p for p in self._tables.values() if p is not None]
         places = [(m._buffers, name) for m in self._submodules for name in m._buffers]
         self._places = [table for table, _ in places], [name for _, name in places]
         self._buffers = self._buffers_now()
@@ -74,10 +69,6 @@ class Fingerprint:
         self.touched = False  # a submodule or parameter was registered
         self.noted()
         _watch(self, self._submodules)
-
-    def _current(self) -> list[torch.Tensor]:
-        """The parameters that are in their places now."""
-        return list(chain(chain.from_iterable(map(dict.values, self._full)), map(dict.get, *self._some)))
 
     def _buffers_now(self) -> list[Any]:
         return list(map(dict.get, *self._places))
@@ -103,9 +94,10 @@ class Fingerprint:
             and list(map(_FORWARD, self._types)) == self._forwards
             and list(map(len, self._attributes)) == self._counts
             and all(map(is_, map(dict.get, *self._watched), self._values))
-            and all(map(is_, chain.from_iterable(map(dict.values, self._children)), self._inside))
+            and self._children.same()
+            and self._tables.same()
             and (not self._buffers or self._same_buffers())
-            and _at(self._current(), self._addresses)
+            and _at(self._parameters, self._addresses)
             and (not self.copies or self._unwritten())
         )
 
@@ -159,6 +151,27 @@ class Fingerprint:
             ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
             found[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
         return found
+
+
+class _Tables:
+    """What modules hold by name, compared as dictionaries, which find the same object in its place first."""
+
+    def __init__(self, tables: Iterable[dict[str, Any]]) -> None:
+        self._tables = [t for t in tables if t]
+        self._copies = [dict(t) for t in self._tables]
+        single = [(t, k) for t in self._tables for k, v in t.items() if getattr(v, "numel", int)() == 1]
+        self._single = [t for t, _ in single], [k for _, k in single]
+        self._ones = list(map(dict.get, *self._single))
+
+    def values(self) -> Iterator[Any]:
+        return chain.from_iterable(c.values() for c in self._copies)
+
+    def same(self) -> bool:
+        try:
+            equal = self._tables == self._copies
+        except RuntimeError:  # PyTorch will not say whether another tensor is the same
+            return False
+        return equal and all(map(is_, map(dict.get, *self._single), self._ones))  # a tensor of one value it compares
 
 
 def _addresses(parameters: Sequence[torch.Tensor]) -> list[int]:
