@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,10 +31,15 @@ def merged(cls: type[O], options: O | None, changes: Mapping[str, Any]) -> O:
     return replace(cls() if options is None else options, **changes)
 
 
-def speak_of_flags() -> None:
-    """From now on, messages of this process name options as the command line does."""
+@contextmanager
+def named_as_flags() -> Iterator[None]:
+    """Messages of this process name options as the command line does."""
     global _as_flags
-    _as_flags = True
+    before, _as_flags = _as_flags, True
+    try:
+        yield
+    finally:
+        _as_flags = before
 
 
 def option(name: str, value: object = None) -> str:

@@ -11,6 +11,7 @@ import click
 from overcrank.cli.completion import BUNDLE, MODEL
 from overcrank.cli.json_output import json_option
 from overcrank.errors import OvercrankError, UserError
+from overcrank.options import named_as_flags
 
 SOME_FAILED = 3
 """Exit status: some of the work failed, and the rest is done."""
@@ -70,7 +71,8 @@ class Command(_Described):
 def exit_on_error(call: Callable[[], Any]) -> Any:
     """Our errors are one sentence on stderr and their own exit code."""
     try:
-        return call()
+        with named_as_flags():
+            return call()
     except OvercrankError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
