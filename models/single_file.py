@@ -1,0 +1,114 @@
+"""Key names of single files: which rows of which of a file's tensors make a parameter of the diffusers class.
+
+diffusers renames, splits and reorders original checkpoints in functions of its own (loaders/single_file_utils). They are
+called here on tensors of row numbers in place of weights: where the numbers come out says where the rows go. So
+nothing of them is repeated, and what is a run of rows in the file stays a view of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "vae.", "first_stage_model.")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` … `stop` - 1 of a file's tensor, by the first axis."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+Origins = Mapping[str, tuple[Rows, ...]]
+"""Parameter of the diffusers class → the rows it is made of, in order."""
+
+
+def origins(cls: type, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Rows, ...]]:
+    """Where each parameter of `cls` comes from in a file whose tensors have these names and shapes.
+
+    `shapes`: of weights and other parameters, without what is beside quantized ones. Names that are the class's own
+    already are left as they are. Raises CheckpointError where diffusers' own renaming fails on these names.
+    """
+    import torch
+
+    firsts, count = {}, 0
+    ids: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        rows = shape[0] if shape else 1
+        ids[name] = torch.arange(count, count + rows).reshape(rows, *(1 for _ in shape[1:]))
+        firsts[count] = name
+        count += rows
+    starts = sorted(firsts)
+    converted = _converted(cls, ids)
+    return {name: tuple(_runs(tensor, starts, firsts)) for name, tensor in converted.items()}
+
+
+def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.loaders import single_file_model as own
+
+    name = own._get_single_file_loadable_mapping_class(cls)
+    if name is None:
+        return ids
+    convert: Any = own.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    given = {"checkpoint": dict(ids), "config": {}}
+    taken = inspect.signature(convert).parameters
+    try:
+        return dict(convert(**{k: v for k, v in given.items() if k in taken}))
+    except (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"diffusers cannot tell what its tensors are in {cls.__name__} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _runs(tensor: Tensor, starts: list[int], firsts: Mapping[int, str]) -> Iterable[Rows]:
+    """Row numbers as runs of rows, each of one tensor."""
+    from bisect import bisect_right
+
+    numbers = tensor.flatten().tolist()
+    begin = 0
+    for i in range(1, len(numbers) + 1):
+        inside = i < len(numbers) and numbers[i] == numbers[i - 1] + 1 and numbers[i] not in firsts
+        if inside:
+            continue
+        home = starts[bisect_right(starts, numbers[begin]) - 1]
+        yield Rows(firsts[home], numbers[begin] - home, numbers[i - 1] + 1 - home)
+        begin = i
+
+
+def without_prefix(names: Iterable[str]) -> str:
+    """The prefix that every name of the network has in a file, such as "model.diffusion_model."; empty for none."""
+    names = list(names)
+    return next((p for p in PREFIXES if names and all(n.startswith(p) for n in names)), "")
+
+
+def difference(wanted: Mapping[str, tuple[int, ...]], given: Origins, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps a file from being the network with the `wanted` parameters, in words; empty if nothing does."""
+    missing = [name for name in wanted if name not in given]
+    left = [name for name in given if name not in wanted]
+    wrong = [
+        f"{name} is {list(_shape(given[name], shapes))}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in given and prod(_shape(given[name], shapes)) != prod(shape)
+    ]
+    parts = []
+    for what, names in (("lacks", missing), ("has no place for", left), ("", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{what} {', '.join(names[:3])}{more}".strip())
+    return "; ".join(parts)
+
+
+def _shape(rows: tuple[Rows, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    whole = shapes[rows[0].tensor]
+    return (sum(r.stop - r.start for r in rows), *whole[1:])

@@ -1,0 +1,251 @@
+"""What the linear layers of a weight file hold: their number formats, their scales, and their values.
+
+ComfyUI's quantized files (a `comfy_quant` tensor beside each layer, or `_quantization_metadata` in the header), the
+older scaled fp8 (`scale_weight`), fp8 without scales, and GGUF's blocks. A tensor that nobody here understands is an
+error that names it: to pass over a scale is a noisy picture with nothing said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isqrt, prod
+from typing import TYPE_CHECKING, Any
+
+from overcrank.errors import CheckpointError
+from overcrank.models.weight_file import Stored, WeightFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAIN = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+FP8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
+ROLES = {
+    "weight_scale": "scale", "scale_weight": "scale", "weight_scale_2": "scale_2", "input_scale": "input_scale",
+    "scale_input": "input_scale", "pre_quant_scale": "pre_quant_scale",
+}  # fmt: skip
+"""Last part of a tensor's name beside a layer's weight → what it is."""
+MARKERS = ("scaled_fp8", "comfy_quant")
+COMFY = {
+    "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
+    "int8_tensorwise": "int8",
+}  # fmt: skip
+"""ComfyUI's names of formats, of those that are read here."""
+NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A linear layer whose weight [N, K] is quantized in the file."""
+
+    name: str
+    format: str
+    """fp8_e4m3, fp8_e5m2, int8, nvfp4, mxfp8, or a GGUF block format such as Q4_K."""
+    shape: tuple[int, int]
+    scales: Mapping[str, str] = field(default_factory=dict)
+    """scale, scale_2, input_scale or pre_quant_scale → the tensor's name."""
+    rotation: int = 0
+    """Inputs in a group that a Hadamard matrix rotates before the layer (ConvRot, arXiv:2512.03673); 0 for none."""
+
+
+def stored_layers(file: WeightFile) -> dict[str, StoredLayer]:
+    """Layer's name → what it holds, of the layers that are quantized; every other tensor is plain.
+
+    Raises CheckpointError for a format that is unknown, a scale that belongs to no layer, is missing, or has another
+    shape than its layer needs.
+    """
+    said = _said(file)
+    scales: dict[str, dict[str, str]] = {}
+    for name in file.tensors:
+        layer, _, last = name.rpartition(".")
+        if last in ROLES:
+            scales.setdefault(layer, {})[ROLES[last]] = name
+    layers = {}
+    for name, stored in file.tensors.items():
+        layer, _, last = name.rpartition(".")
+        about = said.get(layer, {}) if last == "weight" else {}
+        if stored.dtype in PLAIN and not about:
+            continue
+        if last == "weight":
+            layers[layer] = _layer(file, layer, stored, about, scales.pop(layer, {}))
+        elif last not in ROLES and last not in MARKERS and stored.dtype in (*FP8, "int8", "uint8"):
+            raise CheckpointError(f"{file.path}: tensor '{name}' is {stored.dtype}, which only layers' weights are.")
+    for layer, roles in scales.items():
+        raise CheckpointError(
+            f"{file.path}: tensor '{next(iter(roles.values()))}' is a scale, and '{layer}.weight' is not quantized."
+        )
+    for layer in said.keys() - layers.keys():
+        raise CheckpointError(f"{file.path}: '{layer}' is said to be quantized, and has no weight in it.")
+    return layers
+
+
+def _said(file: WeightFile) -> dict[str, dict[str, Any]]:
+    """Layer → what the file says of it in JSON."""
+    table: dict[str, dict[str, Any]] = {}
+    if text := file.metadata.get("_quantization_metadata"):
+        table |= _json(file, "_quantization_metadata", text).get("layers", {})
+    for name in file.tensors:
+        layer, _, last = name.rpartition(".")
+        if last == "comfy_quant":
+            table[layer] = _json(file, name, bytes(file.read(name).numpy()).decode("utf-8", "replace"))
+    return table
+
+
+def _json(file: WeightFile, where: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file.path}: {where} is no JSON table.")
+    return value
+
+
+def _layer(
+    file: WeightFile, layer: str, stored: Stored, about: Mapping[str, Any], scales: dict[str, str]
+) -> StoredLayer:
+    form = _format(file, layer, stored, about)
+    if len(stored.shape) != 2:
+        raise CheckpointError(
+            f"{file.path}: '{layer}' is in {form}, and its weight is no matrix: {list(stored.shape)}."
+        )
+    outputs, inner = stored.shape
+    inner = inner * 2 if form == "nvfp4" else inner
+    rotation = int(about.get("convrot_groupsize", 256)) if about.get("convrot") else 0
+    if rotation and (inner % rotation or 4 ** (rotation.bit_length() // 2) != rotation):
+        raise CheckpointError(f"{file.path}: '{layer}' is rotated in groups of {rotation}, which do not fit {inner}.")
+    known = StoredLayer(layer, form, (outputs, inner), scales, rotation)
+    for role in _needed(known):
+        if role not in scales:
+            raise CheckpointError(f"{file.path}: '{layer}' is in {form} and has no {role}; its values are unknown.")
+    for role, name in scales.items():
+        shapes = {**_needed(known), **_allowed(known)}.get(role)
+        if shapes is None:
+            raise CheckpointError(f"{file.path}: '{layer}' is in {form}, for which '{name}' is not understood.")
+        if prod(file.tensors[name].shape) not in shapes:
+            raise CheckpointError(
+                f"{file.path}: '{name}' is {list(file.tensors[name].shape)}, which does not fit {outputs} × {inner}."
+            )
+    return known
+
+
+def _format(file: WeightFile, layer: str, stored: Stored, about: Mapping[str, Any]) -> str:
+    if about:
+        form = COMFY.get(str(about.get("format")), "")
+        expected = {"int8": ("int8",), "nvfp4": ("uint8",)}.get(form, tuple(t for t, f in FP8.items() if f == form))
+        if form == "mxfp8":
+            expected = ("float8_e4m3fn",)
+        if not form or stored.dtype not in expected:
+            raise CheckpointError(
+                f"{file.path}: '{layer}' is in the format {about.get('format')!r} ({stored.dtype}), which is not read "
+                f"here; {', '.join(COMFY)} are."
+            )
+        return form
+    if stored.dtype in FP8:
+        return FP8[stored.dtype]
+    if stored.dtype == "int8":
+        return "int8"
+    if stored.file.suffix == ".gguf" and stored.dtype in block_formats():
+        return stored.dtype
+    raise CheckpointError(f"{file.path}: '{layer}' is stored as {stored.dtype}, and nothing says in which format.")
+
+
+def block_formats() -> tuple[str, ...]:
+    """GGUF's formats whose blocks are read here, by the gguf package."""
+    from gguf.quants import _type_traits
+
+    return tuple(kind.name for kind in _type_traits)
+
+
+def _needed(layer: StoredLayer) -> dict[str, tuple[int, ...]]:
+    """Role → how many values its tensor may have."""
+    outputs, inner = layer.shape
+    if layer.format == "int8":
+        return {"scale": (1, outputs)}
+    if layer.format in ("nvfp4", "mxfp8"):
+        block = NVFP4_BLOCK if layer.format == "nvfp4" else MXFP8_BLOCK
+        tiled = -(-outputs // 128) * 128 * -(-(inner // block) // 4) * 4
+        return {"scale": (tiled,)} | ({"scale_2": (1,)} if layer.format == "nvfp4" else {})
+    return {}
+
+
+def _allowed(layer: StoredLayer) -> dict[str, tuple[int, ...]]:
+    """As `_needed`, of tensors that may be missing."""
+    outputs, inner = layer.shape
+    own = {"scale": (1, outputs)} if layer.format in FP8.values() else {}
+    return {**own, "input_scale": (1,), "pre_quant_scale": (inner,)}
+
+
+# ── values ───────────────────────────────────────────────────────────────────────────
+
+
+def scale_of(file: WeightFile, layer: StoredLayer) -> Tensor:
+    """fp32 [N]: what each output channel of an fp8 or int8 weight is multiplied with.
+
+    Raises CheckpointError for one that is not finite or not above zero.
+    """
+    import torch
+
+    outputs = layer.shape[0]
+    if "scale" not in layer.scales:
+        return torch.ones(outputs)
+    scale = file.read(layer.scales["scale"]).float().flatten().expand(outputs)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CheckpointError(f"{file.path}: '{layer.scales['scale']}' has values that are no scale (0, NaN or below).")
+    return scale
+
+
+def values_of(file: WeightFile, layer: StoredLayer) -> Tensor:
+    """The weight in fp32 [N, K], as its format says; rotated back where it was rotated."""
+    import torch
+
+    outputs, inner = layer.shape
+    raw = file.read(f"{layer.name}.weight")
+    if layer.format in (*FP8.values(), "int8"):
+        wide = raw.float() * scale_of(file, layer)[:, None]
+    elif layer.format == "mxfp8":
+        exponents = unblocked(file.read(layer.scales["scale"]).view(torch.uint8), outputs, inner // MXFP8_BLOCK)
+        scale = 2.0 ** (exponents.float() - 127)
+        wide = (raw.float().unflatten(1, (-1, MXFP8_BLOCK)) * scale[..., None]).flatten(1)
+    elif layer.format == "nvfp4":
+        scales = unblocked(file.read(layer.scales["scale"]), outputs, inner // NVFP4_BLOCK).float()
+        whole = scales * file.read(layer.scales["scale_2"]).float()
+        codes = torch.stack([raw >> 4, raw & 15], dim=-1).flatten(1)
+        wide = (fp4_decoded(codes).unflatten(1, (-1, NVFP4_BLOCK)) * whole[..., None]).flatten(1)
+    else:
+        import gguf
+
+        kind = gguf.GGMLQuantizationType[layer.format]
+        wide = torch.from_numpy(gguf.dequantize(raw.numpy(), kind)).reshape(outputs, inner)
+    if layer.rotation:
+        wide = (wide.unflatten(1, (-1, layer.rotation)) @ hadamard(layer.rotation)).flatten(1)
+    return wide
+
+
+def unblocked(tiled: Tensor, rows: int, columns: int) -> Tensor:
+    """Block scales [rows, columns] out of cuBLAS' tiles of 128 × 4, which hold 32 rows of four each four rows apart."""
+    tiles = tiled.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)
+    plain: Tensor = tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)
+    return plain[:rows, :columns]
+
+
+def fp4_decoded(codes: Tensor) -> Tensor:
+    """E2M1 codes, uint8, as fp32."""
+    import torch
+
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    wide = codes.long()
+    values: Tensor = magnitudes[wide & 7] * (1 - 2 * (wide >> 3))
+    return values
+
+
+def hadamard(size: int) -> Tensor:
+    """The regular Hadamard matrix [size, size] of ConvRot, orthogonal and symmetric, fp32; `size` is a power of four."""
+    import torch
+
+    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
+    matrix = four
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return matrix / isqrt(size)
