@@ -1,7 +1,7 @@
 """Key names of single files: which rows of which of a file's tensors make a parameter of the diffusers class.
 
-diffusers renames, splits and reorders original checkpoints in functions of its own (loaders/single_file_utils). They are
-called here on tensors of row numbers in place of weights: where the numbers come out says where the rows go. So
+diffusers renames, splits and reorders original checkpoints in functions of its own (loaders/single_file_utils). They
+are called here on tensors of row numbers in place of weights: where the numbers come out says where the rows go. So
 nothing of them is repeated, and what is a run of rows in the file stays a view of it.
 """
 

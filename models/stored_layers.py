@@ -32,7 +32,8 @@ COMFY = {
     "int8_tensorwise": "int8",
 }  # fmt: skip
 """ComfyUI's names of formats, of those that are read here."""
-NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
+BLOCKS = {"nvfp4": 16, "mxfp8": 32}
+"""Inputs that share a scale."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _layer(
     form = _format(file, layer, stored, about)
     if len(stored.shape) != 2:
         raise CheckpointError(
-            f"{file.path}: '{layer}' is in {form}, and its weight is no matrix: {list(stored.shape)}."
+            f"{file.path}: '{layer}' is in {form}, and its weight is {list(stored.shape)}, no matrix."
         )
     outputs, inner = stored.shape
     inner = inner * 2 if form == "nvfp4" else inner
@@ -161,19 +162,18 @@ def block_formats() -> tuple[str, ...]:
 def _needed(layer: StoredLayer) -> dict[str, tuple[int, ...]]:
     """Role → how many values its tensor may have."""
     outputs, inner = layer.shape
-    if layer.format == "int8":
-        return {"scale": (1, outputs)}
-    if layer.format in ("nvfp4", "mxfp8"):
-        block = NVFP4_BLOCK if layer.format == "nvfp4" else MXFP8_BLOCK
-        tiled = -(-outputs // 128) * 128 * -(-(inner // block) // 4) * 4
-        return {"scale": (tiled,)} | ({"scale_2": (1,)} if layer.format == "nvfp4" else {})
-    return {}
+    needed: dict[str, tuple[int, ...]] = {"scale": (1, outputs)} if layer.format == "int8" else {}
+    if layer.format in BLOCKS:
+        needed["scale"] = (-(-outputs // 128) * 128 * -(-(inner // BLOCKS[layer.format]) // 4) * 4,)
+    if layer.format == "nvfp4":
+        needed["scale_2"] = (1,)
+    return needed
 
 
 def _allowed(layer: StoredLayer) -> dict[str, tuple[int, ...]]:
     """As `_needed`, of tensors that may be missing."""
     outputs, inner = layer.shape
-    own = {"scale": (1, outputs)} if layer.format in FP8.values() else {}
+    own: dict[str, tuple[int, ...]] = {"scale": (1, outputs)} if layer.format in FP8.values() else {}
     return {**own, "input_scale": (1,), "pre_quant_scale": (inner,)}
 
 
@@ -205,14 +205,14 @@ def values_of(file: WeightFile, layer: StoredLayer) -> Tensor:
     if layer.format in (*FP8.values(), "int8"):
         wide = raw.float() * scale_of(file, layer)[:, None]
     elif layer.format == "mxfp8":
-        exponents = unblocked(file.read(layer.scales["scale"]).view(torch.uint8), outputs, inner // MXFP8_BLOCK)
+        exponents = unblocked(file.read(layer.scales["scale"]).view(torch.uint8), outputs, inner // BLOCKS["mxfp8"])
         scale = 2.0 ** (exponents.float() - 127)
-        wide = (raw.float().unflatten(1, (-1, MXFP8_BLOCK)) * scale[..., None]).flatten(1)
+        wide = (raw.float().unflatten(1, (-1, BLOCKS["mxfp8"])) * scale[..., None]).flatten(1)
     elif layer.format == "nvfp4":
-        scales = unblocked(file.read(layer.scales["scale"]), outputs, inner // NVFP4_BLOCK).float()
+        scales = unblocked(file.read(layer.scales["scale"]), outputs, inner // BLOCKS["nvfp4"]).float()
         whole = scales * file.read(layer.scales["scale_2"]).float()
         codes = torch.stack([raw >> 4, raw & 15], dim=-1).flatten(1)
-        wide = (fp4_decoded(codes).unflatten(1, (-1, NVFP4_BLOCK)) * whole[..., None]).flatten(1)
+        wide = (fp4_decoded(codes).unflatten(1, (-1, BLOCKS["nvfp4"])) * whole[..., None]).flatten(1)
     else:
         import gguf
 
@@ -241,7 +241,7 @@ def fp4_decoded(codes: Tensor) -> Tensor:
 
 
 def hadamard(size: int) -> Tensor:
-    """The regular Hadamard matrix [size, size] of ConvRot, orthogonal and symmetric, fp32; `size` is a power of four."""
+    """The regular Hadamard matrix [size, size] of ConvRot, orthogonal and symmetric, fp32; `size`: a power of four."""
     import torch
 
     four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
