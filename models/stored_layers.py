@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isqrt, prod
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from math import prod
+from typing import Any
 
 from overcrank.errors import CheckpointError
 from overcrank.models.weight_file import Stored, WeightFile
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PLAIN = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 FP8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
@@ -152,6 +150,7 @@ def _format(file: WeightFile, layer: str, stored: Stored, about: Mapping[str, An
     raise CheckpointError(f"{file.path}: '{layer}' is stored as {stored.dtype}, and nothing says in which format.")
 
 
+@cache
 def block_formats() -> tuple[str, ...]:
     """GGUF's formats whose blocks are read here, by the gguf package."""
     from gguf.quants import _type_traits
@@ -175,77 +174,3 @@ def _allowed(layer: StoredLayer) -> dict[str, tuple[int, ...]]:
     outputs, inner = layer.shape
     own: dict[str, tuple[int, ...]] = {"scale": (1, outputs)} if layer.format in FP8.values() else {}
     return {**own, "input_scale": (1,), "pre_quant_scale": (inner,)}
-
-
-# ── values ───────────────────────────────────────────────────────────────────────────
-
-
-def scale_of(file: WeightFile, layer: StoredLayer) -> Tensor:
-    """fp32 [N]: what each output channel of an fp8 or int8 weight is multiplied with.
-
-    Raises CheckpointError for one that is not finite or not above zero.
-    """
-    import torch
-
-    outputs = layer.shape[0]
-    if "scale" not in layer.scales:
-        return torch.ones(outputs)
-    scale = file.read(layer.scales["scale"]).float().flatten().expand(outputs)
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CheckpointError(f"{file.path}: '{layer.scales['scale']}' has values that are no scale (0, NaN or below).")
-    return scale
-
-
-def values_of(file: WeightFile, layer: StoredLayer) -> Tensor:
-    """The weight in fp32 [N, K], as its format says; rotated back where it was rotated."""
-    import torch
-
-    outputs, inner = layer.shape
-    raw = file.read(f"{layer.name}.weight")
-    if layer.format in (*FP8.values(), "int8"):
-        wide = raw.float() * scale_of(file, layer)[:, None]
-    elif layer.format == "mxfp8":
-        exponents = unblocked(file.read(layer.scales["scale"]).view(torch.uint8), outputs, inner // BLOCKS["mxfp8"])
-        scale = 2.0 ** (exponents.float() - 127)
-        wide = (raw.float().unflatten(1, (-1, BLOCKS["mxfp8"])) * scale[..., None]).flatten(1)
-    elif layer.format == "nvfp4":
-        scales = unblocked(file.read(layer.scales["scale"]), outputs, inner // BLOCKS["nvfp4"]).float()
-        whole = scales * file.read(layer.scales["scale_2"]).float()
-        codes = torch.stack([raw >> 4, raw & 15], dim=-1).flatten(1)
-        wide = (fp4_decoded(codes).unflatten(1, (-1, BLOCKS["nvfp4"])) * whole[..., None]).flatten(1)
-    else:
-        import gguf
-
-        kind = gguf.GGMLQuantizationType[layer.format]
-        wide = torch.from_numpy(gguf.dequantize(raw.numpy(), kind)).reshape(outputs, inner)
-    if layer.rotation:
-        wide = (wide.unflatten(1, (-1, layer.rotation)) @ hadamard(layer.rotation)).flatten(1)
-    return wide
-
-
-def unblocked(tiled: Tensor, rows: int, columns: int) -> Tensor:
-    """Block scales [rows, columns] out of cuBLAS' tiles of 128 × 4, which hold 32 rows of four each four rows apart."""
-    tiles = tiled.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)
-    plain: Tensor = tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)
-    return plain[:rows, :columns]
-
-
-def fp4_decoded(codes: Tensor) -> Tensor:
-    """E2M1 codes, uint8, as fp32."""
-    import torch
-
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    wide = codes.long()
-    values: Tensor = magnitudes[wide & 7] * (1 - 2 * (wide >> 3))
-    return values
-
-
-def hadamard(size: int) -> Tensor:
-    """The regular Hadamard matrix [size, size] of ConvRot, orthogonal and symmetric, fp32; `size`: a power of four."""
-    import torch
-
-    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
-    matrix = four
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, four)
-    return matrix / isqrt(size)

@@ -94,10 +94,11 @@ def _fp4_codes(values: Tensor) -> Tensor:
 
 def fp4_values(values: Tensor) -> Tensor:
     """Each value rounded to the nearest E2M1, as fp32."""
-    return _fp4_decoded(_fp4_codes(values))
+    return fp4_decoded(_fp4_codes(values))
 
 
-def _fp4_decoded(codes: Tensor) -> Tensor:
+def fp4_decoded(codes: Tensor) -> Tensor:
+    """Codes of E2M1, uint8, as fp32."""
     import torch
 
     wide = codes.long()
@@ -109,6 +110,6 @@ def unpacked_fp4(packed: Tensor, block_scale: Tensor) -> Tensor:
     """What `_fp4` made, as fp32 [1, N, K], for what has no type of four bits."""
     import torch
 
-    values = _fp4_decoded(torch.stack([packed & 15, packed >> 4], dim=-1).flatten(2))
+    values = fp4_decoded(torch.stack([packed & 15, packed >> 4], dim=-1).flatten(2))
     wide: Tensor = (values.unflatten(2, (-1, BLOCK)) * block_scale.float()[..., None]).flatten(2)
     return wide
