@@ -8,6 +8,7 @@ nothing of them is repeated, and what is a run of rows in the file stays a view 
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +19,8 @@ from overcrank.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "vae.", "first_stage_model.")
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "transformer.", "net.")
+VAE_PREFIXES = ("vae.", "first_stage_model.")
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,45 @@ Origins = Mapping[str, tuple[Rows, ...]]
 """Parameter of the diffusers class → the rows it is made of, in order."""
 
 
-def origins(cls: type, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Rows, ...]]:
+def origins(
+    cls: type, shapes: Mapping[str, tuple[int, ...]], wanted: Iterable[str], part: str
+) -> dict[str, tuple[Rows, ...]]:
     """Where each parameter of `cls` comes from in a file whose tensors have these names and shapes.
 
-    `shapes`: of weights and other parameters, without what is beside quantized ones. Names that are the class's own
-    already are left as they are. Raises CheckpointError where diffusers' own renaming fails on these names.
+    `shapes`: of weights and other parameters, without what is beside quantized ones; a file of several networks is
+    one of them here, that of the pipeline's `part`. `wanted`: the class's own names, which the file may have already.
+    Raises CheckpointError where diffusers' own renaming fails.
     """
+    prefix = _prefix(shapes, VAE_PREFIXES if part == "vae" else DENOISER_PREFIXES)
+    own = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
+    if own.keys() >= set(wanted):
+        return {short: (Rows(name, 0, _rows(shapes[name])),) for short, name in own.items()}
+    named = {name: name for name in own.values()} if part == "vae" else own
+    return _renamed(cls, {short: shapes[name] for short, name in named.items()}, named)
+
+
+def _prefix(names: Iterable[str], prefixes: Iterable[str]) -> str:
+    """That of the network's names, such as "model.diffusion_model."; empty for none."""
+    names = list(names)
+    return next((p for p in prefixes if any(n.startswith(p) for n in names)), "")
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def _renamed(cls: type, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> dict[str, tuple[Rows, ...]]:
+    """By diffusers; `names`: as it is called there → as in the file."""
     import torch
 
     firsts, count = {}, 0
     ids: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        rows = shape[0] if shape else 1
-        ids[name] = torch.arange(count, count + rows).reshape(rows, *(1 for _ in shape[1:]))
-        firsts[count] = name
-        count += rows
+        ids[name] = torch.arange(count, count + _rows(shape)).reshape(-1, *(1 for _ in shape[1:]))
+        firsts[count] = names[name]
+        count += _rows(shape)
     starts = sorted(firsts)
-    converted = _converted(cls, ids)
-    return {name: tuple(_runs(tensor, starts, firsts)) for name, tensor in converted.items()}
+    return {name: tuple(_runs(tensor, starts, firsts)) for name, tensor in _converted(cls, ids).items()}
 
 
 def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,8 +96,6 @@ def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _runs(tensor: Tensor, starts: list[int], firsts: Mapping[int, str]) -> Iterable[Rows]:
     """Row numbers as runs of rows, each of one tensor."""
-    from bisect import bisect_right
-
     numbers = tensor.flatten().tolist()
     begin = 0
     for i in range(1, len(numbers) + 1):
@@ -84,12 +105,6 @@ def _runs(tensor: Tensor, starts: list[int], firsts: Mapping[int, str]) -> Itera
         home = starts[bisect_right(starts, numbers[begin]) - 1]
         yield Rows(firsts[home], numbers[begin] - home, numbers[i - 1] + 1 - home)
         begin = i
-
-
-def without_prefix(names: Iterable[str]) -> str:
-    """The prefix that every name of the network has in a file, such as "model.diffusion_model."; empty for none."""
-    names = list(names)
-    return next((p for p in PREFIXES if names and all(n.startswith(p) for n in names)), "")
 
 
 def difference(wanted: Mapping[str, tuple[int, ...]], given: Origins, shapes: Mapping[str, tuple[int, ...]]) -> str:

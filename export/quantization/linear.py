@@ -17,6 +17,7 @@ from overcrank.errors import present
 from overcrank.export.quantization.attention import ShapeRange, attentions, fusable, in_fp8
 from overcrank.export.quantization.formats import BLOCK, NUMBERS, Packed, Rewriting
 from overcrank.export.quantization.recipe import ATTENTION, ComponentRecipe, LayerFormat
+from overcrank.export.quantization.stored import hadamard
 from overcrank.export.weights import Parameter
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class _Rewrite(Rewriting):
         self.at = product
         x = present(product.inputs[0], "a product's input")
         token = None
+        if self.form.rotation:
+            x = self._turned(x, self.form.rotation)
         x = self.node("Mul", x, self.before)
         if self.form.activations == "dynamic":
             x, token = self._by_token(x)
@@ -123,6 +126,13 @@ class _Rewrite(Rewriting):
             y = self.node("Mul", y, token)
         y = self.node("Mul", y, self.behind)
         self.replace(product, y)
+
+    def _turned(self, x: ir.Value, size: int) -> ir.Value:
+        """Each group of `size` inputs times a Hadamard matrix, as the layer's weights are in the file."""
+        matrix = self.array(f"hadamard_{size}", hadamard(size).numpy().astype(self.compute.numpy()))
+        grouped = self.node("Reshape", x, self.array(f"quant_groups_{size}", np.array([0, 0, -1, size], np.int64)))
+        whole = self.array(f"quant_joined_{self.inner}", np.array([0, 0, self.inner], np.int64))
+        return self.node("Reshape", self.node("MatMul", grouped, matrix), whole)
 
     def _by_token(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         """x over each token's largest value, times the format's; and that value, for behind the product."""

@@ -42,6 +42,8 @@ class LayerFormat(NamedTuple):
     format: Format = SIXTEEN
     activations: Activations = SIXTEEN
     kind: Literal["linear", "attention"] = "linear"
+    rotation: int = 0
+    """Inputs in a group that a Hadamard matrix rotates before they are quantized (ConvRot, arXiv:2512.03673)."""
 
 
 IN_16_BIT = LayerFormat()
@@ -58,6 +60,7 @@ class Rule(_Model):
     layers: str
     format: Format
     activations: Activations = SIXTEEN
+    rotation: int = 0
     reason: str = ""
 
     @model_validator(mode="after")
@@ -97,7 +100,7 @@ class ComponentRecipe(_Model):
     def of(self, layer: str) -> LayerFormat:
         for rule in self.rules:
             if fnmatchcase(layer, rule.layers):
-                return LayerFormat(rule.format, rule.activations)
+                return LayerFormat(rule.format, rule.activations, rotation=rule.rotation)
         return IN_16_BIT
 
     def layout(self, layers: Iterable[str], attentions: Iterable[str] = ()) -> dict[str, LayerFormat]:
@@ -110,7 +113,7 @@ class ComponentRecipe(_Model):
 
     def digest(self) -> str:
         """SHA-256 of what the engine depends on: the rules, without their reasons."""
-        rules = [(r.layers, r.format, r.activations) for r in self.rules]
+        rules = [(r.layers, r.format, r.activations, *([r.rotation] if r.rotation else [])) for r in self.rules]
         return hashlib.sha256(json.dumps([REWRITING, rules] if rules else []).encode()).hexdigest()
 
     def digest_with_ranges(self) -> str:

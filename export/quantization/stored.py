@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from typing import TYPE_CHECKING
 
-from overcrank.errors import CheckpointError
+from overcrank.errors import CheckpointError, present
 from overcrank.export.quantization.packing import fp4_decoded
-from overcrank.models.stored_layers import BLOCKS, FP8, StoredLayer, block_formats
+from overcrank.models.stored_layers import BLOCKS, FP8, StoredLayer
 from overcrank.models.weight_file import WeightFile
 
 if TYPE_CHECKING:
@@ -24,16 +24,18 @@ class Quantized:
     weight: Tensor
     """Bytes as they are in the file, uint8 [N, bytes of a row]."""
     scale: Tensor
-    """fp32: [N] of fp8 and int8, [N, blocks of a row] of nvfp4 and mxfp8, [0] of GGUF, whose blocks hold theirs."""
+    """fp32 [N], of the whole row."""
     inner: int
     """K, the layer's inputs."""
+    block_scale: Tensor | None = None
+    """Bytes [N, blocks of a row] of nvfp4 (E4M3) and mxfp8 (E8M0), out of their tiles."""
     rotation: int = 0
     input_factor: Tensor | None = None
     """fp32 [K]: what the layer's inputs are multiplied with first (AWQ's pre_quant_scale)."""
 
     def rows(self, start: int, stop: int) -> Quantized:
-        scale = self.scale if self.format in block_formats() else self.scale[start:stop]
-        return replace(self, weight=self.weight[start:stop], scale=scale)
+        blocks = None if self.block_scale is None else self.block_scale[start:stop]
+        return replace(self, weight=self.weight[start:stop], scale=self.scale[start:stop], block_scale=blocks)
 
     def values(self) -> Tensor:
         """The weight in fp32 [N, K], rotated back where it was rotated: what to multiply plain inputs with."""
@@ -41,24 +43,33 @@ class Quantized:
 
         if self.format in FP8.values():
             name = next(name for name, form in FP8.items() if form == self.format)
-            wide = self.weight.view(getattr(torch, name)).float() * self.scale[:, None]
+            wide = self.weight.view(getattr(torch, name)).float()
         elif self.format == "int8":
-            wide = self.weight.view(torch.int8).float() * self.scale[:, None]
-        elif self.format == "mxfp8":
-            wide = _blocks(self.weight.view(torch.float8_e4m3fn).float(), self.scale)
-        elif self.format == "nvfp4":
-            wide = _blocks(
-                fp4_decoded(torch.stack([self.weight >> 4, self.weight & 15], dim=-1).flatten(1)), self.scale
-            )
+            wide = self.weight.view(torch.int8).float()
+        elif self.format in BLOCKS:
+            wide = self._blocks()
         else:
             import gguf
 
             kind = gguf.GGMLQuantizationType[self.format]
             raw = self.weight.cpu().numpy()
             wide = torch.from_numpy(gguf.dequantize(raw, kind)).reshape(-1, self.inner).to(self.weight.device)
+        wide = wide * self.scale[:, None]
         if self.rotation:
             wide = rotated(wide, self.rotation)
         return wide if self.input_factor is None else wide * self.input_factor
+
+    def _blocks(self) -> Tensor:
+        import torch
+
+        stored = present(self.block_scale, "a block scale")
+        if self.format == "mxfp8":
+            values, scale = self.weight.view(torch.float8_e4m3fn).float(), 2.0 ** (stored.float() - 127)
+        else:
+            codes = torch.stack([self.weight >> 4, self.weight & 15], dim=-1).flatten(1)  # the first in the high half
+            values, scale = fp4_decoded(codes), stored.view(torch.float8_e4m3fn).float()
+        scaled: Tensor = (values.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+        return scaled
 
 
 def read_layer(file: WeightFile, layer: StoredLayer) -> Quantized:
@@ -68,24 +79,26 @@ def read_layer(file: WeightFile, layer: StoredLayer) -> Quantized:
     outputs, inner = layer.shape
     raw = file.read(f"{layer.name}.weight").view(torch.uint8).reshape(outputs, -1)
     read = {role: file.read(name) for role, name in layer.scales.items() if role != "input_scale"}
+    blocks, whole = None, read.get("scale")
     if layer.format in BLOCKS:
-        tiled = read["scale"].view(torch.uint8 if layer.format == "mxfp8" else torch.float8_e4m3fn)
-        plain = unblocked(tiled, outputs, inner // BLOCKS[layer.format]).float()
-        scale = 2.0 ** (plain - 127) if layer.format == "mxfp8" else plain * read["scale_2"].float()
-        valid = torch.isfinite(scale) & (scale >= 0)  # a block of zeros has the scale 0
-    elif layer.format in block_formats():
-        scale = valid = torch.ones(0)
-    else:
-        scale = read["scale"].float().flatten().expand(outputs) if "scale" in read else torch.ones(outputs)
-        valid = torch.isfinite(scale) & (scale > 0)
-    if not bool(valid.all()):
+        blocks = unblocked(read["scale"].view(torch.uint8), outputs, inner // BLOCKS[layer.format]).contiguous()
+        whole = read.get("scale_2")
+        numbers = blocks.view(torch.float8_e4m3fn if layer.format == "nvfp4" else torch.float8_e8m0fnu).float()
+        if not bool((torch.isfinite(numbers) & (numbers >= 0)).all()):  # a block of zeros has the scale 0
+            raise CheckpointError(
+                f"{file.path}: '{layer.scales['scale']}' has values that are no scale (NaN or below 0)."
+            )
+    scale = torch.ones(outputs) if whole is None else whole.float().flatten().expand(outputs)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CheckpointError(f"{file.path}: the scale of '{layer.name}' has values that are none (NaN, 0 or below).")
     factor = read.get("pre_quant_scale")
-    return Quantized(layer.format, raw, scale, inner, layer.rotation, None if factor is None else factor.float())
+    return Quantized(
+        layer.format, raw, scale, inner, blocks, layer.rotation, None if factor is None else factor.float()
+    )
 
 
 def joined(pieces: Sequence[Quantized]) -> Quantized:
-    """Rows of several weights in one; of a single one nothing is copied. Raises CheckpointError if they differ in kind."""
+    """Rows of several weights in one, copied unless there is one; raises CheckpointError if they differ in kind."""
     import torch
 
     first = pieces[0]
@@ -93,13 +106,13 @@ def joined(pieces: Sequence[Quantized]) -> Quantized:
         return first
     if any((p.format, p.inner, p.rotation) != (first.format, first.inner, first.rotation) for p in pieces):
         raise CheckpointError("one layer is made of several in the file, which are in different formats")
-    scale = first.scale if first.format in block_formats() else torch.cat([p.scale for p in pieces])
-    return replace(first, weight=torch.cat([p.weight for p in pieces]), scale=scale)
-
-
-def _blocks(values: Tensor, scale: Tensor) -> Tensor:
-    scaled: Tensor = (values.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
-    return scaled
+    blocks = [p.block_scale for p in pieces if p.block_scale is not None]
+    return replace(
+        first,
+        weight=torch.cat([p.weight for p in pieces]),
+        scale=torch.cat([p.scale for p in pieces]),
+        block_scale=torch.cat(blocks) if blocks else None,
+    )
 
 
 def rotated(values: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from overcrank.engines.cards import Card
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
 from overcrank.errors import CannotServe, StoreError, UserError
+from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged
@@ -138,6 +139,7 @@ def with_engines(pipe: Any, options: AccelerateOptions, quantization: Quantizati
         earlier.remove()
     _unwrap_compiled(pipe)
     variant = _variant_of(pipe, options.model)
+    quantization = quantization or _as_stored(pipe, variant)
     ledger = Ledger(strict=options.backend == "tensorrt")
     acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
     store = Store(options.store)
@@ -151,6 +153,14 @@ def with_engines(pipe: Any, options: AccelerateOptions, quantization: Quantizati
     acceleration.source = str(pipe.config.get("_name_or_path", ""))
     pipe.overcrank = acceleration
     return pipe
+
+
+def _as_stored(pipe: Any, variant: Variant) -> Quantization | None:
+    """As the files of the pipeline's parts quantize their layers, if they do."""
+    from overcrank.runtime.pipeline.weights import stored_recipe
+
+    recipe = stored_recipe(pipe, variant)
+    return None if recipe is None else Quantization(LayerFormat(recipe.precision, "dynamic"), recipe)
 
 
 def _unwrap_compiled(pipe: Any) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from overcrank.runtime.render.request import RenderRequest
     from overcrank.runtime.sessions.sources import Quantization
+    from torch import nn
 
 log = logging.getLogger("overcrank")
 
@@ -48,6 +49,7 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     """
     import torch
     from overcrank.runtime.pipeline.accelerate import with_engines
+    from overcrank.runtime.pipeline.weights import parts_from_files
 
     asked = merged(LoadOptions, options, changes)
     quantization, vram, store = asked.quantization(), vram_of(asked.vram), Store(asked.store)
@@ -59,7 +61,7 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     device = _usable_device(asked.device)
     dtypes = dtypes_of(variant, device, asked.dtype)
     check_parts(dtypes if asked.dtype else {}, folder)
-    pipe = _read(folder, variant, dtypes)
+    pipe = _read(folder, variant, dtypes, parts_from_files(asked.weights, variant, dtypes))
     hook(variant, "prepare")(pipe, variant)
     loras = _merged(pipe, variant, files)
     quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
@@ -84,8 +86,10 @@ def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch =
     return own or hub_folder(variant, whole=True, home=store.root, watch=watch)
 
 
-def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
+def _read(
+    folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype], parts: Mapping[str, nn.Module]
+) -> Any:
+    """The pipeline of the variant's first task, on the processor, as diffusers reads it, but for `parts`."""
     import diffusers
     import transformers
 
@@ -95,7 +99,7 @@ def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
         pipe = getattr(diffusers, name).from_pretrained(
-            folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant)
+            folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant), **parts
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error

@@ -11,6 +11,7 @@ from overcrank.export.quantization.packing import packed_tensors
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
+from overcrank.runtime.sessions.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,8 +32,11 @@ def packed_parameters(
     `compute`: torch's name of the factors' type. Raises CannotServe for a range that was not measured.
     """
 
+    import torch
+
     def weight(layer: str) -> Tensor:
-        return module.get_parameter(f"{layer}.weight").detach()
+        owner = module.get_submodule(layer)
+        return owner.values() if isinstance(owner, StoredLinear) else module.get_parameter(f"{layer}.weight").detach()
 
     made = {}
     device = next(module.parameters()).device
@@ -42,7 +46,12 @@ def packed_parameters(
                 f"{missing} needs a range that no recipe gives",
                 "calibrate, and render with --recipe, or build with --activations dynamic",
             )
-        for role, tensor in packed_tensors(layer, form, weight, ranges, compute).items():
+        owner = module.get_submodule(layer)
+        if isinstance(owner, StoredLinear) and owner.engine_format == form:
+            tensors = owner.bound(getattr(torch, compute))
+        else:
+            tensors = packed_tensors(layer, form, weight, ranges, compute)
+        for role, tensor in tensors.items():
             made[f"{layer}.{role}"] = tensor.to(device)
     return made
 
@@ -52,16 +61,23 @@ def compute_of(entry: ComponentEntry) -> str:
     return next((p.dtype for p in entry.packed if p.role.endswith("before")), "bfloat16")
 
 
-def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, nn.Parameter]:
+def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, Tensor]:
     """Graph input → the module's parameter, which follows when the module is moved.
 
-    Raises CannotServe when the module lacks one, as with LoRA layers that are not fused.
+    What a quantized file holds of a layer that the graph multiplies in 16 bit is widened. Raises CannotServe when the
+    module lacks one, as with LoRA layers that are not fused.
     """
-    named = dict(module.named_parameters())
+    import torch
+
+    named: dict[str, Tensor] = dict(module.named_parameters())
+    stored = {name: owner for name, owner in module.named_modules() if isinstance(owner, StoredLinear)}
     prefix = f"{component.attribute}." if component.attribute else ""
     bound = {}
     for parameter in wanted:
-        own = named.get(parameter.name.removeprefix(prefix))
+        name = parameter.name.removeprefix(prefix)
+        own = named.get(name)
+        if name.endswith(".weight") and (owner := stored.get(name.removesuffix(".weight"))) is not None:
+            own = owner.values().to(getattr(torch, parameter.dtype))
         if own is None or tuple(own.shape) != parameter.module_shape:
             raise CannotServe(
                 f"the {component.subfolder} has no parameter {parameter.name} of shape {list(parameter.module_shape)}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CannotServe
 from overcrank.models.base import Component
+from overcrank.runtime.sessions.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,8 @@ def _wrong_type(place: str, path: str, sub: nn.Module, kinds: Kinds) -> Iterator
     if any(cls.__module__.startswith("peft.") for cls in type(sub).__mro__):
         yield f"{place} has LoRA layers", "fuse them: pipe.fuse_lora(), then pipe.unload_lora_weights()"
     if found[0] in kinds.variations or _within(path, sub, kinds):
+        return
+    if isinstance(sub, StoredLinear) and stock is not None and stock[0] == "Linear":
         return
     if stock is None:
         yield f"{place} ({found[0]}) is none of the modules that its class makes", "load the checkpoint as published"
