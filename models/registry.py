@@ -19,7 +19,19 @@ from overcrank.errors import ModelError
 from overcrank.models.base import Component, Variant
 
 PACKAGE = "overcrank.models"
-NO_FAMILIES = ("base", "demo", "hub", "matching", "network", "presets", "registry", "single_file", "stored_layers", "weight_file")
+NO_FAMILIES = (
+    "base",
+    "demo",
+    "hub",
+    "matching",
+    "network",
+    "presets",
+    "registry",
+    "identify",
+    "single_file",
+    "stored_layers",
+    "weight_file",
+)
 
 
 @lru_cache

@@ -47,7 +47,8 @@ def origins(
     """
     prefix = _prefix(shapes, VAE_PREFIXES if part == "vae" else DENOISER_PREFIXES)
     own = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
-    if own.keys() >= set(wanted):
+    wanted = set(wanted)
+    if wanted and own.keys() >= wanted:
         return {short: (Rows(name, 0, _rows(shapes[name])),) for short, name in own.items()}
     named = {name: name for name in own.values()} if part == "vae" else own
     return _renamed(cls, {short: shapes[name] for short, name in named.items()}, named)
@@ -112,9 +113,9 @@ def difference(wanted: Mapping[str, tuple[int, ...]], given: Origins, shapes: Ma
     missing = [name for name in wanted if name not in given]
     left = [name for name in given if name not in wanted]
     wrong = [
-        f"{name} is {list(_shape(given[name], shapes))}, not {list(shape)}"
+        f"{name} is {list(shape_of(given[name], shapes))}, not {list(shape)}"
         for name, shape in wanted.items()
-        if name in given and prod(_shape(given[name], shapes)) != prod(shape)
+        if name in given and prod(shape_of(given[name], shapes)) != prod(shape)
     ]
     parts = []
     for what, names in (("lacks", missing), ("has no place for", left), ("", wrong)):
@@ -124,6 +125,6 @@ def difference(wanted: Mapping[str, tuple[int, ...]], given: Origins, shapes: Ma
     return "; ".join(parts)
 
 
-def _shape(rows: tuple[Rows, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def shape_of(rows: tuple[Rows, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     whole = shapes[rows[0].tensor]
     return (sum(r.stop - r.start for r in rows), *whole[1:])
