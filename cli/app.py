@@ -297,6 +297,27 @@ def models_show(model: str, as_json: bool) -> None:
         print_model(model)
 
 
+@main.command(
+    cls=Command,
+    examples=(
+        "overcrank inspect wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "overcrank inspect https://…/model.gguf",
+    ),
+)
+@click.argument("file")
+@json_option
+def inspect(file: str, as_json: bool) -> None:
+    """What a weight file is, from its header alone: model, layers by format, and the commands that run it."""
+    from overcrank.cli.files import as_data, lines
+    from overcrank.runtime.inspect import inspect_file
+
+    found = inspect_file(file)
+    if as_json:
+        print_json("inspect", **as_data(found))
+    else:
+        click.echo("\n".join(lines(found)))
+
+
 @main.command(cls=Command)
 @click.option("--quick", is_flag=True, help="Without compiling and running a small engine.")
 @json_option

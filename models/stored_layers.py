@@ -48,13 +48,15 @@ class StoredLayer:
     """Inputs in a group that a Hadamard matrix rotates before the layer (ConvRot, arXiv:2512.03673); 0 for none."""
 
 
-def stored_layers(file: WeightFile) -> dict[str, StoredLayer]:
+def stored_layers(file: WeightFile, holes: bool = False) -> dict[str, StoredLayer]:
     """Layer's name → what it holds, of the layers that are quantized; every other tensor is plain.
+
+    `holes`: the file has but its header (_remote_file.py), and types and scales say what is missing of the rest.
 
     Raises CheckpointError for a format that is unknown, a scale that belongs to no layer, is missing, or has another
     shape than its layer needs.
     """
-    said = _said(file)
+    said = _said(file, holes)
     scales: dict[str, dict[str, str]] = {}
     for name in file.tensors:
         layer, _, last = name.rpartition(".")
@@ -79,7 +81,7 @@ def stored_layers(file: WeightFile) -> dict[str, StoredLayer]:
     return layers
 
 
-def _said(file: WeightFile) -> dict[str, dict[str, Any]]:
+def _said(file: WeightFile, holes: bool) -> dict[str, dict[str, Any]]:
     """Layer → what the file says of it in JSON."""
     table: dict[str, dict[str, Any]] = {}
     if text := file.metadata.get("_quantization_metadata"):
@@ -87,7 +89,9 @@ def _said(file: WeightFile) -> dict[str, dict[str, Any]]:
     for name in file.tensors:
         layer, _, last = name.rpartition(".")
         if last == "comfy_quant":
-            table[layer] = _json(file, name, bytes(file.read(name).numpy()).decode("utf-8", "replace"))
+            text = bytes(file.read(name).numpy())
+            if any(text) or not holes:
+                table[layer] = _json(file, name, text.decode("utf-8", "replace"))
     return table
 
 
@@ -145,6 +149,8 @@ def _format(file: WeightFile, layer: str, stored: Stored, about: Mapping[str, An
         return FP8[stored.dtype]
     if stored.dtype == "int8":
         return "int8"
+    if stored.dtype == "uint8" and f"{layer}.weight_scale_2" in file.tensors:
+        return "nvfp4"
     if stored.file.suffix == ".gguf" and stored.dtype in block_formats():
         return stored.dtype
     raise CheckpointError(f"{file.path}: '{layer}' is stored as {stored.dtype}, and nothing says in which format.")
@@ -174,3 +180,10 @@ def _allowed(layer: StoredLayer) -> dict[str, tuple[int, ...]]:
     outputs, inner = layer.shape
     own: dict[str, tuple[int, ...]] = {"scale": (1, outputs)} if layer.format in FP8.values() else {}
     return {**own, "input_scale": (1,), "pre_quant_scale": (inner,)}
+
+
+def weight_shapes(file: WeightFile, layers: Mapping[str, StoredLayer]) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that is a parameter; of quantized weights, as the layer multiplies them."""
+    beside = {name for layer in layers.values() for name in layer.scales.values()}
+    own = {n: s.shape for n, s in file.tensors.items() if n not in beside and n.rpartition(".")[2] not in MARKERS}
+    return own | {f"{name}.weight": layer.shape for name, layer in layers.items()}

@@ -16,7 +16,7 @@ from overcrank.export.quantization.stored import Quantized, joined, read_layer
 from overcrank.models import components
 from overcrank.models.base import Component, Variant
 from overcrank.models.single_file import Origins, Rows, difference, origins
-from overcrank.models.stored_layers import MARKERS, StoredLayer, stored_layers
+from overcrank.models.stored_layers import StoredLayer, stored_layers, weight_shapes
 from overcrank.models.weight_file import WeightFile, open_weights
 from overcrank.options import option
 from overcrank.runtime.sessions.stored_linear import StoredLinear
@@ -55,13 +55,6 @@ def part_file(path: Path, component: Component, module: nn.Module) -> PartFile:
     if reason := difference(wanted, places, shapes):
         raise CheckpointError(f"{path} is not the {component.subfolder} of this model ({component.cls}): it {reason}.")
     return PartFile(file, layers, places)
-
-
-def weight_shapes(file: WeightFile, layers: Mapping[str, StoredLayer]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that is a parameter; of quantized weights, as the layer multiplies them."""
-    beside = {name for layer in layers.values() for name in layer.scales.values()}
-    own = {n: s.shape for n, s in file.tensors.items() if n not in beside and n.rpartition(".")[2] not in MARKERS}
-    return own | {f"{name}.weight": layer.shape for name, layer in layers.items()}
 
 
 def module_of(path: Path, component: Component, dtype: torch.dtype) -> nn.Module:
