@@ -11,6 +11,10 @@ from overcrank.units import human_bytes
 WIDENED = "widened to 16 bit, or quantized anew by --precision"
 
 
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
 def as_data(found: Inspection) -> dict[str, Any]:
     """As plain data, for programs."""
     networks = [{k: v for k, v in asdict(network).items() if k != "origins"} for network in found.networks]
@@ -19,7 +23,7 @@ def as_data(found: Inspection) -> dict[str, Any]:
 
 def lines(found: Inspection) -> list[str]:
     """A short report for people."""
-    out = [f"{found.file}: {found.kind}, {human_bytes(found.bytes)}, {found.parameters / 1e9:.2f} B values"]
+    out = [f"{found.file}: {found.kind}, {human_bytes(found.bytes)}, {_count(found.parameters)} parameters"]
     for network in found.networks:
         if network.variants:
             out.append(f"network  {network.part} of {', '.join(network.variants)} ({network.cls})")

@@ -89,9 +89,9 @@ def _said(file: WeightFile, holes: bool) -> dict[str, dict[str, Any]]:
     for name in file.tensors:
         layer, _, last = name.rpartition(".")
         if last == "comfy_quant":
-            text = bytes(file.read(name).numpy())
-            if any(text) or not holes:
-                table[layer] = _json(file, name, text.decode("utf-8", "replace"))
+            content = bytes(file.read(name).numpy())
+            if any(content) or not holes:
+                table[layer] = _json(file, name, content.decode("utf-8", "replace"))
     return table
 
 

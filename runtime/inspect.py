@@ -73,7 +73,7 @@ def inspect_file(where: str) -> Inspection:
         kind = _kind(file)
         networks = tuple(identify(shapes)) if kind == "checkpoint" else ()
         own = {f"{name}.weight" for name in layers} | {s for layer in layers.values() for s in layer.scales.values()}
-        others = Counter(PLAIN.get(t.dtype, t.dtype) for name, t in file.tensors.items() if name not in own)
+        others = Counter(PLAIN.get(file.tensors[n].dtype, file.tensors[n].dtype) for n in shapes if n not in own)
         return Inspection(
             file=where,
             kind=kind,
