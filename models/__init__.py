@@ -69,6 +69,8 @@ def resolve(model: str) -> Variant:
     path = Path(model).expanduser()
     if path.exists():
         return _from_folder(path)
+    if path.is_symlink():
+        raise ModelError(f"{path} is a link to {path.readlink()}, which is not there.")
     by_hub = _known_repository(model, known)
     if by_hub is not None:
         return completed_variant(by_hub)
@@ -89,6 +91,11 @@ def _known_repository(model: str, known: Mapping[str, Variant]) -> Variant | Non
 
 
 def _from_folder(path: Path) -> Variant:
+    if path.suffix in (".safetensors", ".gguf", ".ckpt"):
+        raise ModelError(
+            f"{path} is a checkpoint in one file; convert it with diffusers (from_single_file, save_pretrained) and "
+            f"give the folder as --model."
+        )
     if not path.is_dir():
         raise ModelError(
             f"{path} is a file; --model takes a diffusers folder (with model_index.json), a family or a variant."
