@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("overcrank")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_DEPTH = re.compile(r"layers|blocks|depth")
+_DEPTH = re.compile(r"num_(hidden_|single_)?layers")
 
 
 def require_part(folder: Path, library: str, cls: str, config: Config, tensors: Mapping[str, Entry]) -> None:
@@ -36,7 +36,7 @@ def require_part(folder: Path, library: str, cls: str, config: Config, tensors: 
         return  # what is wrong with it is said when it is loaded
     if not hasattr(found, "named_parameters"):
         return
-    deep = [k for k, v in config.items() if _DEPTH.search(k) and isinstance(v, int) and v > max(len(tensors), 1)]
+    deep = [k for k, v in config.items() if _DEPTH.fullmatch(k) and isinstance(v, int) and v > max(len(tensors), 1)]
     if deep:
         raise CheckpointError(
             f"{folder}/config.json: {deep[0]} is {config[deep[0]]:,}, and its files hold {len(tensors):,} tensors; "

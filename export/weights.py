@@ -59,7 +59,7 @@ def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) ->
 
     Each reading maps its own bytes and no more, so that memory in use is that of the tensors alive; safetensors' own
     mapping keeps every page that was touched. Raises CheckpointError naming the first tensor that is missing, of
-    another shape, or quantized.
+    another shape, or quantized, as the reader does for one that holds NaN.
     """
     import numpy as np
 
@@ -74,7 +74,10 @@ def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) ->
 
         entry = tensors[name]
         raw = np.memmap(entry.file, np.uint8, "c", offset=entry.start, shape=(entry.end - entry.start,))
-        return torch.from_numpy(raw).view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
+        tensor = torch.from_numpy(raw).view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
+        if not bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all()):
+            raise CheckpointError(f"{entry.file}: tensor '{name}' holds NaN or infinities; download it again.")
+        return tensor
 
     return read
 

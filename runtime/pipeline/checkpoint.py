@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, UserError
@@ -81,6 +81,17 @@ def require_whole(folder: Path, pipeline: type, kind: str) -> None:
             raise ModelError(f"{folder / INDEX} names no {part}, and {pipeline.__name__} needs one; it is not whole.")
         if part not in OPTIONAL or (folder / part).is_dir():
             _require_part(folder, part, str(index[part][0]), str(index[part][1]), kind)
+
+
+def broken_weight(pipe: Any) -> str:
+    """The first parameter of a pipeline's parts that holds NaN or infinities, as "part's NAME"; "" for none."""
+    import torch
+
+    for part, module in pipe.components.items():
+        for name, value in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
+            if value.is_floating_point() and not value.is_meta and not bool(value.isfinite().all()):
+                return f"{part}'s {name}"
+    return ""
 
 
 def _names(folder: Path) -> list[str]:

@@ -85,9 +85,9 @@ class Record:
 class Ledger:
     """Records calls and fallbacks of a pipeline's engines, by the thread that renders."""
 
-    def __init__(self, strict: bool) -> None:
-        """`strict`: a fallback raises BackendError in place of a warning."""
-        self.strict = strict
+    def __init__(self, strict: bool, precision: str = "") -> None:
+        """`strict`: a fallback raises BackendError in place of a warning; `precision`: what eager modules are not in."""
+        self.strict, self.precision = strict, precision
         self.standing: list[Fallback] = []  # known before any call
         self.look: Callable[[], None] = lambda: None  # for what is asked of no engine, before every call
         self._warned: set[str] = set()
@@ -132,4 +132,5 @@ class Ledger:
         kept += [e for e in entries if e not in kept]
         if reason not in self._warned:
             self._warned.add(reason)
-            log.warning("%s: rendering with eager PyTorch: %s; %s.", ", ".join(components), reason, fix)
+            plain = f", not in {self.precision}" if self.precision else ""
+            log.warning("%s: rendering with eager PyTorch%s: %s; %s.", ", ".join(components), plain, reason, fix)
