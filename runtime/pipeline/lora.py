@@ -84,9 +84,7 @@ class Lora:
             whole = self.differences[part, parameter].float() * self.scale
             added = whole if added is None else added + whole.reshape(added.shape)
         if added is not None and not bool(added.isfinite().all()):
-            raise CheckpointError(
-                f"--lora {self.file} holds NaN or infinities, in {parameter} of {part}; save it again."
-            )
+            raise CheckpointError(f"--lora {self.file} holds NaN or infinities in {part}.{parameter}; save it again.")
         return added
 
     def about(self) -> dict[str, Any]:

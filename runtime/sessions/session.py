@@ -86,7 +86,7 @@ class Ledger:
     """Records calls and fallbacks of a pipeline's engines, by the thread that renders."""
 
     def __init__(self, strict: bool, precision: str = "") -> None:
-        """`strict`: a fallback raises BackendError in place of a warning; `precision`: what eager modules are not in."""
+        """`strict`: a fallback raises BackendError in place of a warning; `precision`: that of engines alone."""
         self.strict, self.precision = strict, precision
         self.standing: list[Fallback] = []  # known before any call
         self.look: Callable[[], None] = lambda: None  # for what is asked of no engine, before every call
