@@ -105,7 +105,7 @@ def require_values(folder: Path, wanted: Mapping[str, tuple[int, ...]], tensors:
 
 def require_unscaled(folder: Path, wanted: Iterable[str], tensors: Mapping[str, Entry]) -> None:
     """Raise CheckpointError for a quantized tensor whose scale lies beside it: its values are not the weight's."""
-    known = set(wanted)
+    known = dict.fromkeys(wanted)
     layers = {n.rpartition(".")[0]: n for n in known if n in tensors and tensors[n].dtype.startswith("F8")}
     for name in tensors:
         if name in known or not layers:

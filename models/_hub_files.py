@@ -53,7 +53,7 @@ def part_files(where: str, files: Iterable[str], part: str, folder: str, variant
             f"give a diffusers folder as --model."
         )
     worded = part.startswith("tokenizer") or "tokenizer_config.json" in here
-    if worded and not any(_matches(kind, here) for kind in VOCABULARIES):
+    if worded and not any(_matches(kind, here) for kind in VOCABULARIES) and not _of_bytes(here, prefix, read):
         raise ModelError(
             f"{where} lacks the vocabulary of '{part}': {prefix} holds neither tokenizer.json nor another file that "
             f"words are read from; download it again, or give a whole diffusers folder as --model."
@@ -95,6 +95,12 @@ def _mapped(index: str, content: Mapping[str, Any]) -> list[str]:
         if "/" in file or "\\" in file or file in ("", ".", "..") or "\0" in file:
             raise ModelError(f"{index} names {file!r}, which is no file beside it; its files are not read.")
     return sorted(set(files.values()))
+
+
+def _of_bytes(names: set[str], prefix: str, read: Read) -> bool:
+    """Whether a tokenizer has no vocabulary, as ByT5's, whose words are bytes."""
+    file = "tokenizer_config.json"
+    return file in names and str(read(prefix + file).get("tokenizer_class")).startswith(("ByT5", "Canine", "Perceiver"))
 
 
 def _matches(patterns: tuple[str, ...], names: set[str]) -> bool:

@@ -74,14 +74,21 @@ SCALES = ("{}.scale_weight", "{}.weight_scale", "{}.weight.scale", "{}.input_sca
 @pytest.mark.parametrize("name", SCALES)
 def test_weights_whose_scales_nobody_reads_are_refused_on_every_road(folder: Path, run: Any, name: str) -> None:
     written(folder, scaled(name))
-    says = r"tensor 'transformer_blocks\.0\.\S+weight' is quantized \(F8_E4M3, with its scale in '"
+    says = r"tensor 'transformer_blocks\.\d\.\S+weight' is quantized \(F8_E4M3, with its scale in '"
     with pytest.raises(CheckpointError, match=says):
         overcrank.load(str(folder), backend="eager")
     if name != SCALES[0]:
         return
+    prompts = folder / "prompts.txt"
     for words in (
         ["overcrank", "pack", "--model", folder, "--precision", "int8", "--out", folder / "pack"],
-        ["overcrank", "calibrate", "--model", folder, "--out", folder / "recipe.json"],
+        [
+            "overcrank",
+            "calibrate",
+            *("--model", folder, "--precision", "int8", "--prompts", prompts, "--samples", 1),
+            "--out",
+            folder / "recipe.json",
+        ],
         ["build-engine", "--model", folder, "--gpu", "sm_89", "--weights", "embedded", "--components", "denoiser"],
     ):
         result = run(*words)
@@ -316,8 +323,10 @@ def test_a_small_model_takes_no_large_videos(folder: Path) -> None:
     configured(folder, "model_index.json", _class_name="LTXConditionPipeline")
     for fields in ({"num_layers": 8}, {"attention_head_dim": 64}, {"in_channels": 16, "out_channels": 16}):
         assert resolve(str(configured(folder, **fields))).native == resolve("ltx-demo").native
-    large = {"num_layers": 48, "num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096}
-    assert resolve(str(configured(folder, **large))).native == resolve("ltx-13b-0.9.7-dev").native
+    large = resolve("ltx-13b-0.9.7-dev")
+    for part in ("transformer", "vae"):
+        configured(folder, f"{part}/config.json", **large.configs[part])
+    assert resolve(str(configured(folder, num_layers=40))).native == large.native
 
 
 # ── headers, as safetensors itself takes them ────────────────────────────────────────
