@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,6 @@ from overcrank.errors import CheckpointError, ModelError
 from overcrank.models._hub_files import NAMES, weight_names
 from overcrank.models.hub import read_json
 
-BITS = {
-    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
-    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64, "BOOL": 8},
-    **{f"{sign}{size}": size for sign in "IU" for size in (8, 16, 32, 64)},
-}
-"""safetensors' name of a type → bits of a value."""
-LARGEST = 100_000_000  # bytes of a header that safetensors reads
 _STEM = rf"(?:{'|'.join(dict.fromkeys(stem for stem, _ in NAMES))})"
 _TWIN = re.compile(rf"{_STEM}\.(?:(?P<kind>\w+)\.safetensors.*|safetensors\.index\.(?P<older>\w+)\.json)")
 
@@ -80,53 +72,45 @@ def read_header(file: Path) -> dict[str, Entry]:
 
     Raises CheckpointError for a file that is missing, cut off, or something else.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not file.is_file():
         gone = f" (a link to {file.readlink()}, which is not there)" if file.is_symlink() else ""
         raise CheckpointError(f"{file} is missing{gone}; download the checkpoint again.")
+    try:
+        with safe_open(file, framework="numpy"):  # which looks at the header, whole
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} {_flaw(file, error)}.") from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    base = 8 + length
+    return {
+        name: Entry(file, entry["dtype"], tuple(entry["shape"]), *(base + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _flaw(file: Path, error: Exception) -> str:
+    """What is the matter with a file that safetensors does not read, and what to do."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
         length = int.from_bytes(first, "little")
-        content = stream.read(length) if length <= min(size - 8, LARGEST) else b""
-    if first == b"version ":
-        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in that folder.")
-    try:
-        if size < 8 or not content:
-            raise ValueError("it is empty" if not size else "the header is cut off")
-        header = json.loads(content)
-        entries = {n: _entry(file, n, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); download it again.") from error
-    _require_filled(file, entries, 8 + length, size)
-    return entries
-
-
-def _entry(file: Path, name: str, entry: Any, base: int) -> Entry:
-    """One line of the header; raises ValueError for what safetensors would not take either."""
-    dtype, shape, place = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"tensor '{name}' is of the unknown type {dtype!r}")
-    for numbers in (shape, place):
-        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-            raise ValueError(f"tensor '{name}' has the shape {shape!r} at {place!r}")
-    if len(place) != 2 or (place[1] - place[0]) * 8 != math.prod(shape) * BITS[dtype]:
-        raise ValueError(f"tensor '{name}' has the shape {shape!r} at {place!r}")
-    return Entry(file, dtype, tuple(shape), base + place[0], base + place[1])
-
-
-def _require_filled(file: Path, entries: Mapping[str, Entry], base: int, size: int) -> None:
-    """Every byte after the header is one tensor's."""
-    at = base
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.end > size:
-            raise CheckpointError(
-                f"{file} is truncated: tensor '{name}' ends at byte {entry.end:,} of {size:,}; download it again."
-            )
-        if entry.start != at:
-            raise CheckpointError(f"{file} is not a whole safetensors file (tensor '{name}' overlaps or leaves a gap).")
-        at = entry.end
-    if at != size:
-        raise CheckpointError(f"{file} is not a whole safetensors file (bytes that are no tensor's follow).")
+        if first == b"version ":
+            return "is a Git LFS pointer, not the weights; run `git lfs pull` in that folder"
+        try:
+            header = json.loads(stream.read(length) if length < size else b"")
+            ends = {n: 8 + length + e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"}
+            late = next((name for name, end in ends.items() if end > size), None)
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+            late = None
+    if late is not None:
+        return f"is truncated: tensor '{late}' ends at byte {ends[late]:,} of {size:,}; download it again"
+    reason = "it is empty" if not size else str(error).rstrip(".")
+    return f"is not a whole safetensors file ({reason}); download it again"
 
 
 def weights_digest(files: Iterable[Path]) -> str:

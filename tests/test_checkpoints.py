@@ -79,16 +79,10 @@ def test_weights_whose_scales_nobody_reads_are_refused_on_every_road(folder: Pat
         overcrank.load(str(folder), backend="eager")
     if name != SCALES[0]:
         return
-    prompts = folder / "prompts.txt"
+    measured = ["--precision", "int8", "--prompts", folder / "prompts.txt", "--out", folder / "recipe.json"]
     for words in (
         ["overcrank", "pack", "--model", folder, "--precision", "int8", "--out", folder / "pack"],
-        [
-            "overcrank",
-            "calibrate",
-            *("--model", folder, "--precision", "int8", "--prompts", prompts, "--samples", 1),
-            "--out",
-            folder / "recipe.json",
-        ],
+        ["overcrank", "calibrate", "--model", folder, *measured],
         ["build-engine", "--model", folder, "--gpu", "sm_89", "--weights", "embedded", "--components", "denoiser"],
     ):
         result = run(*words)
@@ -249,6 +243,7 @@ ODD: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: configured(f, "model_index.json", text_encoder=[None, None]), "names no text_encoder, and LTXPipeline"),
     (lambda f: configured(f, "model_index.json", tokenizer=...), "names no tokenizer, and LTXPipeline needs one"),
     (lambda f: configured(f, "model_index.json", _class_name=...), "has no _class_name"),
+    (lambda f: configured(f, "model_index.json", vae=["diffusers"]), r"vae is \['diffusers'\], not a library and a"),
     (lambda f: sharded(f), r"whose index diffusion_pytorch_model\.safetensors\.index\.json is not there"),
     (
         lambda f: sharded(f, {Q: "../vae/diffusion_pytorch_model.safetensors"}),
