@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -138,6 +139,23 @@ class Manifest(_Model):
             if entry.name == name:
                 return entry
         raise IntegrityError(f"the bundle has no component '{name}'")
+
+
+@dataclass(frozen=True)
+class BundledEngine:
+    """One component's engine in the bundle at `folder`."""
+
+    folder: Path
+    manifest: Manifest
+    entry: ComponentEntry
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / self.entry.engine.name
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / self.entry.graph.name
 
 
 def read_manifest(bundle: Path) -> Manifest:

@@ -196,12 +196,14 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
 
 
 def test_ranges_missing_from_a_recipe_are_asked_for(tmp_path: Path) -> None:
-    from overcrank.errors import CannotServe
+    from overcrank.engines.module_refusals import NoRange
+    from overcrank.engines.refusals import CannotServe
     from overcrank.runtime.sessions.parameters import packed_parameters
 
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
-    with pytest.raises(CannotServe, match="a needs a range that no recipe gives; calibrate"):
+    with pytest.raises(CannotServe) as caught:
         packed_parameters(module, {"a": LayerFormat("fp8", "static")}, {}, "bfloat16")
+    assert caught.value.why == NoRange("a")
 
 
 def test_a_pack_renders_what_the_weights_do(made: Any, tmp_path: Path, run: Any) -> None:
