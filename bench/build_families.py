@@ -53,7 +53,7 @@ def built(variant: Variant, store: Path) -> list[dict[str, Any]]:
                     "compile_s": entry["compile_seconds"],
                     "engine_mb": round(entry["engine"]["bytes"] / 1e6, 1),
                     "activation_gb": round((entry["activation_bytes"] or 0) / 1e9, 3),
-                    "lint": entry["lint"],
+                    "plan": entry["plan"],
                     "build_s": manifest["build_seconds"],
                     "peak_ram_gb": round(manifest["peak_ram_bytes"] / 1e9, 2),
                     "date": datetime.now(UTC).date().isoformat(),

@@ -108,7 +108,7 @@ def summary(built: list[Built], seconds: float) -> None:
         console.print(table)
         console.print(f"profile  {profile_line(manifest)}; activation memory is at its largest shape", highlight=False)
         for entry in manifest.components:
-            console.print(f"plan     {entry.name}: {entry.lint}", highlight=False, soft_wrap=True)
+            console.print(f"plan     {entry.name}: {entry.verdict}", highlight=False, soft_wrap=True)
         how = (
             f"cache hit (built {manifest.created} in {manifest.build_seconds:.0f} s)"
             if bundle.cached

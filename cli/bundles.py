@@ -98,7 +98,7 @@ def print_bundle(bundle: Path) -> bool:
         console.print(f"  graph       {human_bytes(entry.graph.bytes)}, sha256 {entry.graph.sha256}")
         console.print(f"  activation  {human_bytes(entry.activation_bytes)} at the largest shape")
         console.print(f"  parameters  {len(entry.parameters)} ({values / 1e9:.2f} billion values)")
-        console.print(f"  plan        {entry.lint}")
+        console.print(f"  plan        {entry.verdict}")
         for tensor in entry.inputs:
             shapes = f"{tensor.min} … {tensor.opt} … {tensor.max}" if tensor.min else str(tensor.dims)
             console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}", markup=False)

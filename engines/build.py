@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from overcrank import __version__
+from overcrank.engines.compile import FLAGS
 from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, file_entry, read_manifest
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store
@@ -31,7 +32,6 @@ from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
 
 RECIPE = "recipe.json"
-FLAGS = "strongly_typed,decomposable_attention,no_auxiliary_streams,user_allocation"
 
 Progress = Callable[[str, str], None]
 """Called with a job's title and what it does."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from overcrank.engines.plan import UNKNOWN, PlanCounts
 from overcrank.errors import IntegrityError, OutdatedBundle
 from overcrank.export.quantization.recipe import LayerFormat
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -106,9 +107,15 @@ class ComponentEntry(_Model):
     activation_bytes: int | None
     export_seconds: float
     compile_seconds: float
-    lint: str
+    plan: PlanCounts | None = None  # None for one that its reader does not know
+    lint: str = ""  # the sentence that stands in the place of `plan` in bundles of before
     packed: list[PackedEntry] = []
     formats: dict[str, LayerFormat] = {}
+
+    @property
+    def verdict(self) -> str:
+        """What the plan does, in one line."""
+        return self.lint or (self.plan.verdict() if self.plan else UNKNOWN)
 
 
 class Manifest(_Model):

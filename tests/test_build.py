@@ -176,3 +176,47 @@ def test_removal(built: Path, tmp_path: Path, run: Any) -> None:
     gone = run("overcrank", "engines", "show", built.name)
     assert gone.exit_code == 2
     assert "no bundle matches" in gone.output
+
+
+def test_the_settings_of_the_compiler_are_in_the_key_and_keys_stay() -> None:
+    """Bundles on disk are found by it. What the key says is set is what the compiler is told, one by one."""
+    from types import SimpleNamespace
+
+    from overcrank.engines import compile as compiling
+    from overcrank.engines.manifest import EngineKey
+
+    own = ("denoiser", "g", "r", "sm_89", "p", "tensorrt_rtx", "1.7", compiling.FLAGS, "inputs")
+    assert EngineKey(*own).digest() == "9d9cf5619dcc964cbf476882adbbcd1ecac15330f6fa63ce5fb5b035e0fa625c"
+    names = compiling.FLAGS.split(",")
+    assert names == [name.lower() for name in compiling.NETWORK_FLAGS] + list(compiling.SETTINGS)
+    told: list[Any] = []
+    trt = SimpleNamespace(
+        BuilderFlag=SimpleNamespace(REQUIRE_USER_ALLOCATION="user"),
+        LayerType=SimpleNamespace(ATTENTION_INPUT="attention"),
+        IAttentionInputLayer=SimpleNamespace,
+    )
+    layer = SimpleNamespace(type="attention", attention=SimpleNamespace(decomposable=False))
+    network = SimpleNamespace(num_layers=1, get_layer=lambda i: layer)
+    config = SimpleNamespace(set_flag=told.append, max_aux_streams=None)
+    for set_flag in compiling.SETTINGS.values():
+        set_flag(trt, network, config)
+    assert (told, config.max_aux_streams, layer.attention.decomposable) == (["user"], 0, True)
+
+
+def test_bundles_that_tell_what_their_plans_do_in_words_are_read(built: Path, tmp_path: Path) -> None:
+    old = json.loads((built / MANIFEST).read_text("utf-8"))
+    said = (
+        "398 generated kernels, 287 GEMMs (173 with fused epilogue, 114 without); no weight transposed, cast or moved"
+    )
+    for entry in old["components"]:
+        del entry["plan"]
+        entry["lint"] = said
+    (tmp_path / MANIFEST).write_text(json.dumps(old), "utf-8")
+    assert {entry.verdict for entry in read_manifest(tmp_path).components} == {said}
+    fresh = read_manifest(built).component("denoiser")
+    assert fresh.plan is not None
+    assert fresh.plan.gemms >= fresh.plan.fused_gemms > 0
+    assert fresh.verdict.startswith(f"{fresh.plan.kernels} generated kernels, {fresh.plan.gemms} GEMMs (")
+    assert fresh.verdict.endswith("no weight transposed, cast or moved")
+    nobody_knows = fresh.model_copy(update={"plan": None})
+    assert "nothing is claimed" in nobody_knows.verdict

@@ -122,7 +122,7 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
     bundle = Path(json.loads(built.output)["bundles"][0]["path"])
     entry = read_manifest(bundle).component("denoiser")
     assert len(entry.formats) == 44
-    assert "40 GEMMs in fp8, 4 attentions in fp8" in entry.lint
+    assert "40 GEMMs in fp8, 4 attentions in fp8" in entry.verdict
     assert (bundle / "recipe.json").read_bytes() == recipe.read_bytes()
     report = tmp_path / "report"
     checked = run("overcrank", "verify", bundle, "--report", report, "--samples", 1, "--steps", STEPS, "--store", store)
@@ -255,7 +255,7 @@ def test_quantized_weights_can_be_embedded(made: Any, precision: str, gpu: str, 
         assert result.exit_code == 0, result.output
         manifest = read_manifest(Path(json.loads(result.output)["bundles"][0]["path"]))
         assert manifest.weights.startswith(kind)
-        assert f"40 GEMMs in {precision}" in manifest.component("denoiser").lint
+        assert f"40 GEMMs in {precision}" in manifest.component("denoiser").verdict
         keys.add(manifest.component("denoiser").key.recipe)
     assert len(keys) == 2  # ranges decide an engine that holds its weights
 
