@@ -92,7 +92,7 @@ def build_engine(**options: Any) -> None:
 
 def _requests(options: dict[str, Any]) -> list[Any]:
     from overcrank.engines.build import Request
-    from overcrank.engines.profiles import profile_for
+    from overcrank.engines.profiles import PartialShape, profile_for
     from overcrank.engines.targets import gpu_names, precision_for, targets_for
     from overcrank.engines.tensorrt import driver_notes
     from overcrank.engines.types import notes, own_precision
@@ -112,14 +112,9 @@ def _requests(options: dict[str, Any]) -> list[Any]:
     names = tuple(n for n in options["components"].replace(",", " ").split())
     components(variant, names)
     axes = ("height", "width", "frames")
-    bounds = {side: {a: v for a in axes if (v := options[f"{side}_{a}"]) is not None} for side in ("min", "max")}
-    profile = profile_for(
-        variant,
-        *(options[a] for a in (*axes, "batch")),
-        minimum=bounds["min"],
-        maximum=bounds["max"],
-        static=options["static"],
-    )
+    low, high = (PartialShape(*(options[f"{side}_{axis}"] for axis in axes)) for side in ("min", "max"))
+    best = PartialShape(*(options[axis] for axis in (*axes, "batch")))
+    profile = profile_for(variant, best, minimum=low, maximum=high, static=options["static"])
     checkpoint = _checkpoint(options, variant) if options["weights"] == "embedded" else None
     return [
         Request(

@@ -178,15 +178,7 @@ def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @store_option
-def engines_gc(
-    older_than: str | None,
-    max_size: str | None,
-    other_versions: bool,
-    dry_run: bool,
-    yes: bool,
-    as_json: bool,
-    store: Path | None,
-) -> None:
+def engines_gc(dry_run: bool, yes: bool, as_json: bool, store: Path | None, **unneeded: Any) -> None:
     """Delete unused files: interrupted downloads and builds, caches of deleted engines, and what the options name."""
     from overcrank.cli.bundles import described, print_items
     from overcrank.engines.maintenance import removable, remove
@@ -194,11 +186,12 @@ def engines_gc(
     from overcrank.units import human_bytes, parse_age, parse_size
 
     where = Store(store)
+    older_than, max_size = unneeded["older_than"], unneeded["max_size"]
     age = parse_age(older_than, "--older-than") if older_than is not None else None
     size = parse_size(max_size, "--max-size") if max_size is not None else None
     if as_json and not (yes or dry_run):
         raise UserError("--json asks nothing: add --yes to remove, or --dry-run to see what would be removed.")
-    found = removable(where, age, size, other_versions)
+    found = removable(where, age, size, unneeded["other_versions"])
     if as_json:
         items = described(found)
         print_json("engines gc", items=items, removed=0 if dry_run else remove(found))
@@ -269,9 +262,7 @@ def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, st
 @click.option("--allow-unsigned", is_flag=True, help="Also what nobody trusted has signed: you vouch for URL.")
 @json_option
 @store_option
-def engines_pull(
-    url: str, model: str, gpu: str, precision: str, allow_unsigned: bool, as_json: bool, store: Path | None
-) -> None:
+def engines_pull(url: str, allow_unsigned: bool, as_json: bool, store: Path | None, **wanted: str) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
     from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
@@ -281,9 +272,9 @@ def engines_pull(
     from overcrank.engines.trust import Keyring
 
     where, ring, place = Store(store), Keyring(), remote.Remote(url)
-    (target,) = targets_for([gpu], "tensorrt_rtx")
+    (target,) = targets_for([wanted["gpu"]], "tensorrt_rtx")
     index = remote.read_index(place, ring, where, allow_unsigned)
-    listed = remote.fitting(index, model, target.name, precision_for(target, precision))
+    listed = remote.fitting(index, wanted["model"], target.name, precision_for(target, wanted["precision"]))
     with report.transfer_display() as progress:
         path = remote.pull(place, listed, where, ring, progress, allow_unsigned)
     if as_json:

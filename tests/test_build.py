@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -61,10 +67,44 @@ def test_show_list_and_lint(built: Path, run: Any) -> None:
     shown = run("overcrank", "engines", "show", built.name, *store)
     assert shown.exit_code == 0
     assert "every file matches its SHA-256" in shown.output
-    assert built.name[:12] in run("overcrank", "engines", "list", *store).output.replace("\n", "")
     linted = run("overcrank", "engines", "lint", built, "--no-compare")
     assert "no weight transposed, cast or moved" in linted.output
     assert "GEMM+" in linted.output
+
+
+def test_a_list_can_be_pasted_from_a_pipe_and_from_a_narrow_terminal(built: Path, tmp_path: Path) -> None:
+    """Names and the store's path stay on one line, whatever their length, and the rest fits in 80 columns."""
+    long = tmp_path / "bundles" / f"{built.name}-{'x' * 100}"
+    shutil.copytree(built, long)
+    (tmp_path / "bundles" / "damaged").mkdir()
+    (tmp_path / "bundles" / "damaged" / MANIFEST).write_text("{")
+    command = [sys.executable, "-m", "overcrank", "engines", "list", "--store", str(tmp_path)]
+    plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    piped = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
+    narrow = subprocess.run(command, env=plain | {"COLUMNS": "80"}, capture_output=True, text=True, check=True).stdout
+    assert {narrow, on_terminal(command, plain, columns=80)} == {piped}
+    lines = piped.splitlines()
+    assert {str(tmp_path / "bundles"), long.name, "damaged"} <= set(lines)
+    about = lines[lines.index(long.name) + 1 : lines.index(long.name) + 3]
+    assert about[0].startswith("  sm_89, bf16, engines of ")
+    assert "(32x32x1 … 96x96x33), batch 1 … 2" in about[1]
+    assert max(map(len, about)) <= 80
+    assert lines[lines.index("damaged") + 1].startswith("  unreadable: ")
+
+
+def on_terminal(command: list[str], env: dict[str, str], columns: int) -> str:
+    """What a command writes to a terminal of this width."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(command, env=env | {"TERM": "xterm"}, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    written = b""
+    with contextlib.suppress(OSError):  # as its end is told on Linux
+        while chunk := os.read(ours, 65536):
+            written += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode().replace("\r\n", "\n")
 
 
 def test_verify_passes_and_notices_a_changed_file(built: Path, run: Any) -> None:
@@ -205,9 +245,7 @@ def test_the_settings_of_the_compiler_are_in_the_key_and_keys_stay() -> None:
 
 def test_bundles_that_tell_what_their_plans_do_in_words_are_read(built: Path, tmp_path: Path) -> None:
     old = json.loads((built / MANIFEST).read_text("utf-8"))
-    said = (
-        "398 generated kernels, 287 GEMMs (173 with fused epilogue, 114 without); no weight transposed, cast or moved"
-    )
+    said = "398 generated kernels, 287 GEMMs (173 with fused epilogue, 114 without); 2 weights cast at every call"
     for entry in old["components"]:
         del entry["plan"]
         entry["lint"] = said
