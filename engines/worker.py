@@ -39,6 +39,7 @@ class BuildJob:
     variant: Variant
     key: EngineKey
     compute: str  # type of the exported graph: "fp16", "bf16" or "fp32"
+    precision: str  # of the bundle
     recipe: ComponentRecipe
     target: Target
     profile: Profile
