@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,7 +188,7 @@ def test_ctrl_c_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
     arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(tmp_path)]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
-    process.stderr.readline()
+    next(line for line in process.stderr if line.rstrip().endswith(": exporting"))  # a worker is at work
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -218,10 +219,15 @@ def test_removal(built: Path, tmp_path: Path, run: Any) -> None:
     assert "no bundle matches" in gone.output
 
 
+class Layer:
+    """An attention, as TensorRT's network has it."""
+
+    def __init__(self) -> None:
+        self.type, self.attention = "attention", SimpleNamespace(decomposable=False)
+
+
 def test_the_settings_of_the_compiler_are_in_the_key_and_keys_stay() -> None:
     """Bundles on disk are found by it. What the key says is set is what the compiler is told, one by one."""
-    from types import SimpleNamespace
-
     from overcrank.engines import compile as compiling
     from overcrank.engines.manifest import EngineKey
 
@@ -233,9 +239,9 @@ def test_the_settings_of_the_compiler_are_in_the_key_and_keys_stay() -> None:
     trt = SimpleNamespace(
         BuilderFlag=SimpleNamespace(REQUIRE_USER_ALLOCATION="user"),
         LayerType=SimpleNamespace(ATTENTION_INPUT="attention"),
-        IAttentionInputLayer=SimpleNamespace,
+        IAttentionInputLayer=Layer,
     )
-    layer = SimpleNamespace(type="attention", attention=SimpleNamespace(decomposable=False))
+    layer = Layer()
     network = SimpleNamespace(num_layers=1, get_layer=lambda i: layer)
     config = SimpleNamespace(set_flag=told.append, max_aux_streams=None)
     for set_flag in compiling.SETTINGS.values():

@@ -45,7 +45,7 @@ log = logging.getLogger("overcrank")
 
 def build_command(variant: Variant, card: str) -> str:
     """That builds the engines of a variant for a card."""
-    return f"{BUILD}  --model {shlex.quote(variant.where)} --gpu {card}"
+    return f"{BUILD} --model {shlex.quote(variant.where)} --gpu {card}"
 
 
 Bundle = tuple[Path, Manifest]
