@@ -23,10 +23,9 @@ from overcrank.models._common import (
     rotated,
     sample_output,
     shallow,
-    token_sizes,
     unpatched_first,
 )
-from overcrank.models.base import Call, Component, Config, Latents, Sizes, TensorSpec, VideoShape
+from overcrank.models.base import Call, Component, Config, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -45,11 +44,6 @@ def patch_of(config: Config) -> Patch:
 def is_newer(config: Config) -> bool:
     """Whether it is HunyuanVideo 1.5."""
     return "text_embed_2_dim" in config
-
-
-def sizes(config: Config, latents: Latents, **more: int) -> Sizes:
-    """Axis lengths of latents that go through the network in one call."""
-    return token_sizes(latents, patch_of(config), **more)
 
 
 def component(

@@ -12,6 +12,7 @@ from math import ceil
 from typing import Any
 
 from overcrank.models import _hunyuan_dit, _hunyuan_vae, hunyuan_video
+from overcrank.models._common import token_sizes
 from overcrank.models._family import Family
 from overcrank.models.base import (
     Arguments,
@@ -93,6 +94,7 @@ class FramePack(Family):
     def components(self, variant: Variant) -> tuple[Component, ...]:
         """The denoiser sees one section and its history, whatever the length of the video."""
         dit, latent = variant.configs["transformer"], partial(self.latent, variant)
+        patch = _hunyuan_dit.patch_of(dit)
 
         def sizes(shape: VideoShape) -> Sizes:
             _, height, width = latent(shape)
@@ -100,7 +102,7 @@ class FramePack(Family):
                 name: ceil(frames / scale) * ceil(height / (2 * scale)) * ceil(width / (2 * scale))
                 for name, (frames, scale) in HISTORY.items()
             }
-            return _hunyuan_dit.sizes(dit, (WINDOW, height, width), text=variant.text_length, **history)
+            return token_sizes((WINDOW, height, width), patch, text=variant.text_length, **history)
 
         (cls,) = self.denoiser_classes
         denoiser = _hunyuan_dit.component(cls, dit, sizes, TRACED, framepack=True)

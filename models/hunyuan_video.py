@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from overcrank.models import _few_steps, _hunyuan_dit, _hunyuan_vae
+from overcrank.models._common import token_sizes
 from overcrank.models._family import Family
 from overcrank.models.base import Arguments, Component, Config, Media, Sizes, Variant, VideoShape, renderings
 
@@ -176,10 +177,10 @@ TEXT_2_LENGTH = 256  # tokens of the byT5 encoder that reads quoted words
 class HunyuanVideo(Family):
     def components(self, variant: Variant) -> tuple[Component, ...]:
         dit, vae, latent = variant.configs["transformer"], variant.configs["vae"], partial(self.latent, variant)
-        newer = _hunyuan_dit.is_newer(dit)
+        newer, patch = _hunyuan_dit.is_newer(dit), _hunyuan_dit.patch_of(dit)
 
         def sizes(shape: VideoShape) -> Sizes:
-            return _hunyuan_dit.sizes(dit, latent(shape), text=variant.text_length, text_2=TEXT_2_LENGTH)
+            return token_sizes(latent(shape), patch, text=variant.text_length, text_2=TEXT_2_LENGTH)
 
         denoiser = _hunyuan_dit.component(self.denoiser_classes[newer], dit, sizes, {"text_2": 7})
         cls = "AutoencoderKLHunyuanVideo15" if newer else "AutoencoderKLHunyuanVideo"
