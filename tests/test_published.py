@@ -15,7 +15,7 @@ from overcrank.models.network import as_class_sees, network
 from bench import published
 
 FOLDER = Path(__file__).parent / "published"
-VARIANTS = [v for name in families() for v in family(name).VARIANTS if not v.packaged]
+VARIANTS = [v for name in families() for v in family(name).variants if not v.packaged]
 
 
 def facts(variant: Variant) -> dict[str, Any]:

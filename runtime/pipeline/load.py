@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
 from overcrank.export.quantization.pack import require_loras
-from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Preset, Variant
 from overcrank.models.hub import Watch, progress_bar
 from overcrank.models.presets import fetched, with_preset
@@ -60,7 +60,7 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     dtypes = dtypes_of(variant, device, asked.dtype)
     check_parts(dtypes if asked.dtype else {}, folder)
     pipe = _read(folder, variant, dtypes)
-    hook(variant, "prepare")(pipe, variant)
+    family(variant.family).prepare(pipe, variant)
     loras = _merged(pipe, variant, files)
     quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
@@ -136,7 +136,7 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
 def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
     """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
     parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = read_loras(files, type(pipe), parts, hook(variant, "PART_WORDS"))
+    loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
     merge(loras, parts)
     return [lora.about() for lora in loras]
 
