@@ -88,14 +88,14 @@ def _run(
 
         checkpoint_folder(options["model"], variant, Store(options["store"]), partial(show.downloading, quiet=quiet))
     jobs = [RenderJob(request, stem) for request, stem in work]
-    if not quiet:
-        click.echo(f"loading {variant.name} …", err=True)
     started = time.monotonic()
-    with show.watching(jobs, quiet) as watcher:
+    with show.Display(quiet) as display, show.watching(display, jobs, quiet) as watcher:
         if options.get("ray"):
             outcomes = _on_cluster(options["ray"], loading, variant, watcher, jobs, resume=not again)
         else:
-            outcomes = load_renderer(loading, variant, watcher).run(jobs, resume=not again)
+            with display.stage(f"loading {variant.name}"):
+                renderer = load_renderer(loading, variant, watcher)
+            outcomes = renderer.run(jobs, resume=not again)
     _print(outcomes, options["as_json"], many, time.monotonic() - started)
     if any(o.status == CANCELLED for o in outcomes):
         return 130

@@ -23,14 +23,14 @@ import overcrank
 import torch
 from overcrank.engines.build import build
 from overcrank.engines.matrix import cells_of, expanded
+from overcrank.engines.refusals import CannotServe
 from overcrank.engines.store import Store
 from overcrank.engines.types import own_precision
 from overcrank.engines.worker import BuildJob
 from overcrank.engines.workers import Work
-from overcrank.errors import CannotServe
 from overcrank.models import components, families, family, registry, resolve
 from overcrank.models.base import Variant
-from overcrank.runtime.sessions.select import bundle_of, compute_type, fitting_bundles
+from overcrank.runtime.sessions.select import compute_type, engine_of, fitting_bundles
 
 from tests import by_hand, checkpoints, tiny, without_torchvision
 
@@ -104,7 +104,7 @@ def refusal(name: str, bundle: Path, root: Path, names: tuple[str, ...] = ()) ->
     try:
         fitting = fitting_bundles([bundle], variant, CARD, own_precision(variant))
         for component in components(variant, names):
-            bundle_of(component, fitting, "rebuild", compute_type(getattr(pipe, component.subfolder)))
+            engine_of(component, fitting, compute_type(getattr(pipe, component.subfolder)))
     except CannotServe as error:
         return str(error)
     return ""

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from overcrank.engines.manifest import check_files, file_entry, read_manifest
+from overcrank.engines.refusals import CannotServe
 from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, fingerprint
-from overcrank.errors import CannotServe, IntegrityError, UserError
+from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, resolve
-from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+from overcrank.runtime.sessions.select import engine_of, fitting_bundles
 
 FLIPS = 200
 
@@ -42,7 +43,7 @@ def accepted(bundle: Path) -> bool:
     try:
         demo = resolve("ltx-demo")
         fitting = fitting_bundles([bundle], demo, "sm_89", "bf16")
-        return bundle_of(components(demo, ("denoiser",))[0], fitting, "rebuild")[0] == bundle
+        return engine_of(components(demo, ("denoiser",))[0], fitting).folder == bundle
     except CannotServe:
         return False
 

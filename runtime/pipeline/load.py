@@ -160,7 +160,7 @@ def _usable_device(device: str | None) -> str:
         raise UserError(f"{option('device', device)}: use cpu, cuda, or cuda:N.")
     if device.startswith("cuda") and not there:
         if reason := no_card():
-            raise UserError(f"{option('device', device)}: {'; '.join(reason)}.")
+            raise UserError(f"{option('device', device)}: {reason.sentence()}.")
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
         found = f"PyTorch {torch.__version__} finds no NVIDIA GPU here{why}"

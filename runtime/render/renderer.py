@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from overcrank.engines.refusals import NonFiniteResult, free_memory
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
 from overcrank.models import family
 from overcrank.models.base import Media, Variant
@@ -33,7 +34,7 @@ from overcrank.runtime.render.sidecar import about_render
 from overcrank.runtime.render.stepcache import StepCache, threshold_of
 from overcrank.runtime.render.steps import NonFinite, Steps, require_finite
 from overcrank.runtime.sessions.session import Record
-from overcrank.runtime.sessions.workspace import free_memory
+from overcrank.runtime.sessions.workspace import memory_of
 
 if TYPE_CHECKING:
     from overcrank.runtime.pipeline.accelerate import Acceleration
@@ -166,7 +167,7 @@ class Renderer:
 
         device = device_of(self.pipe)
         if isinstance(error, torch.OutOfMemoryError):
-            figures = f" ({free_memory(device)})" if device.type == "cuda" else ""
+            figures = f" ({free_memory(*memory_of(device))})" if device.type == "cuda" else ""
             return f"out of memory{figures}; render fewer frames, a smaller size, with --vram low, or with --lanes 1."
         if isinstance(error, torch.AcceleratorError):
             self._cancelled.set()  # nothing more can be computed in this process
@@ -185,9 +186,7 @@ class Renderer:
                 used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
                 if not used:
                     raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
-                ledger.fall_back(
-                    used, f"the engines gave {error}", "report it with the sidecar; rendered again eagerly"
-                )
+                ledger.fall_back(used, NonFiniteResult(str(error)))
                 with ledger.eagerly():
                     try:
                         video, pipe = self.made(outcome)
