@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from overcrank.models import components
 
-from tests import compiling, tiny
+from tests import compiling, quick, tiny
 from tests.simulated_tensorrt.installed import simulated as simulated
 
 # A shell that starts the tests in the background ignores SIGINT, and so would every process they start.
@@ -23,6 +25,13 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERCRANK_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(autouse=True)
+def _kept_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    in_tier = request.node.get_closest_marker("quick") and not request.node.get_closest_marker("heavy")
+    with quick.kept_quick() if in_tier else nullcontext():
+        yield
 
 
 @pytest.fixture

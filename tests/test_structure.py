@@ -120,7 +120,9 @@ def test_pages_show_commands_that_parse(page: Path) -> None:
 def test_the_pages_that_show_commands() -> None:
     """Fewer would mean that the expression above has stopped seeing them."""
     shown = {page.name: len(shown_commands(page.read_text("utf-8"))) for page in PAGES}
-    assert {"README.md", "building.md", "rendering.md", "engines.md"} <= {name for name, count in shown.items() if count}
+    assert {"README.md", "building.md", "rendering.md", "engines.md"} <= {
+        name for name, count in shown.items() if count
+    }
     assert sum(shown.values()) >= 30
 
 
