@@ -159,11 +159,12 @@ def test_nothing_is_parked_on_the_processor_nor_of_a_module_that_is_moved() -> N
     """What is parked and fetched on a card, test_gpu.py looks at."""
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     parked = Parked(module)
-    parked.park(["1", "2"])
-    assert parked._away == {}
+    before = [p.data_ptr() for p in module.parameters()]
+    assert not parked.park(["1", "2"])
+    assert [p.data_ptr() for p in module.parameters()] == before
     hooked = torch.nn.Sequential(torch.nn.Linear(2, 2)).to("meta")
     hooked._hf_hook = object()
-    Parked(hooked).park(["0"])
+    assert not Parked(hooked).park(["0"])
     assert hooked[0].weight.device.type == "meta"
 
 

@@ -36,13 +36,11 @@ def block(i: int, before: str, *, operator: str = "Mul", weight: str = "", share
         [b{i}_shift] h{i} = Add(m{i}, {shared})"""
 
 
-def chain(blocks: int, *, more: str = "", tail: str = "y = Neg(h{last})", parameters: str = "", body: str = "") -> str:
+def chain(blocks: int, *, tail: str = "y = Neg(h{last})", parameters: str = "", body: str = "") -> str:
     """A graph of so many blocks over `x`, with an input `s` that all of them read."""
     weights = parameters or ", ".join(f"float[2] blocks_{i}_weight" for i in range(blocks))
     written = body or "".join(block(i, f"h{i - 1}" if i else "x") for i in range(blocks))
-    return (
-        f"g (float[2] x, float[2] s, {weights}) => (float[2] y) {{ {written} {more} {tail.format(last=blocks - 1)} }}"
-    )
+    return f"g (float[2] x, float[2] s, {weights}) => (float[2] y) {{ {written} {tail.format(last=blocks - 1)} }}"
 
 
 def values(depth: int) -> dict[str, np.ndarray]:
@@ -93,7 +91,7 @@ def test_a_node_without_a_scope_is_of_the_block_that_alone_reads_it() -> None:
 def test_parameters_behind_the_chain_get_the_names_of_its_full_length() -> None:
     """blocks.2 is a submodule of another kind, which is blocks.4 once two blocks are four."""
     parameters = ", ".join(f"float[2] blocks_{i}_weight" for i in range(3))
-    model = traced(chain(2, parameters=parameters, tail=f"y = Mul(h1, blocks_2_weight)"), 2)
+    model = traced(chain(2, parameters=parameters, tail="y = Mul(h1, blocks_2_weight)"), 2)
     repeat_chain(model, Repeat(PATH, 2, 4, after=1))
     assert {v.name for v in model.graph.inputs} == {"x", "s", *(f"{PATH}.{i}.weight" for i in range(5))}
     given = values(5)
@@ -122,7 +120,7 @@ def test_two_values_are_carried_on() -> None:
 
 
 OTHER = "float[2] other"
-BOTH = f"float[2] blocks_0_weight, float[2] blocks_1_weight"
+BOTH = "float[2] blocks_0_weight, float[2] blocks_1_weight"
 NO_CHAIN = {
     "a block of another length": (
         chain(2, body=f"{block(0, 'x')} {block(1, 'h0')}\n [b1_more] k1 = Neg(h1)", tail="y = Neg(k1)"),
@@ -140,7 +138,11 @@ NO_CHAIN = {
         "Softmax node b1_n has no counterpart",
     ),
     "a parameter of another name": (
-        chain(2, parameters=f"{BOTH}, float[2] blocks_1_bias", body=block(0, "x") + block(1, "h0", weight="blocks_1_bias")),
+        chain(
+            2,
+            parameters=f"{BOTH}, float[2] blocks_1_bias",
+            body=block(0, "x") + block(1, "h0", weight="blocks_1_bias"),
+        ),
         r"parameter blocks\.1\.bias stands where blocks\.0\.weight stood",
     ),
     "something that one block alone reads": (
@@ -176,7 +178,7 @@ NO_CHAIN = {
 @pytest.mark.parametrize("case", NO_CHAIN)
 def test_what_is_no_chain_is_refused_and_left(case: str) -> None:
     text, says = NO_CHAIN[case]
-    blocks = text.count("[b2_") and 3 or 2
+    blocks = 3 if "[b2_" in text else 2
     model = traced(text, blocks)
     before = ir.to_proto(model).SerializeToString()
     with pytest.raises(NotAChain, match=says):

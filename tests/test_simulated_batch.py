@@ -158,8 +158,8 @@ def test_a_job_that_ends_at_any_point(
 ) -> None:
     card = simulated.card
     points: list[str] = []
-    driver = Renderer(loaded("tensorrt"), "ltx-demo", Watcher(card, points.append), lanes=1)
-    (first,) = driver.run([job(tmp_path, 0)])
+    pipe = loaded("tensorrt")
+    (first,) = Renderer(pipe, "ltx-demo", Watcher(card, points.append), lanes=1).run([job(tmp_path, 0)])
     right, weights = pixels(first), card.allocated
     assert len(points) >= STEPS + 3
     record_property("points", points)
@@ -167,15 +167,14 @@ def test_a_job_that_ends_at_any_point(
 
         def ends(where: str, point: str = point) -> None:
             if where == point and what == "cancel":
-                driver.cancel()
+                driver.cancel()  # noqa: B023 (it is called before the loop goes on)
             elif where == point:
                 raise ValueError(f"failed at {where}")
 
-        driver.watcher = Watcher(card, ends)
+        driver = Renderer(pipe, "ltx-demo", Watcher(card, ends), lanes=1)
         (outcome,) = driver.run([job(tmp_path, 0)])
         assert outcome.status in ({CANCELLED, DONE} if what == "cancel" else {FAILED}), point
-        driver._cancelled.clear()
-        driver.watcher = Watcher(card)
+        driver = Renderer(pipe, "ltx-demo", Watcher(card), lanes=1)
         gc.collect()
         assert card.allocated == weights, point
         (again,) = driver.run([job(tmp_path, 0)])

@@ -115,10 +115,10 @@ def test_a_streamed_vae_holds_its_caches_twice(tmp_path: Path, bundles: Path, si
     assert record.backends() == {"vae_decoder": {"tensorrt_rtx": 8}, "vae_decoder_first": {"tensorrt_rtx": 1}}
     assert torch.allclose(made, eager, atol=1e-4)
     assert torch.equal(made, again)
-    sessions = {s.component.name: s.session for m in pipe.overcrank.modules for s in m.slots if s.session is not None}
-    session: Any = sessions["vae_decoder"]
-    caches = sum(4 * int(np.prod(shape)) for name, shape in session._shapes.items() if name != "x")
-    pixels = 4 * int(np.prod(session._results["out"]))
+    context = simulated.context
+    assert context.plan.entry.name == "vae_decoder"
+    caches = sum(4 * int(np.prod(shape)) for name, shape in context.shapes.items() if name != "x")
+    pixels = 4 * int(np.prod(context.get_tensor_shape("out")))
     taken = card.peak - card.engines - weights
     assert caches > 4 * pixels
     assert 2 * caches <= taken <= 2 * caches + 3 * pixels
