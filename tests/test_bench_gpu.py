@@ -53,6 +53,7 @@ def test_wrong_words(arguments: list[str], says: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 def test_the_report_names_engines_that_lose_and_parts_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

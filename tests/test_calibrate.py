@@ -160,6 +160,7 @@ def test_what_is_not_finite_is_named(made: Any, tmp_path: Path, monkeypatch: pyt
     ("content", "says"),
     [(b"", "is empty; write one prompt a line"), (b"a caf\xe9", "is not UTF-8 (byte 5)")],
 )
+@pytest.mark.quick
 def test_prompts_that_cannot_be_read(content: bytes, says: str, tmp_path: Path, run: Any) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     refused(run("overcrank", "calibrate", "--precision", "fp8", "--prompts", tmp_path / "p.txt"), says)
@@ -188,6 +189,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
     refused(run("overcrank", "render", "--prompt", "x", "--precision", "fp6"), "--precision fp6: use auto, fp8")
 
 
+@pytest.mark.quick
 def test_ranges_missing_from_a_recipe_are_asked_for(tmp_path: Path) -> None:
     from overcrank.errors import CannotServe
     from overcrank.runtime.sessions.parameters import packed_parameters

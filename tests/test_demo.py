@@ -37,6 +37,7 @@ def test_the_judge_sees_nothing_in_noise_and_in_empty_frames() -> None:
     assert judge(still).motion == "none"
 
 
+@pytest.mark.quick
 def test_held_out_combinations_are_never_trained_and_every_word_is() -> None:
     trained, held_out = clips.split()
     assert not set(trained) & set(held_out)

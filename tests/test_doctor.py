@@ -21,6 +21,8 @@ from overcrank.runtime import doctor
 from overcrank.runtime.doctor import Machine, findings, of_store, why_not
 from overcrank.runtime.sessions.card import in_pytorchs_order, why_no_card
 
+pytestmark = pytest.mark.quick
+
 ADA = Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 * 2**30, 20 * 2**30, "580.1")
 GOOD = Machine((ADA,), "", "2.11.0", "13.0", 1, None, {"tensorrt_rtx": "1.7.1"}, {"tensorrt": "TensorRT is not here."})
 
@@ -170,6 +172,7 @@ def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
+@pytest.mark.heavy
 def test_a_render_without_cuda_names_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     import torch
 
@@ -225,6 +228,7 @@ def test_the_self_test_s_engine_runs_where_a_driver_can_run_it(monkeypatch: pyte
     assert asked == [True, False]
 
 
+@pytest.mark.heavy
 def test_this_machine(tmp_path: Path, run: Any) -> None:
     shown = run("overcrank", "doctor", "--store", tmp_path / "s")
     import torch

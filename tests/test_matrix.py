@@ -15,6 +15,7 @@ from overcrank.engines.workers import LocalWorkers
 from overcrank.errors import CompileError, UserError
 
 
+@pytest.mark.quick
 def test_impossible_combinations_are_dropped_with_their_reason() -> None:
     found = expanded(cells_of("ltx-demo,svd", "sm_75 sm_86,rtx5090", "auto,bf16,fp8"))
     assert {str(c) for c in found.requests if c.model == "svd"} == {
@@ -30,6 +31,7 @@ def test_impossible_combinations_are_dropped_with_their_reason() -> None:
     assert len(found.dropped) == 6
 
 
+@pytest.mark.quick
 def test_all_is_every_architecture_once() -> None:
     found = expanded(cells_of("ltx-demo", "all", "auto"))
     assert [c.gpu for c in found.requests] == ["sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]
@@ -46,6 +48,7 @@ def test_all_is_every_architecture_once() -> None:
         (["--retry-failed"], "--retry-failed: nothing failed"),
     ],
 )
+@pytest.mark.quick
 def test_wrong_words(words: list[str], says: str, run: Any) -> None:
     result = run("overcrank", "engines", "build", *words, "--yes")
     assert result.exit_code == 2

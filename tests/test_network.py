@@ -16,6 +16,8 @@ from overcrank.models.registry import published
 
 from tests import fields, tiny, without_torchvision
 
+pytestmark = pytest.mark.quick
+
 without_torchvision.install()
 UNREAD = [
     (cls, name, field)
@@ -38,6 +40,7 @@ def test_every_class_that_becomes_an_engine_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(("cls", "name", "field"), tiny.thinned(UNREAD, every=40))
+@pytest.mark.heavy
 def test_a_field_left_out_of_the_identity_shows_in_no_graph(cls: str, name: str, field: str) -> None:
     """Traced anew with another value: the program is the same, to its constants."""
     for variant, component in fields.cases(cls, name):

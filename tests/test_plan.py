@@ -16,9 +16,12 @@ from overcrank.models import components, resolve
 
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 NAME = "tiny-ltx-0.9.5"
 
 
+@pytest.mark.heavy
 def test_ltx_runs_the_gemms_of_the_embedded_network() -> None:
     """True widths, traced depth: no weight work, and no epilogue lost to weights being inputs."""
     from overcrank.engines.profiles import profile_for
@@ -31,6 +34,7 @@ def test_ltx_runs_the_gemms_of_the_embedded_network() -> None:
     assert result.inputs.lost(result.embedded) == Counter()
 
 
+@pytest.mark.heavy
 def test_a_weight_that_is_transposed_at_run_time_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The plain form of a linear layer, [N, K] and a Transpose, is what the lint exists to catch."""
 

@@ -45,6 +45,7 @@ ERRORS = {"fp8": 0.05, "int8": 0.03, "nvfp4": 0.25}
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.quick
 def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str) -> None:
     """What Q, DQ and the factors make of it, spelled out here."""
     generator = torch.Generator().manual_seed(0)
@@ -144,6 +145,7 @@ def test_scales_as_inputs_are_caught_falling_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.quick
 def test_an_attention_in_fp8_is_nearly_exact_at_any_scale(compute: str) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) * s for s in (30, 0.02, 2000))

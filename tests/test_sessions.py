@@ -13,6 +13,8 @@ from overcrank.engines.measurements import Measurement, measurements, record, re
 from overcrank.engines.store import Store
 from overcrank.errors import CannotServe
 
+pytestmark = pytest.mark.quick
+
 RTX = ("NVIDIA GeForce RTX 4090", "580.95.05")
 
 

@@ -19,6 +19,8 @@ from overcrank.runtime.render.stepcache import BACKEND, StepCache, threshold_of
 from overcrank.runtime.sessions.session import Ledger
 from PIL import Image
 
+pytestmark = pytest.mark.quick
+
 DEMO = resolve("ltx-demo")
 STEPS = 10
 
@@ -185,6 +187,7 @@ def test_levels_of_every_family() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.heavy
 def test_a_render_skips_steps_and_says_so(backend: str, run: Any, tmp_path: Path) -> None:
     prompt = "a red circle moving right on a black background"
     (tmp_path / "jobs.jsonl").write_text(json.dumps({"prompt": prompt, "output": "clip", "formats": ["png"]}))

@@ -13,6 +13,8 @@ import click
 import pytest
 from overcrank import cli
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parent.parent
 LAYERS = ["models", "export", "engines", "runtime", "calibration", "cli"]
 BELOW = ["errors", "files", "units"]

@@ -275,6 +275,7 @@ def test_commands(run: Any, tmp_path: Path, demo_bundle: Path, monkeypatch: pyte
         (["revoke", ""], "no trusted key matches ''"),
     ],
 )
+@pytest.mark.quick
 def test_wrong_words(words: list[str], says: str, run: Any) -> None:
     result = run("overcrank", "keys", *words)
     assert result.exit_code == 2
