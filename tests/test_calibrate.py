@@ -17,6 +17,7 @@ from overcrank.models import components, resolve
 from overcrank.runtime.render import renderer
 from PIL import Image
 
+from tests.conftest import Once
 from tests.test_bad_input import refused
 
 STEPS = 4
@@ -31,13 +32,11 @@ def _run(*arguments: object) -> Any:
 FRAMES = ("clip-frames", "of-bundle-frames")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="session")
+def made(once: Once, shared_store: Path) -> Any:
     """(store, recipe) of the demo in fp8."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    store, recipe = folder / "store", folder / "recipe.json"
-    _run(*calibration(store, recipe, "fp8"))
-    return store, recipe
+    folder = once("calibrated", lambda part: _run(*calibration(shared_store, part / "recipe.json", "fp8")))
+    return shared_store, folder / "recipe.json"
 
 
 def calibration(store: Path, recipe: Path, precision: str, *more: object) -> list[object]:

@@ -131,7 +131,7 @@ def test_a_pipeline_whose_parts_are_moved_still_renders() -> None:
 
 
 @pytest.mark.heavy
-def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(tmp_path: Path) -> None:
+def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(shared_store: Path) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
     from overcrank.runtime.pipeline.accelerate import accelerate
     from overcrank.runtime.pipeline.load import load
@@ -150,7 +150,7 @@ def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(tmp_path:
         hook = Counts()
         if first:
             add_hook_to_module(pipe.transformer, hook)
-        accelerate(pipe, backend="onnxruntime", store=tmp_path)
+        accelerate(pipe, backend="onnxruntime", store=shared_store)
         if not first:
             add_hook_to_module(pipe.transformer, hook)
         with pipe.overcrank.ledger.recording() as record:

@@ -27,6 +27,9 @@ UNREAD = [
 ]
 
 
+USUAL = (("AutoencoderKL", "vae_decoder", "in_channels"), ("LTX2VideoTransformer3DModel", "denoiser", "base_width"))
+
+
 @pytest.mark.parametrize("cls", sorted(_table()["defaults"]))
 def test_the_table_is_what_the_classes_say(cls: str) -> None:
     assert class_fields(cls) == inspected_fields(cls), "run python bench/class_fields.py"
@@ -39,7 +42,7 @@ def test_every_class_that_becomes_an_engine_is_in_the_table() -> None:
     assert {field for *_, field in UNREAD} <= fields.OUTSIDE
 
 
-@pytest.mark.parametrize(("cls", "name", "field"), tiny.thinned(UNREAD, every=40))
+@pytest.mark.parametrize(("cls", "name", "field"), tiny.specimens(UNREAD, *USUAL))
 @pytest.mark.heavy
 def test_a_field_left_out_of_the_identity_shows_in_no_graph(cls: str, name: str, field: str) -> None:
     """Traced anew with another value: the program is the same, to its constants."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ PARTLY = {"framepack": {"vae_decoder"}, "framepack-ends": {"vae_decoder"}}
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(shared_store: Path) -> Path:
     """The store in which test_render_families.py has graphs exported, those of other workers included."""
-    own = tmp_path_factory.getbasetemp()
-    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "store"
+    return shared_store
 
 
 @pytest.fixture(autouse=True)
