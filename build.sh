@@ -3,7 +3,7 @@
 #   ./build.sh                                   engines of LTX-Video for an RTX 40 card
 #   ./build.sh --model ltx --gpu rtx5090         passes its arguments to build-engine
 #   ./build.sh render "a blue square moving up"  renders the demo model (more words go to overcrank render)
-#   ./build.sh quick                             runs the tests that build and render nothing (two minutes)
+#   ./build.sh quick                             runs the tests that build and render nothing
 #   ./build.sh test                              runs the tests
 #   ./build.sh test-all                          runs them for every network, format and pipeline (over an hour)
 #   ./build.sh lint                              ruff and mypy
