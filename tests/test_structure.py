@@ -144,6 +144,28 @@ def test_a_wrong_command_on_a_page_would_be_seen(words: str) -> None:
         check_command(*words.split())
 
 
+OF_OTHERS = {
+    *("_replace", "_fields", "_asdict"),  # of named tuples
+    *("_parameters", "_modules"),  # of torch's modules
+    *("_hf_hook", "_reset_stateful_cache", "_interrupt", "_current_timestep", "_get_mllm_prompt_embeds"),  # diffusers
+}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_tests_look_at_nothing_private(file: Path) -> None:
+    """Of the product's objects; an object's own are its own."""
+    private = {
+        f"{ast.unparse(node)} in line {node.lineno}"
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in OF_OTHERS
+        and ast.unparse(node.value) not in ("self", "cls")
+    }
+    assert not private
+
+
 def test_no_machine_path_or_index_host_is_named() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     words = re.compile(r"/wo[r]k/|pypi\.o[r]g|/opt/wh[e]els|files\.python[h]osted")
