@@ -3,6 +3,7 @@
 #   ./build.sh                                   engines of LTX-Video for an RTX 40 card
 #   ./build.sh --model ltx --gpu rtx5090         passes its arguments to build-engine
 #   ./build.sh render "a blue square moving up"  renders the demo model (more words go to overcrank render)
+#   ./build.sh quick                             runs the tests that build and render nothing
 #   ./build.sh test                              runs the tests
 #   ./build.sh test-all                          runs them for every network, format and pipeline (over an hour)
 #   ./build.sh lint                              ruff and mypy
@@ -36,6 +37,7 @@ PATH="$PWD/$VENV/bin:$PATH"
 [ "${VENV#/}" = "$VENV" ] || PATH="$VENV/bin:$PATH"
 
 case "${1:-}" in
+  quick) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" -m 'quick and not heavy and not sweep' "$@" ;;
   test) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" "$@" ;;
   test-all) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" -m '' "$@" ;;
   lint)

@@ -13,6 +13,8 @@ from overcrank.models import check_shape, components, families, family, paramete
 from overcrank.models.base import Call, Variant, VideoShape
 from overcrank.models.registry import variant_named
 
+pytestmark = pytest.mark.quick
+
 VARIANTS = [v for name in families() for v in family(name).variants]
 # Parameters of the denoiser in billions, as the publishers state them (rounded).
 STATED = {

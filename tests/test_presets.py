@@ -17,6 +17,8 @@ from overcrank.models.presets import applied, every_preset, fetched, presets, wi
 from overcrank.runtime.render.request import RenderRequest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.quick
+
 LTX_DISTILLED = [1000, 993, 987, 981, 975, 909, 725, 0.03]
 # As the publishers list them: what the scheduler counts with, 0 at the end, and what the network is told.
 SIGMAS = {
@@ -157,6 +159,7 @@ def test_the_command_line_refuses_and_lists_them(run: Any, tmp_path: Path) -> No
     assert {m["name"]: m["presets"] for m in everything}["ltx2-19b"] == ["ltx-distilled"]
 
 
+@pytest.mark.heavy
 def test_a_lora_that_cannot_be_fetched_is_named() -> None:
     from overcrank.errors import ModelError
 
@@ -166,6 +169,7 @@ def test_a_lora_that_cannot_be_fetched_is_named() -> None:
         fetched(preset)
 
 
+@pytest.mark.heavy
 def test_a_render_merges_the_presets_loras_and_says_so(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ from overcrank.models.network import as_class_sees, network
 
 from bench import published
 
+pytestmark = pytest.mark.quick
+
 FOLDER = Path(__file__).parent / "published"
 VARIANTS = [v for name in families() for v in family(name).variants if not v.packaged]
 

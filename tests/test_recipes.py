@@ -20,6 +20,8 @@ from overcrank.runtime.pipeline.dtypes import check_parts, typed
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.render.schedule import scheduled, scheduler_of
 
+pytestmark = pytest.mark.quick
+
 RENDERS = [(v, task) for name in families() for v in family(name).variants for task in v.renders]
 IDS = [f"{v.name}:{task}" for v, task in RENDERS]
 # (shift, steps, guidance, second guidance): Wan-Video/Wan2.1 and Wan2.2 generate.py, README.md and wan/configs;

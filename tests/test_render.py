@@ -21,9 +21,9 @@ STEPS = 6
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of exported graphs for all tests here."""
-    return tmp_path_factory.mktemp("store")
+def store(shared_store: Path) -> Path:
+    """One cache of exported graphs."""
+    return shared_store
 
 
 @pytest.fixture(scope="session")
