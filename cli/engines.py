@@ -241,21 +241,17 @@ def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None
 @store_option
 def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, store: Path | None) -> None:
     """Sign BUNDLES and publish them at URL: a folder, s3://, gs://, hf:// or what else fsspec writes to."""
+    from overcrank.api import push
     from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
-    from overcrank.engines import remote
-    from overcrank.engines.store import Store
-    from overcrank.engines.trust import Keyring
     from overcrank.units import human_bytes
 
-    where = Store(store)
-    paths = [where.resolve(b) for b in bundles]
     with report.transfer_display() as progress:
-        made = remote.push(remote.Remote(url), paths, key, Keyring(), progress)
+        entries = push(url, bundles, key, store=store, progress=progress)
     if as_json:
-        print_json("engines push", url=url, bundles=[published(listed) for listed in made])
+        print_json("engines push", url=url, bundles=[published(listed) for listed in entries])
         return
-    for listed in made:
+    for listed in entries:
         click.echo(f"published {listed.name}, {human_bytes(listed.bytes)}")
 
 
@@ -269,25 +265,18 @@ def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, st
 @click.option("--allow-unsigned", is_flag=True, help="Also what nobody trusted has signed: you vouch for URL.")
 @json_option
 @store_option
-def engines_pull(
-    url: str, model: str, gpu: str, precision: str, allow_unsigned: bool, as_json: bool, store: Path | None
-) -> None:
+def engines_pull(url: str, model: str, as_json: bool, store: Path | None, **asked: Any) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
+    from overcrank.api import PullOptions, pull
     from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
-    from overcrank.engines import remote
-    from overcrank.engines.store import Store
-    from overcrank.engines.targets import precision_for, targets_for
-    from overcrank.engines.trust import Keyring
+    from overcrank.engines.manifest import read_manifest
+    from overcrank.engines.remote import listed_as
 
-    where, ring, place = Store(store), Keyring(), remote.Remote(url)
-    (target,) = targets_for([gpu], "tensorrt_rtx")
-    index = remote.read_index(place, ring, where, allow_unsigned)
-    listed = remote.fitting(index, model, target.name, precision_for(target, precision))
     with report.transfer_display() as progress:
-        path = remote.pull(place, listed, where, ring, progress, allow_unsigned)
+        path = pull(url, model, PullOptions(**asked), store=store, progress=progress)
     if as_json:
-        print_json("engines pull", url=url, path=path, bundle=published(listed))
+        print_json("engines pull", url=url, path=path, bundle=published(listed_as(path, read_manifest(path))))
     else:
         click.echo(path)
 

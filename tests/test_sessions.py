@@ -92,7 +92,7 @@ def test_a_full_disk_does_not_fail_the_render(tmp_path: Path, caplog: pytest.Log
         session=SimpleNamespace(save_kernels=kernels.keep), component=SimpleNamespace(name="denoiser")
     )
     module: Any = SimpleNamespace(slots=[slot])
-    Acceleration(resolve("ltx-demo"), "auto", Ledger(False), [module]).save_kernels()
+    Acceleration(lambda: None, resolve("ltx-demo"), "auto", Ledger(False), [module]).save_kernels()
     assert "the kernels compiled for denoiser are not kept" in caplog.text
 
 
@@ -139,7 +139,7 @@ def test_engines_are_loaded_ahead_and_only_those_a_render_calls(monkeypatch: pyt
         return module
 
     modules: Any = [slot(name) for name in ("denoiser", "vae_decoder", "vae_encoder")]
-    acceleration = Acceleration(resolve("ltx-demo"), "auto", Ledger(False), modules)
+    acceleration = Acceleration(lambda: None, resolve("ltx-demo"), "auto", Ledger(False), modules)
     acceleration.preload(pictures=False)
     assert opened == ["denoiser", "vae_decoder"]
     acceleration.preload(pictures=True)

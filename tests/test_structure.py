@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["models", "export", "engines", "runtime", "calibration", "cli"]
-BELOW = ["errors", "files", "units"]
-SOURCES = sorted(p for layer in LAYERS for p in (ROOT / layer).rglob("*.py")) + [ROOT / f"{b}.py" for b in BELOW]
+LAYERS = ["models", "export", "engines", "runtime", "calibration", "api", "cli"]
+BELOW = ["errors", "files", "units", "options"]
+SOURCES = sorted(p for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
+SOURCES += [ROOT / f"{name}.py" for name in ("api", *BELOW)]
 
 
 def imports(file: Path) -> set[str]:

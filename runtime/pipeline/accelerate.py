@@ -17,6 +17,8 @@ from overcrank.engines.trust import Keyring
 from overcrank.errors import CannotServe, StoreError, UserError
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
+from overcrank.options import merged
+from overcrank.runtime.options import AccelerateOptions
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
 from overcrank.runtime.sessions.select import fitting_bundles, pull_missing, rebuild_command
@@ -33,10 +35,11 @@ SessionMaker = Callable[[Component, str, "nn.Module"], Session]
 BACKENDS = ("auto", "tensorrt", "onnxruntime", EAGER)
 
 
-@dataclass
+@dataclass(repr=False)
 class Acceleration:
     """What `accelerate` did to a pipeline; kept as `pipe.overcrank`."""
 
+    pipe: Callable[[], Any]  # None when it is gone
     variant: Variant
     backend: str
     ledger: Ledger
@@ -77,63 +80,76 @@ class Acceleration:
             if pictures or not module.slots[0].component.name.endswith("_encoder"):
                 module.preload()
 
+    def __repr__(self) -> str:
+        state = f"{len(self.modules)} modules" if self.modules else "no engine"
+        return f"<overcrank {self.variant.name}: {self.backend}, {state}>"
+
+    def summary(self) -> str:
+        """Who served which calls of this pipeline since it was accelerated, and why engines did not; a line each."""
+        record = self.ledger.record
+        lines = [f"{self.variant.name}, backend {self.backend}"]
+        for component, counts in record.backends().items():
+            calls = ", ".join(f"{backend} {count} call{'s' * (count > 1)}" for backend, count in counts.items())
+            bundle = f" ({self.bundles[component]})" if component in self.bundles else ""
+            lines.append(f"  {component}: {calls}{bundle}")
+        if not record.served:
+            lines.append("  nothing was called yet")
+        reasons: dict[str, list[str]] = {}
+        for fallback in (*self.ledger.standing, *record.fallbacks):
+            components = reasons.setdefault(f"{fallback.reason}; {fallback.fix}.", [])
+            components += [fallback.component] if fallback.component not in components else []
+        lines += [f"  {', '.join(names)} in eager PyTorch: {reason}" for reason, names in reasons.items()]
+        return "\n".join(lines)
+
     def remove(self) -> None:
-        """Give every module its own forward back."""
+        """Give every module its own forward back, and take `pipe.overcrank` away."""
         for module in self.modules:
             module.remove()
         self.modules.clear()
+        pipe = self.pipe()
+        if pipe is not None and vars(pipe).get("overcrank") is self:
+            del pipe.overcrank
 
     def __reduce__(self) -> Any:
         """Of a pipeline that is copied or pickled, the copy is not accelerated."""
         return type(None), ()
 
 
-def accelerate(
-    pipe: Any,
-    bundle: str | Path | None = None,
-    *,
-    backend: str = "auto",
-    store: Path | None = None,
-    model: str = "",
-    quantization: Quantization | None = None,
-    slow_engines: bool = False,
-    pull: str = "",
-) -> Any:
+def accelerate(pipe: Any, options: AccelerateOptions | None = None, **changes: Any) -> Any:
     """Let engines serve the calls of a diffusers pipeline's denoiser and VAE; returns the pipeline.
 
-    `bundle` is a bundle's path or name [default: the newest in the store for this network
-    and card]. `backend`: "auto" uses TensorRT and falls back to eager PyTorch with one
-    warning for each reason, "tensorrt" raises BackendError in place of falling back,
-    "onnxruntime" runs the graphs in ONNX Runtime in fp32, those of `bundle` if one is named,
-    "eager" uses no engine. `model` is the name that rebuild commands show. `quantization`: the
-    engines asked for, and the ranges of their layers [default: engines in the pipeline's own 16-bit
-    type]. `slow_engines`: also those that were measured to be slower than eager PyTorch on this card.
-    `pull`: URL from which the bundle for this network and card is fetched if the store has none.
+    `changes`: fields of AccelerateOptions, over those of `options`, such as backend="onnxruntime". What torch.compile
+    made of a part is taken out again. `pipe.overcrank` is the Acceleration; its `remove()` undoes it.
 
-    What torch.compile made of a part is taken out again.
-
-    Raises UserError for an unknown backend or bundle, ModelError for a pipeline of no known family.
+    Raises UserError for an unknown option, backend or bundle, ModelError for a pipeline of no known family.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"Unknown backend '{backend}': use {', '.join(BACKENDS)}.")
+    asked = merged(AccelerateOptions, options, changes)
+    return with_engines(pipe, asked, asked.quantization())
+
+
+def with_engines(pipe: Any, options: AccelerateOptions, quantization: Quantization | None) -> Any:
+    """As `accelerate`; `quantization` is that of the options, or one that knows the weights."""
+    if options.backend not in BACKENDS:
+        raise UserError(f"Unknown backend '{options.backend}': use {', '.join(BACKENDS)}.")
     if not isinstance(getattr(pipe, "components", None), Mapping):
         raise UserError(f"accelerate() takes a diffusers pipeline, not {type(pipe).__name__}.")
     earlier = getattr(pipe, "overcrank", None)
     if earlier is not None:
         earlier.remove()
     _unwrap_compiled(pipe)
-    variant = _variant_of(pipe, model)
-    ledger = Ledger(strict=backend == "tensorrt")
-    found = Acceleration(variant, backend, ledger, [], quantization=quantization)
-    where = Store(store)
-    if pull:
-        pull_missing(pull, variant, quantization.precision if quantization else "auto", where, Keyring())
-    if backend == "onnxruntime":
-        found.modules = _install(pipe, variant, ledger, _in_onnx_runtime(found, where, bundle))
-    elif backend != EAGER:
-        _with_engines(pipe, found, where, bundle, slow_engines)
-    found.source = str(pipe.config.get("_name_or_path", ""))
-    pipe.overcrank = found
+    variant = _variant_of(pipe, options.model)
+    ledger = Ledger(strict=options.backend == "tensorrt")
+    acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
+    store = Store(options.store)
+    if options.pull:
+        pull_missing(options.pull, variant, quantization.precision if quantization else "auto", store, Keyring())
+    if options.backend == "onnxruntime":
+        session = _in_onnx_runtime(acceleration, store, options.bundle)
+        acceleration.modules = _install(pipe, variant, ledger, session)
+    elif options.backend != EAGER:
+        _on_card(pipe, acceleration, store, options.bundle, options.slow_engines)
+    acceleration.source = str(pipe.config.get("_name_or_path", ""))
+    pipe.overcrank = acceleration
     return pipe
 
 
@@ -184,7 +200,7 @@ def _in_onnx_runtime(found: Acceleration, store: Store, bundle: str | Path | Non
     return BundledGraphs(found.quantization, store, fitting, rebuild, found.bundles).session
 
 
-def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, slow: bool) -> None:
+def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, slow: bool) -> None:
     variant, ledger, quantization = found.variant, found.ledger, found.quantization
     try:
         card = _card(pipe)

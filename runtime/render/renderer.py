@@ -22,13 +22,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
 from overcrank.models import hook
 from overcrank.models.base import Media, Variant
+from overcrank.models.hub import unwatched
+from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
-from overcrank.runtime.pipeline.load import pipeline_for
+from overcrank.runtime.pipeline.load import load, pipeline_for
 from overcrank.runtime.render.media import media_of
 from overcrank.runtime.render.output import Video, check_audio, is_complete, remove_partial_results, write_results
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.render.sidecar import about_render
-from overcrank.runtime.render.stepcache import StepCache
+from overcrank.runtime.render.stepcache import StepCache, threshold_of
 from overcrank.runtime.render.steps import NonFinite, Steps, require_finite
 from overcrank.runtime.sessions.session import Record
 from overcrank.runtime.sessions.workspace import free_memory
@@ -333,3 +335,13 @@ def _own_stream(device: Any) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
+    """The pipeline of `options.model`, loaded and accelerated in this process."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    threshold = threshold_of(options.cache, variant)
+    pipe = load(options.model, options, watch=unwatched)  # a bar would be drawn over that of the jobs
+    return Renderer(pipe, variant.name, watcher, preview=options.preview, lanes=options.lanes, cache=threshold)
