@@ -9,8 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/overcrank.ipynb")
-RESULTS = "bench/results/*.md"
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "bench/results/*.md", "examples/*.py", "examples/*.ipynb")
 SOURCES = ROOT / ".cache" / "docs" / "overcrank"
 
 
@@ -25,8 +24,7 @@ def on_startup(**_: Any) -> None:
 
 
 def _outside() -> list[str]:
-    files = [ROOT / name for name in OUTSIDE] + sorted(ROOT.glob(RESULTS))
-    return [file.relative_to(ROOT).as_posix() for file in files if file.is_file()]
+    return [file.relative_to(ROOT).as_posix() for pattern in OUTSIDE for file in sorted(ROOT.glob(pattern))]
 
 
 def on_files(files: Files, config: Any) -> Files:
