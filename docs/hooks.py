@@ -38,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _contexts(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[click.Context]:
-    context = click.Context(command, parent, name, terminal_width=92, **command.context_settings)
+    context = click.Context(command, parent, name, terminal_width=76, **command.context_settings)
     yield context
     if isinstance(command, click.Group):
         names = {id(child): name for name, child in command.commands.items()}  # one that has two names once

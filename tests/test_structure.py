@@ -115,7 +115,7 @@ def test_help_imports_neither_models_nor_pydantic(script: str) -> None:
 def commands_of(page: str) -> list[list[str]]:
     """The words of each command of ours in the shell blocks of a page."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [words for words in lines if words and words[0] in ("build-engine", "overcrank")]
 
 
