@@ -133,7 +133,10 @@ def test_the_glossary_is_small_and_kept_to() -> None:
     assert terms == sorted(terms, key=str.lower)
     assert 20 <= len(terms) <= 30
     texts = {page: CODE.sub("", text_of(page)) for page in PAGES if page not in (*GENERATED, "docs/glossary.md")}
-    texts |= {" ".join(path): command.get_help(click.Context(command)) for path, command in every_command()}
+    texts |= {
+        " ".join(path): command.get_help(click.Context(command, **command.context_settings))
+        for path, command in every_command()
+    }
     words = forbidden_words()
     assert len(words) > 20
     said = [(where, found.group()) for where, text in texts.items() for w in words if (found := w.search(text))]

@@ -137,7 +137,7 @@ def test_pages_show_commands_that_parse(page: str) -> None:
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
             assert words[0] in command.commands, (page, words)
             command = command.commands[words.pop(0)]
-        context = click.Context(command)
+        context = click.Context(command, **command.context_settings)
         values, left, _ = command.make_parser(context).parse_args(words)
         assert not left, (page, words)
         for parameter in command.params:
