@@ -120,7 +120,7 @@ def test_the_documentation_is_what_the_data_says() -> None:
     root = Path(__file__).parent.parent
     notes = (root / "docs/models.notes.md").read_text("utf-8")
     made = markdown(root / "bench/results", notes)
-    assert (root / "docs/models.md").read_text("utf-8") == made, "run ./build.sh docs"
+    assert (root / "docs/models.md").read_text("utf-8") == made, "run ./build.sh pages"
 
 
 def test_models_are_listed_and_explained(run: Any) -> None:

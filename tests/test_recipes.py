@@ -65,7 +65,7 @@ def karras(largest: float, smallest: float, steps: int, rho: float = 7.0) -> np.
 
 
 def test_the_page_is_what_the_data_says() -> None:
-    assert (Path(__file__).parents[1] / "docs/recipes.md").read_text("utf-8") == markdown(), "run ./build.sh docs"
+    assert (Path(__file__).parents[1] / "docs/recipes.md").read_text("utf-8") == markdown(), "run ./build.sh pages"
 
 
 @pytest.mark.parametrize(("variant", "task"), RENDERS, ids=IDS)

@@ -88,7 +88,7 @@ PROGRAMS = ("build-engine", "overcrank")
 def shown_commands(page: str) -> list[list[str]]:
     """Words of each of our commands in a page's shell blocks, however the block calls its language."""
     blocks = re.findall(r"^```(?:bash|sh|shell|console|)\n(.*?)^```", page, re.S | re.M)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [words for words in lines if words and words[0] in PROGRAMS]
 
 
