@@ -15,13 +15,21 @@ from overcrank.engines.cards import Card
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
 from overcrank.errors import CannotServe, StoreError, UserError
+from overcrank.export.packaged import packaged_graph
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
-from overcrank.runtime.sessions.select import fitting_bundles, pull_missing, rebuild_command
+from overcrank.runtime.sessions.select import bundles_with_graphs, fitting_bundles, pull_missing, rebuild_command
 from overcrank.runtime.sessions.session import EAGER, Ledger, Session
-from overcrank.runtime.sessions.sources import BundledGraphs, Engines, Quantization, graph_session, require_renderable
+from overcrank.runtime.sessions.sources import (
+    BundledGraphs,
+    Engines,
+    GraphsHere,
+    Quantization,
+    graph_session,
+    require_renderable,
+)
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -102,8 +110,9 @@ def accelerate(
     """Let engines serve the calls of a diffusers pipeline's denoiser and VAE; returns the pipeline.
 
     `bundle` is a bundle's path or name [default: the newest in the store for this network
-    and card]. `backend`: "auto" uses TensorRT and falls back to eager PyTorch with one
-    warning for each reason, "tensorrt" raises BackendError in place of falling back,
+    and card]. `backend`: "auto" uses TensorRT, or where no card can be used ONNX Runtime for the
+    graphs that are in this package or in the store's bundles, and falls back to eager PyTorch with
+    one warning for each reason, "tensorrt" raises BackendError in place of falling back,
     "onnxruntime" runs the graphs in ONNX Runtime in fp32, those of `bundle` if one is named,
     "eager" uses no engine. `model` is the name that rebuild commands show. `quantization`: the
     engines asked for, and the ranges of their layers [default: engines in the pipeline's own 16-bit
@@ -188,16 +197,50 @@ def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Pa
     variant, ledger, quantization = found.variant, found.ledger, found.quantization
     try:
         card = _card(pipe)
+    except CannotServe as error:
+        session = _without_card(pipe, found, store, bundle, error) if found.backend == "auto" else None
+        if session is None:
+            _all_eager(found, error)
+        else:
+            found.modules = _install(pipe, variant, ledger, session)
+        return
+    try:
         candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
-        names = [c.name for c in components(variant)]
-        ledger.fall_back(names, error.reason, error.fix, standing=True)
+        _all_eager(found, error)
         return
     rebuild = rebuild_command(variant, card.target)
     engines = Engines(quantization, store, fitting, rebuild, found.bundles, slow, card=card, workspace=found.workspace)
     found.modules = _install(pipe, variant, ledger, engines.session)
+
+
+def _all_eager(found: Acceleration, error: CannotServe) -> None:
+    names = [c.name for c in components(found.variant)]
+    found.ledger.fall_back(names, error.reason, error.fix, standing=True)
+
+
+def _without_card(
+    pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, error: CannotServe
+) -> SessionMaker | None:
+    """Sessions of the graphs that are here, in ONNX Runtime; None if there are none, or a card could be used.
+
+    `error`: why no card is; of one that is in this machine it is told.
+    """
+    import torch
+
+    variant = found.variant
+    if found.quantization is not None or device_of(pipe).type != "cpu" or torch.cuda.is_available():
+        return None
+    candidates = [store.resolve(str(bundle))] if bundle else [path for path, _ in store.list()]
+    bundles = bundles_with_graphs(candidates, variant)
+    if not bundles and (bundle or not any(packaged_graph(c) for c in components(variant))):
+        return None
+    if no_card():
+        log.warning("rendering on the processor, in ONNX Runtime: %s; %s.", error.reason, error.fix)
+    rebuild = rebuild_command(variant, next((manifest.target for _, manifest in bundles), "CARD"))
+    return GraphsHere(None, store, bundles, rebuild, found.bundles, packaged=not bundle).session
 
 
 def device_of(pipe: Any) -> torch.device:
