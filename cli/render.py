@@ -71,6 +71,9 @@ def _run(
 ) -> int:
     from overcrank.runtime.render.output import prepare_folder
 
+    quiet = options["quiet"] or options["as_json"]
+    if not quiet:
+        click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
     typed(options["dtype"])
     prepare_folder(work[0][1].parent)
     from overcrank.cli import display as show
@@ -80,14 +83,11 @@ def _run(
     threshold_of(options["cache"], variant)
     names = [field.name for field in fields(RenderOptions) if field.name in options]
     loading = RenderOptions(**{name: options[name] for name in names})
-    quiet = options["quiet"] or options["as_json"]
     if not options.get("ray"):  # each machine of a cluster has its own cache
         from overcrank.runtime.pipeline.load import checkpoint_folder
 
         checkpoint_folder(options["model"], variant, options["store"], partial(show.downloading, quiet=quiet))
     jobs = [RenderJob(request, stem) for request, stem in work]
-    if not quiet:
-        click.echo(f"loading {variant.name} …", err=True)
     started = time.monotonic()
     with show.watching(jobs, quiet) as watcher:
         if options.get("ray"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overcrank.models.base import Variant
 from overcrank.models.hub import unwatched
+from overcrank.runtime.pipeline.imports import uncollected
 
 if TYPE_CHECKING:
     from overcrank.runtime.render.renderer import Renderer, Watcher
@@ -39,8 +41,9 @@ class RenderOptions:
 
 
 def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
-    """The pipeline, loaded and accelerated in this process."""
-    import diffusers
+    """The pipeline, loaded and accelerated in this process, which is for rendering alone."""
+    with uncollected():
+        import diffusers
     from overcrank.runtime.pipeline.load import load
     from overcrank.runtime.render.renderer import Renderer
     from overcrank.runtime.render.stepcache import threshold_of
@@ -61,5 +64,6 @@ def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) ->
         pull=options.pull or "",
         watch=unwatched,  # a bar would be drawn over that of the jobs
     )
+    gc.freeze()  # what was imported stays: it is not looked through for garbage again
     threshold = threshold_of(options.cache, variant)
     return Renderer(pipe, variant.name, watcher, preview=options.preview, lanes=options.lanes, cache=threshold)
