@@ -12,7 +12,7 @@ import click
 from overcrank.cli.json_output import print_json
 from overcrank.cli.options import SOME_FAILED
 from overcrank.errors import RequestError
-from overcrank.models import packaged_model, resolve
+from overcrank.models import packaged_model, prompt_note, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
 from overcrank.runtime.pipeline.dtypes import typed
@@ -74,6 +74,8 @@ def _run(
     quiet = options["quiet"] or options["as_json"]
     if not quiet:
         click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
+        for note in {note for request, _ in work if (note := prompt_note(variant, request.prompt))}:
+            click.echo(f"note: {note}.", err=True)
     typed(options["dtype"])
     prepare_folder(work[0][1].parent)
     from overcrank.cli import display as show

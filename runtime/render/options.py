@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overcrank.models.base import Variant
 from overcrank.models.hub import unwatched
-from overcrank.runtime.pipeline.imports import uncollected
+from overcrank.runtime.pipeline.imports import pipeline_class
 
 if TYPE_CHECKING:
     from overcrank.runtime.render.renderer import Renderer, Watcher
@@ -42,8 +43,10 @@ class RenderOptions:
 
 def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
     """The pipeline, loaded and accelerated in this process, which is for rendering alone."""
-    with uncollected():
-        import diffusers
+    with suppress(Exception):  # what cannot be imported, `load` tells
+        pipeline_class(next(iter(variant.tasks.values())))
+    gc.freeze()  # what was imported stays: it is not looked through for garbage again
+    import diffusers
     from overcrank.runtime.pipeline.load import load
     from overcrank.runtime.render.renderer import Renderer
     from overcrank.runtime.render.stepcache import threshold_of
@@ -64,6 +67,5 @@ def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) ->
         pull=options.pull or "",
         watch=unwatched,  # a bar would be drawn over that of the jobs
     )
-    gc.freeze()  # what was imported stays: it is not looked through for garbage again
     threshold = threshold_of(options.cache, variant)
     return Renderer(pipe, variant.name, watcher, preview=options.preview, lanes=options.lanes, cache=threshold)
