@@ -1,0 +1,34 @@
+"""What is imported before a pipeline can be: some four thousand modules, which is most of a small render."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For imports: modules are no garbage, and looking for some among them is a quarter of importing them."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def pipeline_class(name: str) -> Any:
+    """diffusers' class of this name, with what it imports: PyTorch, transformers and the parts of its pipeline.
+
+    The libraries draw no progress bars from then on. Raises what their imports raise.
+    """
+    with uncollected():
+        import diffusers
+        import transformers
+
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+        return getattr(diffusers, name)
