@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from overcrank.models.base import Variant
 from overcrank.models.hub import unwatched
-from overcrank.runtime.pipeline.imports import pipeline_class
+from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 
 if TYPE_CHECKING:
     from overcrank.runtime.render.renderer import Renderer, Watcher
@@ -43,9 +42,8 @@ class RenderOptions:
 
 def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
     """The pipeline, loaded and accelerated in this process, which is for rendering alone."""
-    with suppress(Exception):  # what cannot be imported, `load` tells
+    with uncollected(forever=True), suppress(Exception):  # what cannot be imported, `load` tells
         pipeline_class(next(iter(variant.tasks.values())))
-    gc.freeze()  # what was imported stays: it is not looked through for garbage again
     import diffusers
     from overcrank.runtime.pipeline.load import load
     from overcrank.runtime.render.renderer import Renderer
