@@ -9,13 +9,18 @@ from typing import Any
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """For imports: modules are no garbage, and looking for some among them is a quarter of importing them."""
+def uncollected(forever: bool = False) -> Iterator[None]:
+    """For imports: modules are no garbage, and looking for some among them is a fifth of importing them.
+
+    `forever`: nor is what there is by then looked through later, in a process that is for rendering alone.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if forever:
+            gc.freeze()
         if before:
             gc.enable()
 
