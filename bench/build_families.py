@@ -73,7 +73,7 @@ def shipped() -> str:
 
 
 def main() -> None:
-    names = sys.argv[1:] or [*(family(f).DEFAULT for f in families()), *MORE]
+    names = sys.argv[1:] or [*(family(f).default for f in families()), *MORE]
     known = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.is_file() else []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:

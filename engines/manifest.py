@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from overcrank.engines.plan import UNKNOWN, PlanCounts
-from overcrank.errors import IntegrityError, OutdatedBundle
+from overcrank.errors import IntegrityError, OutdatedBundle, quoted
 from overcrank.export.quantization.recipe import LayerFormat
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -179,7 +179,7 @@ def read_manifest(bundle: Path) -> Manifest:
         raise IntegrityError(f"{bundle} is not a bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        where = quoted(".".join(map(str, first["loc"]))) or "the file"
         raise IntegrityError(f"{file}: {where}: {first['msg']}; rebuild the bundle.") from error
 
 
@@ -187,8 +187,8 @@ def _require_schema(bundle: Path, content: bytes) -> None:
     """What cannot be read at all is left to the schema's own complaint."""
     try:
         about = json.loads(content)
-        schema, made_by = int(about["schema_version"]), str(about["overcrank"])
-        words = [str(about[field]) for field in ("model", "target", "precision")]
+        schema = int(about["schema_version"])
+        made_by, *words = (quoted(str(about[f])) for f in ("overcrank", "model", "target", "precision"))
     except (ValueError, KeyError, TypeError, RecursionError):
         return
     if schema != SCHEMA:
@@ -223,14 +223,14 @@ def check_files(bundle: Path, manifest: Manifest) -> list[str]:
 def _wrong_with(bundle: Path, file: File) -> str:
     path = bundle / file.name
     if Path(file.name).name != file.name or "\\" in file.name or file.name.startswith("."):
-        return f"{file.name}: a file name with a path is not allowed"
+        return f"{quoted(file.name)}: a file name with a path is not allowed"
     if path.is_symlink():
-        return f"{file.name} is a link, which is not allowed"
+        return f"{quoted(file.name)} is a link, which is not allowed"
     if not path.is_file():
-        return f"{file.name} is missing"
+        return f"{quoted(file.name)} is missing"
     if path.stat().st_size != file.bytes:  # before a file of any size is read
-        return f"{file.name} does not match the manifest (size differs)"
-    return "" if file_entry(path) == file else f"{file.name} does not match the manifest (SHA-256 differs)"
+        return f"{quoted(file.name)} does not match the manifest (size differs)"
+    return "" if file_entry(path) == file else f"{quoted(file.name)} does not match the manifest (SHA-256 differs)"
 
 
 def profile_line(manifest: Manifest) -> str:

@@ -38,18 +38,19 @@ class BuildOptions:
     weights: str = "inputs"
     """Weights as "inputs" of the engine, or "embedded" in it."""
     height: int | None = None
+    """Best-served height [default: the model's native], and so for `width` and `frames`."""
     width: int | None = None
     frames: int | None = None
-    """Best-served size [default: the model's native]."""
     batch: int | None = None
     """Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2]."""
     min_height: int | None = None
+    """Smallest height of the profile [default: the model's], and so for `min_width` and `min_frames`."""
     min_width: int | None = None
     min_frames: int | None = None
     max_height: int | None = None
+    """Largest height of the profile [default: the model's], and so for `max_width` and `max_frames`."""
     max_width: int | None = None
     max_frames: int | None = None
-    """Bounds of the optimization profile [default: the model's]."""
     static: bool = False
     """Serve the best-served shape only."""
     components: Sequence[str] = ()

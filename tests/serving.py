@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import overcrank
@@ -33,7 +34,7 @@ from overcrank.runtime.sessions.select import compute_type, engine_of, fitting_b
 
 from tests import by_hand, checkpoints, tiny, without_torchvision
 
-NAMES = [v.name for name in families() for v in family(name).VARIANTS if not v.packaged]
+NAMES = [v.name for name in families() for v in family(name).variants if not v.packaged]
 CARD = "sm_89"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,7 +42,7 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @contextlib.contextmanager
 def small_families() -> Iterator[None]:
     """While the block runs, every published variant has its small form, published where it is."""
-    known = {name: family(name).VARIANTS for name in families()}
+    known = {name: family(name).variants for name in families()}
     made = {name: tuple(v if v.packaged else _small(v) for v in variants) for name, variants in known.items()}
     try:
         _put(made)
@@ -57,7 +58,7 @@ def _small(variant: Variant) -> Variant:
 
 def _put(variants: dict[str, tuple[Variant, ...]]) -> None:
     for name, own in variants.items():
-        family(name).VARIANTS = own
+        import_module(f"{registry.PACKAGE}.{name}").FAMILY = replace(family(name), variants=own)
     registry.published.cache_clear()
 
 

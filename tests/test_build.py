@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,19 +22,23 @@ from typing import Any
 import pytest
 from overcrank.engines.manifest import MANIFEST, read_manifest
 
-from tests.conftest import SMALL, files_under
+from tests.conftest import SMALL, Once, files_under
 
 COMMAND = [sys.executable, "-c", "from overcrank.cli import build_engine; build_engine()"]
 
 
-@pytest.fixture(scope="module")
-def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def built(checkpoint: Path, once: Once, seeded: Callable[[Path], Path]) -> Path:
     """A bundle of the tiny checkpoint, built once, in a store with a space in its path."""
-    store = tmp_path_factory.mktemp("a störe")
-    arguments = ["--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store), "--quiet", "--json"]
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Path(json.loads(done.stdout)["bundles"][0]["path"])
+
+    def build(store: Path) -> None:
+        seeded(store)
+        arguments = ["--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store), "--quiet", "--json"]
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    (bundle,) = (once("a störe", build) / "bundles").glob("[!.]*")
+    return bundle
 
 
 def store_of(bundle: Path) -> Path:
@@ -165,16 +170,15 @@ def test_several_gpus_share_one_export(checkpoint: Path, built: Path, tmp_path: 
     assert len(list((tmp_path / "s" / "graphs").iterdir())) == 2
 
 
-def test_a_killed_build_leaves_no_half_bundle_and_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
+def test_a_killed_build_leaves_no_half_bundle_and_is_resumed(
+    checkpoint: Path, seeded: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    store = seeded(tmp_path / "store")
     arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.rstrip().endswith(": done"):
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        assert any(line.rstrip().endswith(": done") for line in process.stderr)
+        os.kill(process.pid, signal.SIGKILL)
     assert not list((store / "bundles").glob("[!.]*")), "a half bundle is visible"
     again = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
@@ -197,12 +201,13 @@ def test_ctrl_c_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_two_builds_at_once_make_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
-    arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_86", *SMALL, "--store", str(tmp_path)]
+def test_two_builds_at_once_make_one_bundle(checkpoint: Path, seeded: Callable[[Path], Path], tmp_path: Path) -> None:
+    store = seeded(tmp_path / "store")
+    arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_86", *SMALL, "--store", str(store)]
     arguments += ["--components", "denoiser", "--json"]
     both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     reports = [json.loads(p.communicate(timeout=300)[0]) for p in both]
-    assert {r["bundles"][0]["path"] for r in reports} == {str(p) for p in (tmp_path / "bundles").glob("[!.]*")}
+    assert {r["bundles"][0]["path"] for r in reports} == {str(p) for p in (store / "bundles").glob("[!.]*")}
     assert sorted(r["bundles"][0]["cached"] for r in reports) == [False, True]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from overcrank.errors import IntegrityError, TargetError
 from overcrank.runtime import doctor
 from overcrank.runtime.doctor import Machine, findings, of_store, why_not
 from overcrank.runtime.sessions.card import in_pytorchs_order, why_no_card
+
+pytestmark = pytest.mark.quick
 
 ADA = Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 * 2**30, 20 * 2**30, "580.1")
 GOOD = Machine((ADA,), "", "2.11.0", "13.0", 1, None, {"tensorrt_rtx": "1.7.1"}, {"tensorrt": "TensorRT is not here."})
@@ -167,6 +170,7 @@ def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
+@pytest.mark.heavy
 def test_a_render_without_cuda_names_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     import torch
 
@@ -201,11 +205,28 @@ def test_a_self_test_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(doctor, "ProcessPoolExecutor", fails)
     assert doctor.self_test(GOOD).text == "a small engine for sm_89 failed: CUDA error 35"
+
+
+def test_the_self_test_s_engine_runs_where_a_driver_can_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    class Pool(ThreadPoolExecutor):
+        """In place of the process in which an engine is compiled, and run if the last argument says so."""
+
+        def submit(self, work: Any, *arguments: Any, **_: Any) -> Future[Any]:
+            asked.append(arguments[-1])
+            done = Future[Any]()
+            done.set_result(1e-4 if arguments[-1] else None)
+            return done
+
+    monkeypatch.setattr(doctor, "ProcessPoolExecutor", lambda count, mp_context: Pool(count))
     old = replace(GOOD, cards=(replace(ADA, driver="570.1"),))
-    assert not doctor._runs(old, "tensorrt_rtx")
-    assert doctor._runs(GOOD, "tensorrt_rtx")
+    assert "is within 1.0e-04 of PyTorch" in doctor.self_test(GOOD).text
+    assert "no card to run it on" in doctor.self_test(old).text
+    assert asked == [True, False]
 
 
+@pytest.mark.heavy
 def test_this_machine(tmp_path: Path, run: Any) -> None:
     shown = run("overcrank", "doctor", "--store", tmp_path / "s")
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from overcrank.engines.workers import LocalWorkers
 from overcrank.errors import CompileError, UserError
 
 
+@pytest.mark.quick
 def test_impossible_combinations_are_dropped_with_their_reason() -> None:
     found = expanded(cells_of("ltx-demo,svd", "sm_75 sm_86,rtx5090", "auto,bf16,fp8"))
     assert {str(c) for c in found.requests if c.model == "svd"} == {
@@ -30,6 +32,7 @@ def test_impossible_combinations_are_dropped_with_their_reason() -> None:
     assert len(found.dropped) == 6
 
 
+@pytest.mark.quick
 def test_all_is_every_architecture_once() -> None:
     found = expanded(cells_of("ltx-demo", "all", "auto"))
     assert [c.gpu for c in found.requests] == ["sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]
@@ -46,6 +49,7 @@ def test_all_is_every_architecture_once() -> None:
         (["--retry-failed"], "--retry-failed: nothing failed"),
     ],
 )
+@pytest.mark.quick
 def test_wrong_words(words: list[str], says: str, run: Any) -> None:
     result = run("overcrank", "engines", "build", *words, "--yes")
     assert result.exit_code == 2
@@ -72,8 +76,10 @@ def test_a_matrix_is_built_resumed_and_indexed(run: Any, tmp_path: Path) -> None
     assert {(b["gpu"], b["precision"]) for b in built} == {("sm_86", "bf16"), ("sm_89", "bf16"), ("sm_89", "fp8")}
 
 
-def test_one_that_fails_does_not_stop_the_rest(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, broken = LocalWorkers.submit, ["sm_89"]
+def test_one_that_fails_does_not_stop_the_rest(
+    run: Any, seeded: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, broken, store = LocalWorkers.submit, ["sm_89"], seeded(tmp_path / "s")
 
     def submit(self: LocalWorkers, work: Any, job: BuildJob) -> Future[None]:
         """The real one, with a compiler that gives up for some cards."""
@@ -84,18 +90,18 @@ def test_one_that_fails_does_not_stop_the_rest(run: Any, tmp_path: Path, monkeyp
         return own(self, work, job)
 
     monkeypatch.setattr(LocalWorkers, "submit", submit)
-    words = ["--models", "ltx-demo", "--gpus", "sm_86,sm_89", "--precisions", "bf16", "--store", tmp_path, "--yes"]
+    words = ["--models", "ltx-demo", "--gpus", "sm_86,sm_89", "--precisions", "bf16", "--store", store, "--yes"]
     result = run("overcrank", "engines", "build", *words)
     assert result.exit_code == 3
     assert "built    ltx-demo sm_86 bf16" in result.output
     assert "FAILED   ltx-demo sm_89 bf16: the compiler gave up" in result.output
     broken.clear()
-    again = run("overcrank", "engines", "build", "--retry-failed", "--store", tmp_path, "--yes")
+    again = run("overcrank", "engines", "build", "--retry-failed", "--store", store, "--yes")
     assert again.exit_code == 0, again.output
     assert "plan     1 bundles, 0 of them in the store already" in again.output
     assert "built    ltx-demo sm_89 bf16" in again.output
     with pytest.raises(UserError, match="nothing failed"):
-        matrix.failed_before(matrix.Store(tmp_path))
+        matrix.failed_before(matrix.Store(store))
 
 
 def test_estimates_are_those_that_were_measured() -> None:

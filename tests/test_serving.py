@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,28 @@ NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.sweep) for 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bundle_by_name_serves_the_published_checkpoint(name: str, tmp_path: Path) -> None:
-    assert not serving.refusal(name, serving.built(name, tmp_path / "store"), tmp_path / "root")
+def test_a_bundle_by_name_serves_the_published_checkpoint(
+    name: str, seeded: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    assert not serving.refusal(name, serving.built(name, seeded(tmp_path / "store")), tmp_path / "root")
 
 
 def test_a_fine_tune_is_served_or_refused_by_its_network(
-    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Any, seeded: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Configurations that nothing here knows: what no graph reads serves, what one reads is named."""
     name = "wan-2.1-t2v-14b"
-    words = ["--model", name, "--gpu", "sm_89", "--components", "denoiser", "--store", tmp_path / "store", "--quiet"]
+    words = [
+        "--model",
+        name,
+        "--gpu",
+        "sm_89",
+        "--components",
+        "denoiser",
+        "--store",
+        seeded(tmp_path / "store"),
+        "--quiet",
+    ]
     assert run("build-engine", *words).exit_code == 0
     (bundle,) = (tmp_path / "store/bundles").iterdir()
     checkpoints.published(tmp_path, name)

@@ -41,7 +41,7 @@ def test_results_are_the_callers_own(simulated: Simulated, tmp_path: Path) -> No
 
 def test_what_steps_call_is_captured_once_and_again_when_addresses_change(simulated: Simulated, tmp_path: Path) -> None:
     session = small.session(simulated, tmp_path)
-    tally = session._context.tally
+    tally = simulated.context.tally
     for _ in range(5):
         session(small.call(4))
     assert (tally.runs, tally.captures) == (5, 1)
@@ -69,7 +69,7 @@ def test_a_part_of_a_vae_reads_the_callers_tensors_and_hands_its_outputs_over(
         made |= session(given)
         assert card.allocated <= began
     assert card.peak - card.engines <= weights + 4 * size  # x, the cache that came in, and the two outputs
-    assert session._context.tally.captures == 0
+    assert simulated.context.tally.captures == 0
 
 
 def test_a_tensor_that_is_not_as_the_engine_takes_it_is_copied(simulated: Simulated, tmp_path: Path) -> None:
@@ -294,13 +294,13 @@ def test_what_tensorrt_refuses_is_said_and_nothing_of_it_stays(
     ):
         session = small.session(simulated, tmp_path)
         with monkeypatch.context() as patch:
-            logger = session._loaded.logger
+            context = simulated.context
 
-            def refuses(*_: Any, logger: Any = logger) -> bool:
+            def refuses(*_: Any, logger: Any = context.logger) -> bool:
                 logger.log(1, said)
                 return False
 
-            patch.setattr(session._context, name, refuses)
+            patch.setattr(context, name, refuses)
             with pytest.raises(CannotServe) as caught:
                 session(given)
             assert caught.value.why == why
@@ -319,7 +319,7 @@ def test_an_interrupted_call_leaves_nothing(
             def interrupts(*_: Any) -> None:
                 raise KeyboardInterrupt
 
-            patch.setattr(session._context, name, interrupts)
+            patch.setattr(simulated.context, name, interrupts)
             with pytest.raises(KeyboardInterrupt):
                 session(small.call(6))
         for given in (small.call(6, 0.75), small.call(4, 0.25)):
@@ -346,19 +346,19 @@ def test_a_session_made_in_another_thread_is_waited_for(simulated: Simulated, tm
 def test_measuring_compiles_a_shapes_kernels_at_its_first_call(simulated: Simulated, tmp_path: Path) -> None:
     for measuring, kind in ((False, "LAZY"), (True, "EAGER")):
         session = small.session(simulated, tmp_path, measuring=measuring)
-        assert session._context._config.dynamic_shapes_kernel_specialization_strategy.name == kind
+        assert session is not None
+        assert simulated.context.config.dynamic_shapes_kernel_specialization_strategy.name == kind
 
 
 def test_kernels_are_kept_and_taken_up(simulated: Simulated, tmp_path: Path) -> None:
     session = small.session(simulated, tmp_path)
     session(small.call(4))
     session.save_kernels()
-    again = small.session(simulated, tmp_path, card=replace(CARD, driver="580.126.09"))
-    assert again._kernels is not None
-    assert again._kernels.known
-    other = small.session(simulated, tmp_path, card=replace(CARD, driver="590.1"))
-    assert other._kernels is not None
-    assert not other._kernels.known
+    kernels = simulated.context.config.get_runtime_cache().kernels
+    assert kernels
+    for driver, taken_up in (("580.126.09", kernels), ("590.1", set())):  # of the same major version, and of another
+        session = small.session(simulated, tmp_path, card=replace(CARD, driver=driver))
+        assert simulated.context.config.get_runtime_cache().kernels == taken_up
 
 
 @pytest.mark.parametrize("driver", ["570.86.15", "535.1"])

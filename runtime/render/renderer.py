@@ -14,18 +14,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from overcrank.engines.refusals import NonFiniteResult, free_memory
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
-from overcrank.models import hook
+from overcrank.models import family
 from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
+from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 from overcrank.runtime.pipeline.load import load, pipeline_for
 from overcrank.runtime.render.media import media_of
 from overcrank.runtime.render.output import Video, check_audio, is_complete, remove_partial_results, write_results
@@ -227,7 +228,7 @@ class Renderer:
                     generator=torch.Generator("cpu").manual_seed(request.seed),
                     output_type="np",
                 )
-        frames, sound = hook(variant, "results")(pipe, result)
+        frames, sound = family(variant.family).results(pipe, result)
         outcome.steps = steps.seconds()
         frames = np.asarray(frames)
         require_finite(frames)
@@ -280,8 +281,7 @@ def encoded(pipe: Any, variant: Variant, request: RenderRequest) -> dict[str, An
     negative = request.negative_prompt or ""
     if negative and not guided and negative != variant.rendering(request.task).negative_prompt:
         log.warning("negative_prompt does nothing at guidance %g: only above 1 is it looked at.", request.guidance or 0)
-    made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, negative, guided)
-    return made
+    return family(variant.family).encode(pipe, variant, request.prompt, negative, guided)
 
 
 def call_arguments(
@@ -290,7 +290,7 @@ def call_arguments(
     """Arguments of the pipeline's call, without callback, generator and output type."""
     usual = text | _usual_arguments(request)
     own = dict(variant.rendering(request.task).arguments) | _guidance(request)
-    return _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual | own), usual)
+    return _taken(pipe, family(variant.family).call_arguments(pipe, variant, media, usual | own), usual)
 
 
 def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
@@ -337,7 +337,9 @@ def _own_stream(device: Any) -> Iterator[None]:
 
 
 def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
-    """The pipeline of `options.model`, loaded and accelerated in this process."""
+    """The pipeline of `options.model`, loaded and accelerated in this process, which is for rendering alone."""
+    with uncollected(forever=True), suppress(Exception):  # what cannot be imported, `load` tells
+        pipeline_class(next(iter(variant.tasks.values())))
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
