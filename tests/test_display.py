@@ -10,6 +10,8 @@ import pytest
 from overcrank.cli.display import Display, Renders, building, counting, downloading, transferring, watching
 from overcrank.runtime.render.renderer import DONE, Outcome, RenderJob
 
+pytestmark = pytest.mark.quick
+
 
 class Request(NamedTuple):
     steps: int

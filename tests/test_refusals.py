@@ -14,6 +14,7 @@ from overcrank.engines.module_refusals import ModuleChange, ModuleChanged, Param
 from overcrank.engines.refusals import CannotServe, Refusal
 from overcrank.runtime.sessions.session import Ledger
 
+pytestmark = pytest.mark.quick
 BUILD = "build-engine --model ltx --gpu sm_89"
 SAMPLES = {str: "{name}", int: 2, float: 1.5, bool: True, tuple[str, ...]: ("{name}", "more"), tuple[int, ...]: (1, 2)}
 BASES = {"OfThisCall", "TensorRTRefusal"}
