@@ -143,7 +143,7 @@ def _requests(wanted: CalibrationConfig, variant: Variant) -> list[RenderRequest
     else:
         pictures = _pictures(wanted.images)
         if not pictures and "text-to-video" not in variant.tasks:
-            pictures = photographs(Store(wanted.store))
+            pictures = _photographs(Store(wanted.store))
         lines = prompts_of(wanted.prompts, variant)
         jobs = []
         for i in range(max(len(lines), len(pictures))):
@@ -163,7 +163,7 @@ def _pictures(folder: Path | None) -> list[Path]:
     return found
 
 
-def photographs(store: Store) -> list[Path]:
+def _photographs(store: Store) -> list[Path]:
     """First frames for who gives none: colour photographs that scikit-image brings, written to the store."""
     from PIL import Image
     from skimage import data

@@ -287,11 +287,11 @@ def test_targets_that_mean_nothing(made: Any, options: tuple[str, ...], says: st
 
 
 def test_pictures_to_calibrate_with_ship(tmp_path: Path) -> None:
-    from overcrank.calibration.run import photographs
+    from overcrank.calibration.run import _photographs
     from overcrank.engines.store import Store
     from PIL import Image
 
-    found = photographs(Store(tmp_path))
+    found = _photographs(Store(tmp_path))
     assert len(found) == len({Image.open(p).tobytes() for p in found}) == 5
     assert all(Image.open(p).mode == "RGB" for p in found)
 
