@@ -7,7 +7,8 @@
 #   ./build.sh test                              runs the tests
 #   ./build.sh test-all                          runs them for every network, format and pipeline (over an hour)
 #   ./build.sh lint                              ruff and mypy
-#   ./build.sh docs                              writes docs/models.md, docs/recipes.md and docs/published.md
+#   ./build.sh pages                             writes docs/models.md, docs/recipes.md and docs/published.md
+#   ./build.sh docs                              builds the documentation site: site/index.html
 #   ./build.sh bench                             repeats the benchmark of bench/results
 #   ./build.sh bench-gpu                         measures everything that only a card can say (bench/bench_gpu.py)
 # OVERCRANK_WHEELS=folder installs from wheels in that folder alone, on a machine without a network.
@@ -45,10 +46,13 @@ case "${1:-}" in
     ruff format --check .
     mkdir -p .types && ln -sfn .. .types/overcrank
     exec mypy ;;
-  docs)
+  pages)
     overcrank models --markdown docs/models.notes.md --figures bench/results > docs/models.md
     python -m overcrank.cli.recipes > docs/recipes.md
     exec python bench/published.py > docs/published.md ;;
+  docs)
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+    echo "the site: $PWD/site/index.html" >&2 ;;
   bench-gpu) shift; exec python bench/bench_gpu.py "$@" ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;
   render)

@@ -18,7 +18,6 @@ from overcrank.runtime.render.renderer import Outcome, Renderer, RenderJob, Sile
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.render.sidecar import timing
 from overcrank.runtime.render.stepcache import BACKEND, threshold_of
-from overcrank.runtime.sessions.sources import Quantization
 from skimage.metrics import peak_signal_noise_ratio
 
 BACKENDS = {"eager": "eager", "compile": "eager", "onnxruntime": "onnxruntime", "engine": "tensorrt"}
@@ -28,14 +27,17 @@ LEVELS = ("off", "safe", "fast")
 
 def rendered(case: Case, way: Way, at: Setting, reference: Path) -> dict[str, Any]:
     """For each level of the cache: seconds, steps, and how far from `reference`, which the eager way writes."""
-    quantization = Quantization(_layers(way), _recipe(case, way)) if way.precision in QUANTIZED else None
+    layers: dict[str, Any] = {}
+    if way.precision in QUANTIZED:
+        form = _layers(way)
+        layers = {"precision": form.format, "activations": form.activations, "recipe": _recipe(case, way)}
     pipe = load(
         case.model,
         backend=BACKENDS[way.kind],
         device=at.device.type,
-        store=at.store.root,
-        quantization=quantization,
+        store=at.store,
         slow_engines=True,
+        **layers,
     )
     if way.kind == "compile":
         module = main_module(pipe)

@@ -24,14 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from overcrank.calibration.run import CalibrationConfig, calibrate, layout_of
+from overcrank.calibration.run import calibrate, layout_of
 from overcrank.engines.store import Store
 from overcrank.export.quantization.recipe import IN_16_BIT, LayerFormat, Recipe, Rule, default_recipe
 from overcrank.export.quantization.reference import ranges_of_call
 from overcrank.models import components, resolve
 from overcrank.models.demo.evaluate import Trial, prompts, scores, trials
 from overcrank.runtime.pipeline.load import load
-from overcrank.runtime.sessions.sources import Quantization
 from skimage.metrics import peak_signal_noise_ratio
 
 RESULTS = Path(__file__).parent / "results" / "quantized-demo.json"
@@ -72,9 +71,8 @@ def recipe_for(way: Way, store: Path) -> Recipe | None:
         return None
     if way.method != "random":
         out = store / "recipe.json"
-        asked = {"prompts": None, "images": None, "samples": SAMPLES, "steps": None, "device": "cpu"}
-        wanted = CalibrationConfig(model=MODEL, form=way.form, method=way.method, store=store, out=out, **asked)  # type: ignore[arg-type]
-        made = calibrate(wanted)
+        asked = {"precision": way.form.format, "method": way.method, "samples": SAMPLES, "device": "cpu"}
+        made = calibrate(MODEL, store=store, out=out, **asked)
         return made if way.attention else _without_attention(made)
     (component,) = components(resolve(MODEL), ("denoiser",))
     recipe = default_recipe(component, way.form)
@@ -97,8 +95,8 @@ def rendered(way: Way, store: Path) -> Rendered:
     if way.form == IN_16_BIT:
         pipe = load(MODEL, backend="eager", device="cpu", dtype=way.dtype, store=store)
     else:
-        quantization = Quantization(way.form, recipe_for(way, store))
-        pipe = load(MODEL, backend="onnxruntime", device="cpu", store=store, quantization=quantization)
+        layers = {"precision": way.form.format, "activations": way.form.activations, "recipe": recipe_for(way, store)}
+        pipe = load(MODEL, backend="onnxruntime", device="cpu", store=store, **layers)
     return recorded(pipe)
 
 

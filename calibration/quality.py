@@ -19,13 +19,12 @@ from overcrank.engines.manifest import Manifest, read_manifest
 from overcrank.errors import UserError
 from overcrank.export.quantization.attention import attended, intercepted, packed_factors
 from overcrank.export.quantization.packing import packed_layer
-from overcrank.export.quantization.recipe import ATTENTION, IN_16_BIT, ActivationRange, LayerFormat, Recipe, read_recipe
+from overcrank.export.quantization.recipe import ATTENTION, ActivationRange, LayerFormat, Recipe, read_recipe
 from overcrank.export.quantization.reference import multiplied
 from overcrank.runtime.pipeline.accelerate import main_module
 from overcrank.runtime.render.output import Video
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.sessions.parameters import compute_of
-from overcrank.runtime.sessions.sources import Quantization
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,23 +64,20 @@ def quality_report(bundle: Path, weights: Path, requests: list[RenderRequest], f
     manifest = read_manifest(bundle)
     formats, compute = _formats(manifest)
     recipe = read_recipe(bundle / RECIPE) if (bundle / RECIPE).is_file() else None
-    quantization = Quantization(_form(manifest, formats), recipe)
     name = manifest.precision
     pipe = load(str(weights), backend="eager", device="cpu", dtype=torch.float32)
     ranges = _ranges(recipe, manifest)
     middle = (requests[0].steps or 1) // 2
-    with layer_errors(main_module(pipe), formats, ranges, compute, middle) as layers:
+    with layer_errors(main_module(pipe), formats, ranges, compute, middle) as errors:
         exact = videos(pipe, requests)
     other = videos(pipe, [r.model_copy(update={"seed": r.seed + 10_000}) for r in requests])
     half = videos(load(str(weights), backend="eager", device="cpu", dtype=torch.bfloat16), requests)
-    quantized = videos(
-        load(str(weights), backend="onnxruntime", device="cpu", dtype=torch.float32, quantization=quantization),
-        requests,
-    )
+    layers: dict[str, Any] = {"precision": name, "activations": _activations(manifest, formats), "recipe": recipe}
+    quantized = videos(load(str(weights), backend="onnxruntime", device="cpu", dtype=torch.float32, **layers), requests)
     runs = {name: quantized, "eager bf16": half, "eager fp32": exact, "another seed": other}
     pairs = ((name, "eager fp32"), (name, "eager bf16"), ("eager bf16", "eager fp32"), ("another seed", "eager fp32"))
     differences = [difference(a, runs[a], b, runs[b]) for a, b in pairs]
-    report = Report(manifest.model, name, [r.prompt for r in requests], differences, dict(layers))
+    report = Report(manifest.model, name, [r.prompt for r in requests], differences, dict(errors))
     _write(report, runs, folder)
     return report
 
@@ -93,8 +89,8 @@ def _formats(manifest: Manifest) -> tuple[dict[str, LayerFormat], str]:
     raise UserError(f"--report is for quantized bundles, and this one is {manifest.precision}; verify it without.")
 
 
-def _form(manifest: Manifest, formats: Mapping[str, LayerFormat]) -> LayerFormat:
-    return next((form for form in formats.values() if form.format == manifest.precision), IN_16_BIT)
+def _activations(manifest: Manifest, formats: Mapping[str, LayerFormat]) -> str:
+    return next((form.activations for form in formats.values() if form.format == manifest.precision), "dynamic")
 
 
 def _ranges(recipe: Recipe | None, manifest: Manifest) -> Mapping[str, ActivationRange]:

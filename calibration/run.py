@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.calibration.collect import collected
-from overcrank.calibration.sensitivity import QualityTarget, SearchResult, searched
+from overcrank.calibration.sensitivity import QualityTarget, SearchResult, searched, target_of
 from overcrank.engines.store import Store
-from overcrank.errors import RequestError, UserError, present
+from overcrank.errors import RequestError, UserError
 from overcrank.export.quantization.linear import layout_in
 from overcrank.export.quantization.recipe import (
+    QUANTIZED,
     Calibration,
     ComponentRecipe,
     LayerFormat,
@@ -27,6 +28,7 @@ from overcrank.files import atomic_write
 from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.models.hub import Watch, unwatched
+from overcrank.options import merged, option
 from overcrank.runtime.pipeline.checkpoint import checkpoint_digest
 from overcrank.runtime.render.media import media_of
 from overcrank.runtime.render.request import RenderRequest, prompts_of, read_jobs
@@ -49,109 +51,156 @@ def uncounted(title: str, unit: str) -> Iterator[Progress]:
 
 
 @dataclass(frozen=True)
-class CalibrationConfig:
-    """What a user asks of `overcrank calibrate`."""
+class CalibrationOptions:
+    """What is measured, and how; as the options of `overcrank calibrate`."""
+
+    precision: str = "fp8"
+    """Of the quantized layers: "fp8", "int8" or "nvfp4"."""
+    method: Method = "max"
+    """How ranges follow from what is seen; "mse" and "smoothquant" are for int8."""
+    prompts: Path | None = None
+    """One a line, or jobs as for batch (.jsonl) [default: the model's own, or 64 that ship]."""
+    images: Path | None = None
+    """Folder of first frames, for image-to-video."""
+    samples: int = 16
+    """Videos to denoise."""
+    steps: int | None = None
+    """Denoising steps [default: the model's]."""
+    quality: str = ""
+    """Keep sensitive blocks in 16 bit until this PSNR of frames ("35dB") or cosine of latents ("0.995") holds."""
+    device: str | None = None
+    """cpu or cuda [default: cuda when there is a card]."""
+    store: Store | Path | str | None = None
+    """Where graphs are kept [default: $OVERCRANK_HOME, else the user's cache]."""
+    out: Path | str = "recipe.json"
+    """The recipe to write; what an interrupted run has measured is kept beside it."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Who is told what goes on."""
+
+    download: Watch = unwatched
+    count: Count = uncounted
+    """Samples, and tries of a search."""
+    report: Callable[[SearchResult, QualityTarget], None] = lambda result, target: None
+    """What a search came to."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One calibration: what was asked, resolved."""
 
     model: str
+    options: CalibrationOptions
     form: LayerFormat
-    method: Method
-    prompts: Path | None
-    images: Path | None
-    samples: int
-    steps: int | None
-    device: str | None
-    store: Path | None
+    variant: Variant
+    store: Store
     out: Path
-    watch: Watch = unwatched  # a download
-    count: Count = uncounted  # samples, and tries of a search
-    report: Callable[[SearchResult, QualityTarget], None] = lambda found, target: None  # what a search came to
-    target: QualityTarget | None = None  # keep sensitive blocks in 16 bit until it holds
+    watching: Watching
+
+    def pipeline(self) -> Any:
+        from overcrank.runtime.pipeline.load import load
+
+        options = self.options
+        return load(self.model, backend="eager", device=options.device, store=self.store, watch=self.watching.download)
 
 
-def calibrate(wanted: CalibrationConfig) -> Recipe:
-    """Write the recipe to `wanted.out` and return it; what was done is kept beside it until it is whole.
+def calibrate(
+    model: str, options: CalibrationOptions | None = None, *, watching: Watching | None = None, **changes: Any
+) -> Recipe:
+    """Denoise prompts in 16 bit, measure the range of every layer that can be quantized, write the recipe, return it.
 
-    Raises UserError for prompts, images or a model that cannot be used, CalibrationError for
+    `model`: family, variant, diffusers folder or hub id; "" is the demo model. `changes`: fields of
+    CalibrationOptions, over those of `options`.
+
+    Raises UserError for an unknown option, for prompts, images or a model that cannot be used, CalibrationError for
     activations that are not finite.
     """
-    from overcrank.runtime.pipeline.load import load
+    asked = merged(CalibrationOptions, options, changes)
+    if asked.samples < 1:
+        raise UserError(f"{option('samples', asked.samples)} measures nothing; give at least 1.")
+    if asked.precision not in QUANTIZED:
+        raise UserError(f"{option('precision', asked.precision)}: use {', '.join(QUANTIZED)}.")
+    target = target_of(asked.quality) if asked.quality else None
+    model = model or packaged_model()
+    form = LayerFormat(asked.precision, "static")  # type: ignore[arg-type]
+    out = Path(asked.out).expanduser()
+    run = _Run(model, asked, form, resolve(model), Store(asked.store), out, watching or Watching())
+    return _calibrated(run, target)
 
-    if wanted.samples < 1:
-        raise UserError("--samples 0 measures nothing; give at least 1.")
-    model = wanted.model or packaged_model()
-    variant = resolve(model)
-    requests = _requests(wanted, variant)
-    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store, watch=wanted.watch)
-    layouts = _layouts(variant, wanted.form, Store(wanted.store))
+
+def _calibrated(run: _Run, target: QualityTarget | None) -> Recipe:
+    variant, options = run.variant, run.options
+    requests = _requests(options, variant, run.store)
+    pipe = run.pipeline()
+    layouts = _layouts(variant, run.form, run.store)
     if not layouts:
         raise UserError(f"{variant.name} has no layer that can be quantized: its networks are convolutions.")
-    folder = local_folder(model)
-    checkpoint = checkpoint_digest(folder, [c for c, _ in layouts.values()], Store(wanted.store)) if folder else ""
+    folder = local_folder(run.model)
+    checkpoint = checkpoint_digest(folder, [c for c, _ in layouts.values()], run.store) if folder else ""
     prompts = hashlib.sha256("\n".join(r.prompt for r in requests).encode()).hexdigest()
     about = Calibration(
-        method=wanted.method,
+        method=options.method,
         samples=len(requests),
         steps=requests[0].steps or variant.rendering().steps,
         prompts=prompts,
         checkpoint=checkpoint,
         versions={name: metadata.version(name) for name in ("nvidia-modelopt", "torch", "diffusers")},
     )
-    with wanted.count("calibrating", "samples") as progress:
-        run = _denoising(pipe, variant, requests, progress)
-        measured = {n: _measured(pipe, c, own, wanted, about, run) for n, (c, own) in layouts.items()}
-    recipe = Recipe(model=variant.name, precision=wanted.form.format, calibration=about, components=measured)
-    if wanted.target is not None:
-        recipe = _searched(wanted, model, recipe, layouts, requests)
-    with atomic_write(wanted.out) as part:
+    with run.watching.count("calibrating", "samples") as progress:
+        render = _denoising(pipe, variant, requests, progress)
+        measured = {n: _measured(pipe, c, own, run, about, render) for n, (c, own) in layouts.items()}
+    recipe = Recipe(model=variant.name, precision=run.form.format, calibration=about, components=measured)
+    if target is not None:
+        recipe = _searched(run, target, recipe, layouts, requests)
+    with atomic_write(run.out) as part:
         part.write_text(recipe.model_dump_json(indent=1), "utf-8")
     for name in measured:
-        _state(wanted.out, name, about).unlink(missing_ok=True)
+        _state(run.out, name, about).unlink(missing_ok=True)
     return recipe
 
 
 def _searched(
-    wanted: CalibrationConfig,
-    model: str,
+    run: _Run,
+    target: QualityTarget,
     recipe: Recipe,
     layouts: Mapping[str, tuple[Component, ComponentRecipe]],
     requests: list[RenderRequest],
 ) -> Recipe:
     """With sensitive blocks in 16 bit; in a pipeline of its own, for calibration leaves its layers in the first."""
-    from overcrank.runtime.pipeline.load import load
-
-    target = present(wanted.target, "the target of a search")
-    pipe = load(model, backend="eager", device=wanted.device, store=wanted.store, watch=wanted.watch)
+    pipe = run.pipeline()
     parts = {
-        name: ((component.subfolder, *component.also_serves), layout_of(component, own, Store(wanted.store)))
+        name: ((component.subfolder, *component.also_serves), layout_of(component, own, run.store))
         for name, (component, own) in layouts.items()
         if not component.attribute
     }
     latents = [r.model_copy(update={"formats": ("latents",)}) for r in requests]
-    with wanted.count("searching", "tries") as progress:
-        found = searched(pipe, recipe, parts, latents, target, progress)
-    wanted.report(found, target)
-    return found.recipe
+    with run.watching.count("searching", "tries") as progress:
+        result = searched(pipe, recipe, parts, latents, target, progress)
+    run.watching.report(result, target)
+    return result.recipe
 
 
-def _requests(wanted: CalibrationConfig, variant: Variant) -> list[RenderRequest]:
+def _requests(options: CalibrationOptions, variant: Variant, store: Store) -> list[RenderRequest]:
     """One a sample: jobs of a .jsonl file, or a line of prompts each, with pictures in turn; seeds count up."""
-    native = RenderRequest(prompt="x", steps=wanted.steps)
-    if wanted.prompts is not None and wanted.prompts.suffix == ".jsonl":
+    native = RenderRequest(prompt="x", steps=options.steps)
+    if options.prompts is not None and options.prompts.suffix == ".jsonl":
         jobs = [
-            job.model_copy(update={"steps": wanted.steps or job.steps}) for job in read_jobs(wanted.prompts, variant)
+            job.model_copy(update={"steps": options.steps or job.steps}) for job in read_jobs(options.prompts, variant)
         ]
     else:
-        pictures = _pictures(wanted.images)
+        pictures = _pictures(options.images)
         if not pictures and "text-to-video" not in variant.tasks:
-            pictures = _photographs(Store(wanted.store))
-        lines = prompts_of(wanted.prompts, variant)
+            pictures = photographs(store)
+        lines = prompts_of(options.prompts, variant)
         jobs = []
         for i in range(max(len(lines), len(pictures))):
             update: dict[str, Any] = {"prompt": lines[i % len(lines)], "seed": i}
             if pictures:
                 update["image"] = pictures[i % len(pictures)]
             jobs.append(native.model_copy(update=update).completed(variant))
-    return [jobs[i % len(jobs)].model_copy(update={"seed": i}) for i in range(wanted.samples)]
+    return [jobs[i % len(jobs)].model_copy(update={"seed": i}) for i in range(options.samples)]
 
 
 def _pictures(folder: Path | None) -> list[Path]:
@@ -159,11 +208,11 @@ def _pictures(folder: Path | None) -> list[Path]:
         return []
     found = sorted(p.absolute() for p in folder.glob("*") if p.suffix.lower() in PICTURES)
     if not found:
-        raise RequestError(f"--images {folder} holds no picture ({', '.join(PICTURES)}).")
+        raise RequestError(f"{option('images', folder)} holds no picture ({', '.join(PICTURES)}).")
     return found
 
 
-def _photographs(store: Store) -> list[Path]:
+def photographs(store: Store) -> list[Path]:
     """First frames for who gives none: colour photographs that scikit-image brings, written to the store."""
     from PIL import Image
     from skimage import data
@@ -221,19 +270,19 @@ def _measured(
     pipe: Any,
     component: Component,
     recipe: ComponentRecipe,
-    wanted: CalibrationConfig,
+    run: _Run,
     about: Calibration,
-    run: Callable[[int], None],
+    render: Callable[[int], None],
 ) -> ComponentRecipe:
     modules: dict[str, nn.Module] = {}
     for part in (component.subfolder, *component.also_serves):
         owner = getattr(pipe, part, None)
         if owner is not None:
             modules[part] = owner.get_submodule(component.attribute) if component.attribute else owner
-    layout = layout_of(component, recipe, Store(wanted.store))
-    state = _state(wanted.out, component.name, about)
+    layout = layout_of(component, recipe, run.store)
+    state = _state(run.out, component.name, about)
     state.parent.mkdir(parents=True, exist_ok=True)
-    ranges = collected(modules, layout, wanted.method, about.samples, run, state)
+    ranges = collected(modules, layout, run.options.method, about.samples, render, state)
     return recipe.model_copy(update={"ranges": ranges})
 
 

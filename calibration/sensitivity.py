@@ -28,6 +28,7 @@ from overcrank.export.quantization.recipe import (
     Rule,
 )
 from overcrank.export.quantization.reference import quantized_layers
+from overcrank.options import option
 from overcrank.runtime.render.request import RenderRequest
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def target_of(text: str) -> QualityTarget:
     except ValueError:
         cosine = 0.0
     if not 0 < cosine < 1:
-        raise UserError(f"--quality {text}: give decibels (35dB), or a cosine below 1 (0.995).")
+        raise UserError(f"{option('quality', text)}: give decibels (35dB), or a cosine below 1 (0.995).")
     return QualityTarget("cosine", cosine)
 
 
@@ -152,7 +153,9 @@ def _fewest(reached: Callable[[int], float], most: int, target: QualityTarget) -
         else:
             fails = middle
     if holds == most:
-        raise UserError(f"{target} does not hold with any block quantized; ask for less, or for another --precision.")
+        raise UserError(
+            f"{target} does not hold with any block quantized; ask for less, or for another {option('precision')}."
+        )
     return holds, figure
 
 

@@ -23,9 +23,7 @@ from overcrank.cli.options import (
     Command,
     Group,
     Numbers,
-    quantization_of,
     quantization_options,
-    quantized_layers,
     ray_option,
     render_options,
     store_option,
@@ -153,22 +151,18 @@ def verify(
 @store_option
 def calibrate(**options: Any) -> None:
     """Denoise prompts in 16 bit, measure every layer's range, and write the recipe."""
-    from overcrank.calibration import run as work
-    from overcrank.calibration.sensitivity import target_of
+    from overcrank.calibration import run as calibration
     from overcrank.cli.calibration import print_recipe, print_search
     from overcrank.cli.display import counting, downloading
-    from overcrank.export.quantization.recipe import LayerFormat
 
-    form = LayerFormat(options.pop("precision"), "static")
     auto, quality = options.pop("auto"), options.pop("quality")
     if quality is not None and not auto:
         raise UserError("--quality is what --auto searches for; add --auto.")
-    target = target_of(quality or "35dB") if auto else None
+    model, quiet = options.pop("model") or "", options.pop("quiet")
+    asked = calibration.CalibrationOptions(**options, quality=(quality or "35dB") if auto else "")
+    watching = calibration.Watching(partial(downloading, quiet=quiet), partial(counting, quiet=quiet), print_search)
     started = time.monotonic()
-    quiet = options.pop("quiet")
-    watch, count = partial(downloading, quiet=quiet), partial(counting, quiet=quiet)
-    wanted = work.CalibrationConfig(form=form, target=target, watch=watch, count=count, report=print_search, **options)
-    recipe = work.calibrate(wanted)
+    recipe = calibration.calibrate(model, asked, watching=watching)
     print_recipe(recipe, options["out"], time.monotonic() - started)
 
 
@@ -189,8 +183,9 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
     """Quantize a checkpoint's layers, one at a time, into a file that engines and renders read."""
     from overcrank.cli.calibration import timed_pack
     from overcrank.engines.store import Store
+    from overcrank.export.quantization.recipe import layers_of
 
-    recipe, layers = quantized_layers(options, options["precision"])
+    recipe, layers = layers_of(options["precision"], options["activations"], options["recipe"])
     made = {"model": model, "layers": layers, "recipe": recipe, "compute": compute, "loras": loras, "out": out}
     timed_pack(quiet, **made, store=Store(options["store"]))
 
@@ -245,7 +240,7 @@ def render(**options: Any) -> None:
     if text and options["prompt"]:
         raise UserError(f"The prompt is given twice, as '{text}' and as --prompt '{options['prompt']}'; give it once.")
     options["prompt"] = text or options["prompt"]
-    sys.exit(render_one(options | {"quantization": quantization_of(options)}))
+    sys.exit(render_one(options))
 
 
 @main.command(
@@ -267,7 +262,7 @@ def batch(**options: Any) -> None:
     """Render every line of JOBS, a JSON Lines file; run it again to finish what was interrupted."""
     from overcrank.cli.render import render_batch
 
-    sys.exit(render_batch(options | {"quantization": quantization_of(options)}))
+    sys.exit(render_batch(options))
 
 
 @main.group(cls=Group, invoke_without_command=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import click
 from overcrank.cli.completion import CARD, MODEL
 from overcrank.cli.json_output import json_option, print_json
-from overcrank.cli.options import Command, bounds_options, quantization_options, quantized_layers, store_option
-from overcrank.errors import UserError
+from overcrank.cli.options import Command, bounds_options, quantization_options, store_option
 
 
 @click.command(
@@ -38,9 +38,7 @@ from overcrank.errors import UserError
     help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
 )
 @quantization_options
-@click.option(
-    "--dtype", "dtypes", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable."
-)
+@click.option("--dtype", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable.")
 @click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
 @click.option(
     "--weights",
@@ -73,93 +71,28 @@ from overcrank.errors import UserError
 @json_option
 def build_engine(**options: Any) -> None:
     """Build TensorRT engines of MODEL for GPU, on any machine: no GPU, no weights needed."""
+    from overcrank.api import build
     from overcrank.cli import build_report as report
-    from overcrank.engines.build import build
+    from overcrank.cli.display import building, downloading
+    from overcrank.engines.request import BuildOptions
     from overcrank.engines.store import Store
-    from overcrank.engines.workers import LocalWorkers
 
     started = time.monotonic()
-    requests = _requests(options)
+    quiet = options["quiet"] or options["as_json"]
+    options["components"] = options["components"].replace(",", " ").split()
+    asked = BuildOptions(**{field.name: options[field.name] for field in fields(BuildOptions)})
     store = Store(options["store"], options["out"])
-    with report.progress_display(options["quiet"] or options["as_json"]) as progress:
-        built = build(requests, store, progress, partial(LocalWorkers, options["jobs"]))
+    with building(quiet) as progress:
+        built = build(
+            options["model"],
+            options["gpus"],
+            asked,
+            store=store,
+            progress=progress,
+            watch=partial(downloading, quiet=quiet),
+        )
     seconds = time.monotonic() - started
     if options["as_json"]:
         print_json("build", seconds=round(seconds, 2), bundles=built)
     else:
         report.summary(built, seconds)
-
-
-def _requests(options: dict[str, Any]) -> list[Any]:
-    from overcrank.engines.build import Request
-    from overcrank.engines.profiles import profile_for
-    from overcrank.engines.targets import gpu_names, precision_for, targets_for
-    from overcrank.engines.tensorrt import driver_notes
-    from overcrank.engines.types import notes, own_precision
-    from overcrank.models import components, resolve
-
-    words = [name for option in options["gpus"] for name in gpu_names(option)]
-    targets = targets_for(words, options["flavour"])
-    for note in driver_notes(options["flavour"], targets):
-        click.echo(f"note: {note}", err=True)
-    variant = resolve(options["model"])
-    dtypes = _part_types(options["dtypes"], variant)
-    precisions = [precision_for(t, options["precision"], own_precision(variant)) for t in targets]
-    for target, precision in zip(targets, precisions, strict=True):
-        for note in notes(variant, target, precision, dtypes):
-            click.echo(f"note: {note}", err=True)
-    recipe, layers = quantized_layers(options, options["precision"])
-    names = tuple(n for n in options["components"].replace(",", " ").split())
-    components(variant, names)
-    axes = ("height", "width", "frames")
-    bounds = {side: {a: v for a in axes if (v := options[f"{side}_{a}"]) is not None} for side in ("min", "max")}
-    profile = profile_for(
-        variant,
-        *(options[a] for a in (*axes, "batch")),
-        minimum=bounds["min"],
-        maximum=bounds["max"],
-        static=options["static"],
-    )
-    checkpoint = _checkpoint(options, variant) if options["weights"] == "embedded" else None
-    return [
-        Request(
-            variant,
-            t,
-            p,
-            profile,
-            options["flavour"],
-            names,
-            checkpoint,
-            layers,
-            recipe,
-            options["allow_fallback"],
-            dtypes,
-        )
-        for t, p in zip(targets, precisions, strict=True)
-    ]
-
-
-def _part_types(words: tuple[str, ...], variant: Any) -> dict[str, str]:
-    """`--dtype PART=TYPE`; raises UserError for a part that has no engine."""
-    from overcrank.models import family
-    from overcrank.runtime.pipeline.dtypes import typed
-
-    parts = dict.fromkeys(c.subfolder for c in family(variant.family).components(variant))
-    found = typed(words)
-    for part, name in found.items():
-        if part not in parts:
-            raise UserError(
-                f"--dtype {part or name}: name a part of {variant.name} that has engines, such as vae=bf16; "
-                f"they are {', '.join(parts)}."
-            )
-    return found
-
-
-def _checkpoint(options: dict[str, Any], variant: Any) -> Path:
-    """The diffusers folder whose weights are embedded: the one named or packaged, or the hub's copy."""
-    from overcrank.cli.display import downloading
-    from overcrank.engines.store import Store
-    from overcrank.models import hub_folder, local_folder
-
-    watch = partial(downloading, quiet=options["quiet"] or options["as_json"])
-    return local_folder(options["model"]) or hub_folder(variant, home=Store(options["store"]).root, watch=watch)

@@ -11,6 +11,7 @@ import click
 from overcrank.cli.completion import BUNDLE, MODEL
 from overcrank.cli.json_output import json_option
 from overcrank.errors import OvercrankError, UserError
+from overcrank.options import named_as_flags
 
 SOME_FAILED = 3
 """Exit status: some of the work failed, and the rest is done."""
@@ -21,7 +22,7 @@ SECTIONS = {
     "timesteps preset loras cache method auto quality",
     "Engines": "model models gpus gpu precision precisions activations recipe pack backend bundle pull slow_engines "
     "components flavour weights allow_fallback compute retry_failed",
-    "Machine and memory": "device dtype dtypes vram lanes ray jobs",
+    "Machine and memory": "device dtype vram lanes ray jobs",
     "Output": "out formats again preview index report store quiet as_json yes dry_run",
 }
 """Headings of a long help, and the parameters under each."""
@@ -70,7 +71,8 @@ class Command(_Described):
 def exit_on_error(call: Callable[[], Any]) -> Any:
     """Our errors are one sentence on stderr and their own exit code."""
     try:
-        return call()
+        with named_as_flags():
+            return call()
     except OvercrankError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -130,35 +132,6 @@ def quantization_options(function: Any) -> Any:
         help="Formats and ranges, made by overcrank calibrate.",
     )
     return recipe(activations(function))
-
-
-def quantized_layers(options: dict[str, Any], precision: str) -> tuple[Any, Any]:
-    """The recipe, and the format of quantized layers where it says nothing; checked against `precision`."""
-    from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat, read_recipe
-
-    recipe = read_recipe(options["recipe"]) if options["recipe"] is not None else None
-    if recipe is not None and recipe.precision != precision:
-        raise UserError(
-            f"--recipe {options['recipe']} is for {recipe.precision} and --precision says {precision}; make them agree."
-        )
-    if precision == "nvfp4" and options["activations"] == "16bit":
-        raise UserError("--activations 16bit: nvfp4 multiplies activations in nvfp4 too; use dynamic or static.")
-    return recipe, LayerFormat(precision, options["activations"]) if precision in QUANTIZED else IN_16_BIT  # type: ignore[arg-type]
-
-
-def quantization_of(options: dict[str, Any]) -> Any:
-    """What `--precision` of a render asks for; None for the pipeline's own 16-bit type."""
-    from overcrank.export.quantization.recipe import QUANTIZED
-    from overcrank.runtime.sessions.sources import Quantization
-
-    if options["precision"] not in ("auto", *QUANTIZED):
-        raise UserError(f"--precision {options['precision']}: use auto, {', '.join(QUANTIZED)}.")
-    recipe, layers = quantized_layers(options, options["precision"])
-    if options["precision"] == "auto":
-        if recipe is not None or options["pack"] is not None:
-            raise UserError("--recipe and --pack are for quantized layers; add --precision fp8, int8 or nvfp4.")
-        return None
-    return Quantization(layers, recipe, options["pack"])
 
 
 _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from overcrank.cli.json_output import print_json
 from overcrank.cli.options import SOME_FAILED
+from overcrank.engines.store import Store
+from overcrank.engines.types import typed
 from overcrank.errors import RequestError
-from overcrank.models import packaged_model, resolve
+from overcrank.models import packaged_model, prompt_note, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
-from overcrank.runtime.pipeline.dtypes import typed
-from overcrank.runtime.render.options import RenderOptions, load_renderer
+from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.render.request import FORMATS, RenderRequest, read_jobs, request_of
 
 if TYPE_CHECKING:
@@ -71,29 +72,34 @@ def _run(
 ) -> int:
     from overcrank.runtime.render.output import prepare_folder
 
+    quiet = options["quiet"] or options["as_json"]
+    if not quiet:
+        click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
+        for note in {note for request, _ in work if (note := prompt_note(variant, request.prompt))}:
+            click.echo(f"note: {note}.", err=True)
     typed(options["dtype"])
     prepare_folder(work[0][1].parent)
     from overcrank.cli import display as show
-    from overcrank.runtime.render.renderer import CANCELLED, FAILED, RenderJob
+    from overcrank.runtime.render.renderer import CANCELLED, FAILED, RenderJob, load_renderer
     from overcrank.runtime.render.stepcache import threshold_of
 
     threshold_of(options["cache"], variant)
-    names = [field.name for field in fields(RenderOptions) if field.name in options]
+    names = [field.name for field in fields(RenderOptions) if options.get(field.name) is not None]
     loading = RenderOptions(**{name: options[name] for name in names})
-    quiet = options["quiet"] or options["as_json"]
+    loading.quantization()
     if not options.get("ray"):  # each machine of a cluster has its own cache
         from overcrank.runtime.pipeline.load import checkpoint_folder
 
-        checkpoint_folder(options["model"], variant, options["store"], partial(show.downloading, quiet=quiet))
+        checkpoint_folder(options["model"], variant, Store(options["store"]), partial(show.downloading, quiet=quiet))
     jobs = [RenderJob(request, stem) for request, stem in work]
-    if not quiet:
-        click.echo(f"loading {variant.name} …", err=True)
     started = time.monotonic()
-    with show.watching(jobs, quiet) as watcher:
+    with show.Display(quiet) as display, show.watching(display, jobs, quiet) as watcher:
         if options.get("ray"):
             outcomes = _on_cluster(options["ray"], loading, variant, watcher, jobs, resume=not again)
         else:
-            outcomes = load_renderer(loading, variant, watcher).run(jobs, resume=not again)
+            with display.stage(f"loading {variant.name}"):
+                renderer = load_renderer(loading, variant, watcher)
+            outcomes = renderer.run(jobs, resume=not again)
     _print(outcomes, options["as_json"], many, time.monotonic() - started)
     if any(o.status == CANCELLED for o in outcomes):
         return 130
@@ -105,7 +111,6 @@ def _on_cluster(
     address: str, options: RenderOptions, variant: Variant, watcher: Watcher, jobs: list[RenderJob], resume: bool
 ) -> list[Outcome]:
     from overcrank.engines.cluster import connected
-    from overcrank.engines.store import Store
     from overcrank.runtime.render.cluster import ClusterRenderer
 
     with connected(address) as ray:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from overcrank.engines.plan import UNKNOWN, PlanCounts
 from overcrank.errors import IntegrityError, OutdatedBundle, quoted
 from overcrank.export.quantization.recipe import LayerFormat
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -105,9 +107,15 @@ class ComponentEntry(_Model):
     activation_bytes: int | None
     export_seconds: float
     compile_seconds: float
-    lint: str
+    plan: PlanCounts | None = None  # None for one that its reader does not know
+    lint: str = ""  # the sentence that stands in the place of `plan` in bundles of before
     packed: list[PackedEntry] = []
     formats: dict[str, LayerFormat] = {}
+
+    @property
+    def verdict(self) -> str:
+        """What the plan does, in one line."""
+        return self.lint or (self.plan.verdict() if self.plan else UNKNOWN)
 
 
 class Manifest(_Model):
@@ -138,6 +146,23 @@ class Manifest(_Model):
             if entry.name == name:
                 return entry
         raise IntegrityError(f"the bundle has no component '{name}'")
+
+
+@dataclass(frozen=True)
+class BundledEngine:
+    """One component's engine in the bundle at `folder`."""
+
+    folder: Path
+    manifest: Manifest
+    entry: ComponentEntry
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / self.entry.engine.name
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / self.entry.graph.name
 
 
 def read_manifest(bundle: Path) -> Manifest:

@@ -168,7 +168,7 @@ def push(remote: Remote, bundles: Sequence[Path], key: str, ring: Keyring, progr
         if wrong := check_files(bundle, manifest):
             raise IntegrityError(f"{bundle.name} is not published: {wrong[0]}; rebuild it.")
         ring.sign(bundle, key)
-        listed = _listed(bundle, manifest)
+        listed = listed_as(bundle, manifest)
         for file in listed.files:
             if remote.size(*_blob(file)) != file.bytes:
                 remote.write(bundle / file.name, *_blob(file))
@@ -179,7 +179,7 @@ def push(remote: Remote, bundles: Sequence[Path], key: str, ring: Keyring, progr
     return published
 
 
-def _listed(bundle: Path, manifest: Manifest) -> Listed:
+def listed_as(bundle: Path, manifest: Manifest) -> Listed:
     files = [file for entry in manifest.components for file in (entry.engine, entry.graph)]
     files += [manifest.recipe] if manifest.recipe else []
     files += [file_entry(bundle / name) for name in (MANIFEST, SIGNATURE)]
@@ -316,7 +316,7 @@ def pull(
             manifest = read_manifest(staging)
             wrong = check_files(staging, manifest)
             ring.check(staging)
-            if wrong or _listed(staging, manifest).model_copy(update={"name": listed.name}) != listed:
+            if wrong or listed_as(staging, manifest).model_copy(update={"name": listed.name}) != listed:
                 raise IntegrityError(f"{listed.name}: {wrong[0] if wrong else 'the index describes another bundle'}.")
         except IntegrityError:
             shutil.rmtree(staging, ignore_errors=True)

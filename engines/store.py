@@ -30,9 +30,13 @@ def default_root() -> Path:
 class Store:
     """A folder of bundles, cached graphs and work in progress."""
 
-    def __init__(self, root: Path | None = None, bundles: Path | None = None) -> None:
-        self.root = (root or default_root()).absolute()
-        self.bundles = (bundles or self.root / "bundles").absolute()
+    def __init__(self, root: Store | Path | str | None = None, bundles: Path | None = None) -> None:
+        """`root`: its folder, or another store for the same one [default: $OVERCRANK_HOME, else the user's cache]."""
+        if isinstance(root, Store):
+            bundles = bundles or root.bundles
+        folder = root.root if isinstance(root, Store) else Path(root or default_root()).expanduser()
+        self.root: Path = folder.absolute()
+        self.bundles: Path = (bundles or self.root / "bundles").absolute()
         self.graphs = self.root / "graphs"
 
     def prepare(self) -> None:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from overcrank.engines.targets import SIXTEEN_BIT, Target, sixteen_bit
-from overcrank.errors import TargetError
+from overcrank.errors import TargetError, UserError
 from overcrank.models import components
 from overcrank.models.base import Component, Variant
+from overcrank.options import option
 
 FP32 = "fp32"
+NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Our names of types, by PyTorch's, which are understood too."""
+
+
+def typed(words: Sequence[str]) -> dict[str, str]:
+    """Part → type of words such as "vae=fp32"; "" stands for the parts that are not named ("bf16").
+
+    Raises UserError for an unknown type and for a part that is named twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        part, equals, name = word.rpartition("=")
+        own = next((k for k, v in NAMES.items() if name in (k, v)), None)
+        if own is None or (equals and not part):
+            raise UserError(
+                f"{option('dtype', word)}: use {', '.join(NAMES)} for every part, or PART=TYPE such as vae=fp32."
+            )
+        if found.setdefault(part, own) != own:
+            raise UserError(f"{option('dtype')} gives {part or 'all parts'} both {found[part]} and {own}; give one.")
+    return found
 
 
 def own_precision(variant: Variant) -> str:

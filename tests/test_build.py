@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,10 +72,44 @@ def test_show_list_and_lint(built: Path, run: Any) -> None:
     shown = run("overcrank", "engines", "show", built.name, *store)
     assert shown.exit_code == 0
     assert "every file matches its SHA-256" in shown.output
-    assert built.name[:12] in run("overcrank", "engines", "list", *store).output.replace("\n", "")
     linted = run("overcrank", "engines", "lint", built, "--no-compare")
     assert "no weight transposed, cast or moved" in linted.output
     assert "GEMM+" in linted.output
+
+
+def test_a_list_can_be_pasted_from_a_pipe_and_from_a_narrow_terminal(built: Path, tmp_path: Path) -> None:
+    """Names and the store's path stay on one line, whatever their length, and the rest fits in 80 columns."""
+    long = tmp_path / "bundles" / f"{built.name}-{'x' * 100}"
+    shutil.copytree(built, long)
+    (tmp_path / "bundles" / "damaged").mkdir()
+    (tmp_path / "bundles" / "damaged" / MANIFEST).write_text("{")
+    command = [sys.executable, "-m", "overcrank", "engines", "list", "--store", str(tmp_path)]
+    plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    piped = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
+    narrow = subprocess.run(command, env=plain | {"COLUMNS": "80"}, capture_output=True, text=True, check=True).stdout
+    assert {narrow, on_terminal(command, plain, columns=80)} == {piped}
+    lines = piped.splitlines()
+    assert {str(tmp_path / "bundles"), long.name, "damaged"} <= set(lines)
+    about = lines[lines.index(long.name) + 1 : lines.index(long.name) + 3]
+    assert about[0].startswith("  sm_89, bf16, engines of ")
+    assert "(32x32x1 … 96x96x33), batch 1 … 2" in about[1]
+    assert max(map(len, about)) <= 80
+    assert lines[lines.index("damaged") + 1].startswith("  unreadable: ")
+
+
+def on_terminal(command: list[str], env: dict[str, str], columns: int) -> str:
+    """What a command writes to a terminal of this width."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(command, env=env | {"TERM": "xterm"}, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    written = b""
+    with contextlib.suppress(OSError):  # as its end is told on Linux
+        while chunk := os.read(ours, 65536):
+            written += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode().replace("\r\n", "\n")
 
 
 def test_verify_passes_and_notices_a_changed_file(built: Path, run: Any) -> None:
@@ -181,3 +221,45 @@ def test_removal(built: Path, tmp_path: Path, run: Any) -> None:
     gone = run("overcrank", "engines", "show", built.name)
     assert gone.exit_code == 2
     assert "no bundle matches" in gone.output
+
+
+def test_the_settings_of_the_compiler_are_in_the_key_and_keys_stay() -> None:
+    """Bundles on disk are found by it. What the key says is set is what the compiler is told, one by one."""
+    from types import SimpleNamespace
+
+    from overcrank.engines import compile as compiling
+    from overcrank.engines.manifest import EngineKey
+
+    own = ("denoiser", "g", "r", "sm_89", "p", "tensorrt_rtx", "1.7", compiling.FLAGS, "inputs")
+    assert EngineKey(*own).digest() == "9d9cf5619dcc964cbf476882adbbcd1ecac15330f6fa63ce5fb5b035e0fa625c"
+    names = compiling.FLAGS.split(",")
+    assert names == [name.lower() for name in compiling.NETWORK_FLAGS] + list(compiling.SETTINGS)
+    told: list[Any] = []
+    trt = SimpleNamespace(
+        BuilderFlag=SimpleNamespace(REQUIRE_USER_ALLOCATION="user"),
+        LayerType=SimpleNamespace(ATTENTION_INPUT="attention"),
+        IAttentionInputLayer=SimpleNamespace,
+    )
+    layer = SimpleNamespace(type="attention", attention=SimpleNamespace(decomposable=False))
+    network = SimpleNamespace(num_layers=1, get_layer=lambda i: layer)
+    config = SimpleNamespace(set_flag=told.append, max_aux_streams=None)
+    for set_flag in compiling.SETTINGS.values():
+        set_flag(trt, network, config)
+    assert (told, config.max_aux_streams, layer.attention.decomposable) == (["user"], 0, True)
+
+
+def test_bundles_that_tell_what_their_plans_do_in_words_are_read(built: Path, tmp_path: Path) -> None:
+    old = json.loads((built / MANIFEST).read_text("utf-8"))
+    said = "398 generated kernels, 287 GEMMs (173 with fused epilogue, 114 without); 2 weights cast at every call"
+    for entry in old["components"]:
+        del entry["plan"]
+        entry["lint"] = said
+    (tmp_path / MANIFEST).write_text(json.dumps(old), "utf-8")
+    assert {entry.verdict for entry in read_manifest(tmp_path).components} == {said}
+    fresh = read_manifest(built).component("denoiser")
+    assert fresh.plan is not None
+    assert fresh.plan.gemms >= fresh.plan.fused_gemms > 0
+    assert fresh.verdict.startswith(f"{fresh.plan.kernels} generated kernels, {fresh.plan.gemms} GEMMs (")
+    assert fresh.verdict.endswith("no weight transposed, cast or moved")
+    nobody_knows = fresh.model_copy(update={"plan": None})
+    assert "nothing is claimed" in nobody_knows.verdict

@@ -116,7 +116,7 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
     bundle = Path(json.loads(built.output)["bundles"][0]["path"])
     entry = read_manifest(bundle).component("denoiser")
     assert len(entry.formats) == 44
-    assert "40 GEMMs in fp8, 4 attentions in fp8" in entry.lint
+    assert "40 GEMMs in fp8, 4 attentions in fp8" in entry.verdict
     assert (bundle / "recipe.json").read_bytes() == recipe.read_bytes()
     report = tmp_path / "report"
     checked = run("overcrank", "verify", bundle, "--report", report, "--samples", 1, "--steps", STEPS, "--store", store)
@@ -190,12 +190,14 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
 
 @pytest.mark.quick
 def test_ranges_missing_from_a_recipe_are_asked_for(tmp_path: Path) -> None:
-    from overcrank.errors import CannotServe
+    from overcrank.engines.module_refusals import NoRange
+    from overcrank.engines.refusals import CannotServe
     from overcrank.runtime.sessions.parameters import packed_parameters
 
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
-    with pytest.raises(CannotServe, match="a needs a range that no recipe gives; calibrate"):
+    with pytest.raises(CannotServe) as caught:
         packed_parameters(module, {"a": LayerFormat("fp8", "static")}, {}, "bfloat16")
+    assert caught.value.why == NoRange("a")
 
 
 def test_a_pack_renders_what_the_weights_do(made: Any, tmp_path: Path, run: Any) -> None:
@@ -247,7 +249,7 @@ def test_quantized_weights_can_be_embedded(made: Any, precision: str, gpu: str, 
         assert result.exit_code == 0, result.output
         manifest = read_manifest(Path(json.loads(result.output)["bundles"][0]["path"]))
         assert manifest.weights.startswith(kind)
-        assert f"40 GEMMs in {precision}" in manifest.component("denoiser").lint
+        assert f"40 GEMMs in {precision}" in manifest.component("denoiser").verdict
         keys.add(manifest.component("denoiser").key.recipe)
     assert len(keys) == 2  # ranges decide an engine that holds its weights
 
@@ -287,11 +289,11 @@ def test_targets_that_mean_nothing(made: Any, options: tuple[str, ...], says: st
 
 
 def test_pictures_to_calibrate_with_ship(tmp_path: Path) -> None:
-    from overcrank.calibration.run import _photographs
+    from overcrank.calibration.run import photographs
     from overcrank.engines.store import Store
     from PIL import Image
 
-    found = _photographs(Store(tmp_path))
+    found = photographs(Store(tmp_path))
     assert len(found) == len({Image.open(p).tobytes() for p in found}) == 5
     assert all(Image.open(p).mode == "RGB" for p in found)
 

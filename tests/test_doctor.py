@@ -13,6 +13,7 @@ from overcrank.engines.cards import Card
 from overcrank.engines.kernel_cache import kernel_cache
 from overcrank.engines.manifest import Manifest
 from overcrank.engines.measurements import Measurement, record
+from overcrank.engines.refusals import CardsUnseen, OldDriver, TorchWithoutCuda
 from overcrank.engines.store import Store
 from overcrank.engines.targets import targets_for
 from overcrank.engines.tensorrt import driver_notes
@@ -155,15 +156,12 @@ def test_cards_are_numbered_as_pytorch_numbers_them() -> None:
 def test_why_pytorch_sees_no_card() -> None:
     assert why_no_card("2.13.0", "13.0", ()) is None
     without = why_no_card("2.13.0+cpu", None, (ADA,))
-    assert without is not None
-    assert without[0] == "PyTorch 2.13.0+cpu is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090"
-    assert without[1].startswith("install the wheel torch==2.13.0+cu130 in its place")
+    assert without == TorchWithoutCuda("2.13.0+cpu", "torch==2.13.0+cu130", (ADA.name,))
     old = why_no_card("2.13.0", "13.0", (replace(ADA, driver="570.1"),))
-    assert old is not None
-    assert "driver 570.1 is installed" in old[0]
+    assert isinstance(old, OldDriver)
+    assert old.driver == "570.1"
     hidden = why_no_card("2.13.0", "13.0", (ADA,))
-    assert hidden is not None
-    assert "CUDA_VISIBLE_DEVICES" in hidden[1]
+    assert hidden == CardsUnseen("2.13.0", "13.0", (ADA.name,))
 
 
 def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:

@@ -102,3 +102,49 @@ def test_one_that_fails_does_not_stop_the_rest(
     assert "built    ltx-demo sm_89 bf16" in again.output
     with pytest.raises(UserError, match="nothing failed"):
         matrix.failed_before(matrix.Store(store))
+
+
+def test_estimates_are_those_that_were_measured() -> None:
+    """What is shipped is what bench/results says; a variant nobody measured takes the nearest that was."""
+    from dataclasses import replace
+
+    from overcrank.engines.estimates import FILE, cost_of, costs_of
+    from overcrank.models import resolve
+
+    root = Path(matrix.__file__).parents[1]
+    rows, quantized = (
+        json.loads((root / f"bench/results/{name}.json").read_text("utf-8"))
+        for name in ("families", "quantized-builds")
+    )
+    assert json.loads((root / "engines" / FILE).read_text("utf-8")) == costs_of(rows["rows"], quantized)
+    measured = [r for r in rows["rows"] if (r["variant"], r["component"]) == ("ltx-2b-0.9.5", "denoiser")]
+    own = cost_of(resolve("ltx-2b-0.9.5"), "denoiser", "bf16")
+    assert own.export_seconds == measured[0]["export_s"]
+    assert min(r["compile_s"] for r in measured) <= own.compile_seconds <= max(r["compile_s"] for r in measured)
+    assert cost_of(resolve("ltx-2b-0.9.5"), "denoiser", "fp8").engine_bytes > 1.5 * own.engine_bytes
+    assert cost_of(replace(resolve("ltx-2b-0.9.5"), name="my-own"), "denoiser", "bf16") == own
+    assert cost_of(resolve("ltx-demo"), "nobody_knows", "bf16").engine_bytes > 0
+
+
+def test_what_is_left_follows_this_machines_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    from overcrank.engines import estimates
+
+    clock = [0.0]
+    monkeypatch.setattr(estimates.time, "monotonic", lambda: clock[0])
+    forecast = estimates.Forecast({"a": 10.0, "b": 20.0, "c": 30.0}, workers=2)
+    assert forecast.left() == 30.0  # both workers are busy for that long, and one task is
+    forecast.started("a")
+    forecast.started("b")
+    clock[0] = 5.0
+    assert forecast.left() == 30.0
+    clock[0] = 20.0
+    forecast.finished("a")  # half as fast as measured
+    assert forecast.left() == 60.0
+    forecast.finished("nobody knows")
+    clock[0] = 30.0
+    forecast.finished("b")
+    forecast.started("c")
+    clock[0] = 31.0
+    assert forecast.left() == pytest.approx(30 * 50 / 30 - 1)
+    forecast.finished("c")
+    assert forecast.left() == 0.0

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from overcrank.errors import RequestError
-from overcrank.models import components, family, resolve
+from overcrank.models import components, resolve, wan
 from overcrank.models.base import Preset, Rendering
 from overcrank.models.presets import applied, every_preset, fetched, presets, with_preset
 from overcrank.runtime.render.request import RenderRequest
@@ -182,7 +182,7 @@ def test_a_render_merges_the_presets_loras_and_says_so(
     folder = saved("wan-two-experts", tmp_path)
     (preset,) = presets(resolve("wan-2.2-t2v-a14b"))
     here = replace(preset, variants=(resolve(str(folder)).like,))
-    monkeypatch.setattr(family("wan"), "PRESETS", (here,))
+    monkeypatch.setattr(wan, "FAMILY", replace(wan.FAMILY, presets=(here,)))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     cache = tmp_path / "hub" / f"models--{preset.loras[0].repository.replace('/', '--')}"
     (cache / "refs").mkdir(parents=True)

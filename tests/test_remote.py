@@ -66,18 +66,19 @@ def test_what_is_pushed_is_pulled_whole(place: Path, demo_bundle: Path, tmp_path
 
 
 def test_a_render_uses_what_was_pulled_until_its_key_is_revoked(place: Path, tmp_path: Path, ring: Keyring) -> None:
-    from overcrank.errors import CannotServe
+    from overcrank.engines.refusals import CannotServe, Untrusted
     from overcrank.models import components, resolve
-    from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+    from overcrank.runtime.sessions.select import engine_of, fitting_bundles
 
     path = fetched(place, tmp_path / "store", ring)
     demo = resolve("ltx-demo")
     (denoiser,) = components(demo, ("denoiser",))
     fits = fitting_bundles([path], demo, "sm_89", "bf16")
-    assert bundle_of(denoiser, fits, "rebuild")[0] == path
+    assert engine_of(denoiser, fits).folder == path
     ring.revoke("studio")
-    with pytest.raises(CannotServe, match="whose key was revoked"):
-        bundle_of(denoiser, fits, "rebuild")
+    with pytest.raises(CannotServe, match="whose key was revoked") as caught:
+        engine_of(denoiser, fits)
+    assert isinstance(caught.value.why, Untrusted)
 
 
 @pytest.fixture

@@ -145,8 +145,8 @@ def test_memory_that_runs_out_at_every_allocation(
             card.fail_at, card.fails_on = None, False
             assert outcome.status == DONE, (n, outcome.error)
             assert close(pixels(outcome), right)
-            reasons = {f.reason for f in outcome.record.fallbacks}
-            assert all("ran out of GPU memory" in reason for reason in reasons)
+            reasons = {f.kind for f in outcome.record.fallbacks}
+            assert reasons <= {"OutOfMemory"}
             assert bool(reasons) == lasting, n
             fallen += bool(reasons)
             gc.collect()  # diffusers leaves cycles behind when a call ends in an exception

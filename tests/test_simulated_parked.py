@@ -14,7 +14,6 @@ from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import resolve
 from overcrank.runtime.pipeline.load import load
 from overcrank.runtime.sessions import parked
-from overcrank.runtime.sessions.sources import Quantization
 
 from tests.simulated_tensorrt import Simulated, bundle_of
 from tests.test_simulated_batch import PROFILE
@@ -33,7 +32,7 @@ def pipe(simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     simulated.plans.register(built)
     made = load("ltx-demo", backend="eager", device="cpu", dtype=torch.bfloat16)
     made.set_progress_bar_config(disable=True)
-    return accelerate(made, backend="tensorrt", store=tmp_path, quantization=Quantization(INT8))
+    return accelerate(made, backend="tensorrt", store=tmp_path, precision="int8", activations=INT8.activations)
 
 
 def latents(pipe: Any) -> torch.Tensor:

@@ -181,7 +181,7 @@ def test_wrong_words(word: str) -> None:
 
 def test_levels_of_every_family() -> None:
     for name in families():
-        for variant in family(name).VARIANTS:
+        for variant in family(name).variants:
             assert 0 == threshold_of("off", variant) < threshold_of("safe", variant) < threshold_of("fast", variant)
     assert threshold_of("0.08", DEMO) == 0.08
 

@@ -16,9 +16,10 @@ from overcrank import cli
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["models", "export", "engines", "runtime", "calibration", "cli"]
-BELOW = ["errors", "files", "units"]
-SOURCES = sorted(p for layer in LAYERS for p in (ROOT / layer).rglob("*.py")) + [ROOT / f"{b}.py" for b in BELOW]
+LAYERS = ["models", "export", "engines", "runtime", "calibration", "api", "cli"]
+BELOW = ["errors", "files", "units", "options"]
+SOURCES = sorted(p for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
+SOURCES += [ROOT / f"{name}.py" for name in ("api", *BELOW)]
 
 
 def imports(file: Path) -> set[str]:
@@ -87,7 +88,7 @@ PROGRAMS = ("build-engine", "overcrank")
 def shown_commands(page: str) -> list[list[str]]:
     """Words of each of our commands in a page's shell blocks, however the block calls its language."""
     blocks = re.findall(r"^```(?:bash|sh|shell|console|)\n(.*?)^```", page, re.S | re.M)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [words for words in lines if words and words[0] in PROGRAMS]
 
 

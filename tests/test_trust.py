@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from overcrank.engines.manifest import check_files, file_entry, read_manifest
+from overcrank.engines.refusals import CannotServe
 from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, fingerprint
-from overcrank.errors import CannotServe, IntegrityError, UserError
+from overcrank.errors import IntegrityError, UserError
 from overcrank.models import components, resolve
-from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+from overcrank.runtime.sessions.select import engine_of, fitting_bundles
 
 FLIPS = 200
 OTHER_CONTENT = "the signature of 'studio' is not of this content"
@@ -57,13 +58,13 @@ def refusal(bundle: Path) -> str:
     demo = resolve("ltx-demo")
     try:
         fitting = fitting_bundles([bundle], demo, "sm_89", "bf16")
-        assert bundle_of(components(demo, ("denoiser",))[0], fitting, "rebuild")[0] == bundle
+        assert engine_of(components(demo, ("denoiser",))[0], fitting).folder == bundle
     except CannotServe as error:
         try:
             read_manifest(bundle)
         except IntegrityError as unread:
             return str(unread)
-        return error.reason
+        return error.why.reason
     return ""
 
 

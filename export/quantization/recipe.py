@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from overcrank.errors import UserError
 from overcrank.models.base import Component
 from overcrank.models.network import differences, network
+from overcrank.options import option
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 KEPT_ENDS = 3  # blocks at either end of a transformer that stay in 16 bit, of 24 or more
@@ -156,6 +157,29 @@ def read_recipe(file: Path) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{file}: {where}: {first['msg']}; make it anew with overcrank calibrate.") from error
+
+
+def layers_of(
+    precision: str, activations: str, recipe: Recipe | Path | str | None
+) -> tuple[Recipe | None, LayerFormat]:
+    """A recipe, read if it is a file, and the format of quantized layers where it says nothing.
+
+    Raises UserError for a recipe of another precision, and for activations that the format cannot multiply.
+    """
+    own = recipe if recipe is None or isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    if own is not None and own.precision != precision:
+        raise UserError(
+            f"The recipe is for {own.precision}, not for {option('precision', precision)}; make them agree."
+        )
+    if activations not in ("static", "dynamic", SIXTEEN):
+        raise UserError(f"{option('activations', activations)}: use dynamic, static or 16bit.")
+    if precision == "nvfp4" and activations == SIXTEEN:
+        raise UserError(
+            f"{option('activations', SIXTEEN)}: nvfp4 multiplies activations in nvfp4 too; use dynamic or static."
+        )
+    if precision not in QUANTIZED:
+        return own, IN_16_BIT
+    return own, LayerFormat(precision, cast(Activations, activations))
 
 
 def recipe_of(recipe: Recipe | None, component: Component, form: LayerFormat) -> ComponentRecipe:

@@ -12,16 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.cards import Card
+from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
+from overcrank.engines.refusals import CannotServe, OffCard
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
-from overcrank.errors import CannotServe, StoreError, UserError
+from overcrank.errors import StoreError, UserError
+from overcrank.export.packaged import packaged_graph
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
+from overcrank.options import merged
+from overcrank.runtime.options import AccelerateOptions
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
-from overcrank.runtime.sessions.select import fitting_bundles, pull_missing, rebuild_command
+from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
 from overcrank.runtime.sessions.session import EAGER, Ledger, Session
-from overcrank.runtime.sessions.sources import BundledGraphs, Engines, Quantization, graph_session, require_renderable
+from overcrank.runtime.sessions.sources import (
+    BundledGraphs,
+    Engines,
+    GraphsHere,
+    Quantization,
+    graph_session,
+    require_renderable,
+)
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -33,10 +45,11 @@ SessionMaker = Callable[[Component, str, "nn.Module"], Session]
 BACKENDS = ("auto", "tensorrt", "onnxruntime", EAGER)
 
 
-@dataclass
+@dataclass(repr=False)
 class Acceleration:
     """What `accelerate` did to a pipeline; kept as `pipe.overcrank`."""
 
+    pipe: Callable[[], Any]  # None when it is gone
     variant: Variant
     backend: str
     ledger: Ledger
@@ -77,63 +90,76 @@ class Acceleration:
             if pictures or not module.slots[0].component.name.endswith("_encoder"):
                 module.preload()
 
+    def __repr__(self) -> str:
+        state = f"{len(self.modules)} modules" if self.modules else "no engine"
+        return f"<overcrank {self.variant.name}: {self.backend}, {state}>"
+
+    def summary(self) -> str:
+        """Who served which calls of this pipeline since it was accelerated, and why engines did not; a line each."""
+        record = self.ledger.record
+        lines = [f"{self.variant.name}, backend {self.backend}"]
+        for component, counts in record.backends().items():
+            calls = ", ".join(f"{backend} {count} call{'s' * (count > 1)}" for backend, count in counts.items())
+            bundle = f" ({self.bundles[component]})" if component in self.bundles else ""
+            lines.append(f"  {component}: {calls}{bundle}")
+        if not record.served:
+            lines.append("  nothing was called yet")
+        reasons: dict[str, list[str]] = {}
+        for fallback in (*self.ledger.standing, *record.fallbacks):
+            components = reasons.setdefault(f"{fallback.reason}; {fallback.fix}.", [])
+            components += [fallback.component] if fallback.component not in components else []
+        lines += [f"  {', '.join(names)} in eager PyTorch: {reason}" for reason, names in reasons.items()]
+        return "\n".join(lines)
+
     def remove(self) -> None:
-        """Give every module its own forward back."""
+        """Give every module its own forward back, and take `pipe.overcrank` away."""
         for module in self.modules:
             module.remove()
         self.modules.clear()
+        pipe = self.pipe()
+        if pipe is not None and vars(pipe).get("overcrank") is self:
+            del pipe.overcrank
 
     def __reduce__(self) -> Any:
         """Of a pipeline that is copied or pickled, the copy is not accelerated."""
         return type(None), ()
 
 
-def accelerate(
-    pipe: Any,
-    bundle: str | Path | None = None,
-    *,
-    backend: str = "auto",
-    store: Path | None = None,
-    model: str = "",
-    quantization: Quantization | None = None,
-    slow_engines: bool = False,
-    pull: str = "",
-) -> Any:
+def accelerate(pipe: Any, options: AccelerateOptions | None = None, **changes: Any) -> Any:
     """Let engines serve the calls of a diffusers pipeline's denoiser and VAE; returns the pipeline.
 
-    `bundle` is a bundle's path or name [default: the newest in the store for this network
-    and card]. `backend`: "auto" uses TensorRT and falls back to eager PyTorch with one
-    warning for each reason, "tensorrt" raises BackendError in place of falling back,
-    "onnxruntime" runs the graphs in ONNX Runtime in fp32, those of `bundle` if one is named,
-    "eager" uses no engine. `model` is the name that rebuild commands show. `quantization`: the
-    engines asked for, and the ranges of their layers [default: engines in the pipeline's own 16-bit
-    type]. `slow_engines`: also those that were measured to be slower than eager PyTorch on this card.
-    `pull`: URL from which the bundle for this network and card is fetched if the store has none.
+    `changes`: fields of AccelerateOptions, over those of `options`, such as backend="onnxruntime". What torch.compile
+    made of a part is taken out again. `pipe.overcrank` is the Acceleration; its `remove()` undoes it.
 
-    What torch.compile made of a part is taken out again.
-
-    Raises UserError for an unknown backend or bundle, ModelError for a pipeline of no known family.
+    Raises UserError for an unknown option, backend or bundle, ModelError for a pipeline of no known family.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"Unknown backend '{backend}': use {', '.join(BACKENDS)}.")
+    asked = merged(AccelerateOptions, options, changes)
+    return with_engines(pipe, asked, asked.quantization())
+
+
+def with_engines(pipe: Any, options: AccelerateOptions, quantization: Quantization | None) -> Any:
+    """As `accelerate`; `quantization` is that of the options, or one that knows the weights."""
+    if options.backend not in BACKENDS:
+        raise UserError(f"Unknown backend '{options.backend}': use {', '.join(BACKENDS)}.")
     if not isinstance(getattr(pipe, "components", None), Mapping):
         raise UserError(f"accelerate() takes a diffusers pipeline, not {type(pipe).__name__}.")
     earlier = getattr(pipe, "overcrank", None)
     if earlier is not None:
         earlier.remove()
     _unwrap_compiled(pipe)
-    variant = _variant_of(pipe, model)
-    ledger = Ledger(strict=backend == "tensorrt")
-    found = Acceleration(variant, backend, ledger, [], quantization=quantization)
-    where = Store(store)
-    if pull:
-        pull_missing(pull, variant, quantization.precision if quantization else "auto", where, Keyring())
-    if backend == "onnxruntime":
-        found.modules = _install(pipe, variant, ledger, _in_onnx_runtime(found, where, bundle))
-    elif backend != EAGER:
-        _with_engines(pipe, found, where, bundle, slow_engines)
-    found.source = str(pipe.config.get("_name_or_path", ""))
-    pipe.overcrank = found
+    variant = _variant_of(pipe, options.model)
+    ledger = Ledger(strict=options.backend == "tensorrt")
+    acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
+    store = Store(options.store)
+    if options.pull:
+        pull_missing(options.pull, variant, quantization.precision if quantization else "auto", store, Keyring())
+    if options.backend == "onnxruntime":
+        session = _in_onnx_runtime(acceleration, store, options.bundle)
+        acceleration.modules = _install(pipe, variant, ledger, session)
+    elif options.backend != EAGER:
+        _on_card(pipe, acceleration, store, options.bundle, options.slow_engines)
+    acceleration.source = str(pipe.config.get("_name_or_path", ""))
+    pipe.overcrank = acceleration
     return pipe
 
 
@@ -180,24 +206,57 @@ def _in_onnx_runtime(found: Acceleration, store: Store, bundle: str | Path | Non
     if bundle is None:
         return lambda c, part, module: graph_session(c, part, module, store, found.quantization)
     fitting = [require_renderable(store.resolve(str(bundle)), found.variant, found.quantization)]
-    rebuild = rebuild_command(found.variant, fitting[0][1].target)
-    return BundledGraphs(found.quantization, store, fitting, rebuild, found.bundles).session
+    found.ledger.build = build_command(found.variant, fitting[0][1].target)
+    return BundledGraphs(found.quantization, store, fitting, found.bundles).session
 
 
-def _with_engines(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, slow: bool) -> None:
+def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, slow: bool) -> None:
     variant, ledger, quantization = found.variant, found.ledger, found.quantization
     try:
         card = _card(pipe)
+        ledger.build = build_command(variant, card.target)
+    except CannotServe as error:
+        session = _without_card(pipe, found, store, bundle, error) if found.backend == "auto" else None
+        if session is None:
+            _all_eager(found, error)
+        else:
+            found.modules = _install(pipe, variant, ledger, session)
+        return
+    try:
         candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
-        names = [c.name for c in components(variant)]
-        ledger.fall_back(names, error.reason, error.fix, standing=True)
+        _all_eager(found, error)
         return
-    rebuild = rebuild_command(variant, card.target)
-    engines = Engines(quantization, store, fitting, rebuild, found.bundles, slow, card=card, workspace=found.workspace)
+    engines = Engines(quantization, store, fitting, found.bundles, slow, card=card, workspace=found.workspace)
     found.modules = _install(pipe, variant, ledger, engines.session)
+
+
+def _all_eager(found: Acceleration, error: CannotServe) -> None:
+    names = [c.name for c in components(found.variant)]
+    found.ledger.fall_back(names, error.why, standing=True)
+
+
+def _without_card(
+    pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, error: CannotServe
+) -> SessionMaker | None:
+    """Sessions of the graphs that are here, in ONNX Runtime; None if there are none, or a card could be used.
+
+    `error`: why no card is; of one that is in this machine it is told.
+    """
+    import torch
+
+    variant = found.variant
+    if found.quantization is not None or device_of(pipe).type != "cpu" or torch.cuda.is_available():
+        return None
+    candidates = [store.resolve(str(bundle))] if bundle else [path for path, _ in store.list()]
+    bundles = bundles_with_graphs(candidates, variant)
+    if not bundles and (bundle or not any(packaged_graph(c) for c in components(variant))):
+        return None
+    if no_card():
+        log.warning("rendering on the processor, in ONNX Runtime: %s.", error)
+    return GraphsHere(None, store, bundles, found.bundles, packaged=not bundle).session
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -213,10 +272,8 @@ def _card(pipe: Any) -> Card:
     device = device_of(pipe)
     if device.type != "cuda":
         usable = torch.cuda.is_available()
-        if not usable and (reason := no_card()):
-            raise CannotServe(*reason)
-        there = " (one is here: pipe.to('cuda'))" if usable else ""
-        raise CannotServe(f"the pipeline is on {device.type}, not on an NVIDIA GPU{there}", "render on one")
+        why = None if usable else no_card()
+        raise CannotServe(why or OffCard(device.type, card_here=usable))
     card = card_of(device)
     require_driver(card)
     return card
@@ -260,6 +317,4 @@ def _look_for_others(
         found = getattr(owner, attribute, None) if attribute else owner
         if getattr(found, "_orig_mod", found) is not module.module:
             place = f"pipe.{part}.{attribute}".rstrip(".")
-            ledger.fall_back(
-                [module.name], f"{place} is not the one that was accelerated", "call accelerate(pipe) again"
-            )
+            ledger.fall_back([module.name], ModuleChanged(ModuleChange.REPLACED, place))

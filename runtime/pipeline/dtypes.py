@@ -1,4 +1,4 @@
-"""`--dtype`: the type of each part of a pipeline."""
+"""The type of each part of a pipeline."""
 
 from __future__ import annotations
 
@@ -8,30 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overcrank.engines.types import NAMES, typed
 from overcrank.errors import UserError
 from overcrank.models.base import Variant
+from overcrank.options import option
 
 if TYPE_CHECKING:
     import torch
-
-NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""Our names of types, by PyTorch's, which are understood too."""
-
-
-def typed(words: Sequence[str]) -> dict[str, str]:
-    """Part → type of words such as "vae=fp32"; "" stands for the parts that are not named ("bf16").
-
-    Raises UserError for an unknown type and for a part that is named twice.
-    """
-    found: dict[str, str] = {}
-    for word in words:
-        part, equals, name = word.rpartition("=")
-        own = next((k for k, v in NAMES.items() if name in (k, v)), None)
-        if own is None or (equals and not part):
-            raise UserError(f"--dtype {word}: use {', '.join(NAMES)} for every part, or PART=TYPE such as vae=fp32.")
-        if found.setdefault(part, own) != own:
-            raise UserError(f"--dtype gives {part or 'all parts'} both {found[part]} and {own}; give one.")
-    return found
 
 
 def check_parts(names: Mapping[str, Any], folder: Path | str) -> None:
@@ -45,7 +28,7 @@ def check_parts(names: Mapping[str, Any], folder: Path | str) -> None:
         if part and part not in parts:
             close = difflib.get_close_matches(part, parts, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"its parts are {', '.join(parts)}."
-            raise UserError(f"--dtype {part}: {Path(folder).name} has no such part; {hint}")
+            raise UserError(f"{option('dtype', part)}: {Path(folder).name} has no such part; {hint}")
 
 
 def dtypes_of(

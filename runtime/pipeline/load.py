@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
 from overcrank.export.quantization.pack import require_loras
-from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Preset, Variant
 from overcrank.models.hub import Watch, progress_bar
 from overcrank.models.presets import fetched, with_preset
+from overcrank.options import merged, option
+from overcrank.runtime.options import LoadOptions
 from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, require_calibrated_on
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
+from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
@@ -35,66 +38,39 @@ if TYPE_CHECKING:
 log = logging.getLogger("overcrank")
 
 
-def load(
-    model: str,
-    *,
-    bundle: str | Path | None = None,
-    backend: str = "auto",
-    device: str | None = None,
-    dtype: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None = None,
-    store: Path | None = None,
-    quantization: Quantization | None = None,
-    loras: Sequence[str] = (),
-    preset: str = "",
-    vram: str = AUTO,
-    slow_engines: bool = False,
-    pull: str = "",
-    watch: Watch = progress_bar,
-) -> Any:
-    """The model's text-to-video pipeline, accelerated (see `accelerate`).
+def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progress_bar, **changes: Any) -> Any:
+    """The model's pipeline with the weights it is published with, accelerated (see `accelerate`).
 
-    `model`: family, variant, diffusers folder or hub id. `device` [default: cuda when there
-    is a card, else cpu]; `dtype`: one for all parts, a mapping from parts to types, or words such as "vae=fp32"
-    [default: on a card the publisher's, float16 for bfloat16 where the card has none; on cpu float32].
-    `loras`: files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE, the
-    experts of Wan 2.2 being high and low. `preset`: a published way to render in few steps (`overcrank models show`);
-    its own LoRAs are merged before those.
-    `vram`: how much of the card to use (memory.py): auto, low, balanced, high, or an amount such as 8GB. What the
-    hub's cache lacks is downloaded, which `watch` shows. Raises ModelError when the checkpoint cannot
-    be found or read, StoreError when the disk is too small for it, CheckpointError for a LoRA of another model,
-    UserError for a part or type that is not there.
+    `model`: family, variant, diffusers folder or hub id. `changes`: fields of LoadOptions, over those of `options`,
+    such as vram="low". What the hub's cache lacks is downloaded, which `watch` shows.
+
+    Raises UserError for an unknown option, part or type, ModelError when the checkpoint cannot be found or read,
+    StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
-    import torch
-    from overcrank.runtime.pipeline.accelerate import accelerate
+    with uncollected():
+        import torch
+        from overcrank.runtime.pipeline.accelerate import with_engines
 
-    wanted = vram_of(vram)
-    variant, chosen = with_preset(resolve(model), preset)
-    files = _of_preset(chosen) + [lora_of(argument) for argument in loras]
+    asked = merged(LoadOptions, options, changes)
+    quantization, vram, store = asked.quantization(), vram_of(asked.vram), Store(asked.store)
+    variant, chosen = with_preset(resolve(model), asked.preset)
+    files = _of_preset(chosen) + [lora_of(argument) for argument in asked.loras]
     folder = checkpoint_folder(model, variant, store, watch)
     if quantization is not None:
-        require_calibrated_on(folder, quantization.recipe, variant, Store(store))
-    device = _usable_device(device)
-    dtypes = dtypes_of(variant, device, dtype)
-    check_parts(dtypes if dtype is not None else {}, folder)
+        require_calibrated_on(folder, quantization.recipe, variant, store)
+    device = _usable_device(asked.device)
+    dtypes = dtypes_of(variant, device, asked.dtype)
+    check_parts(dtypes if asked.dtype else {}, folder)
     pipe = _read(folder, variant, dtypes)
-    hook(variant, "prepare")(pipe, variant)
-    read = _merged(pipe, variant, files)
-    quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, read, Store(store)), read)
-    moved = _placed(pipe, variant, torch.device(device), wanted, Store(store))
-    accelerated = accelerate(
-        pipe,
-        bundle,
-        backend=backend,
-        store=store,
-        model=chosen.checkpoint if chosen and chosen.checkpoint else variant.name,
-        quantization=quantization,
-        slow_engines=slow_engines,
-        pull=pull,
-    )
-    about = accelerated.overcrank
-    about.loras, about.moved, about.dtypes = read, moved, of_parts(pipe) if dtype is not None else {}
+    family(variant.family).prepare(pipe, variant)
+    loras = _merged(pipe, variant, files)
+    quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
+    moved = _placed(pipe, variant, torch.device(device), vram, store)
+    shown = chosen.checkpoint if chosen and chosen.checkpoint else variant.name
+    about = with_engines(pipe, replace(asked, model=shown), quantization).overcrank
+    about.loras, about.moved, about.dtypes = loras, moved, of_parts(pipe) if asked.dtype else {}
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
-    return accelerated
+    return pipe
 
 
 def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, Any]]) -> Quantization:
@@ -104,23 +80,18 @@ def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, A
     return replace(quantization, source=digest)
 
 
-def checkpoint_folder(model: str, variant: Variant, store: Path | None, watch: Watch = progress_bar) -> Path:
+def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch = progress_bar) -> Path:
     """The diffusers folder that `model` names, or the variant's, downloaded where the hub's cache lacks it."""
     own = local_folder(model)
-    return own or hub_folder(variant, whole=True, home=Store(store).root, watch=watch)
+    return own or hub_folder(variant, whole=True, home=store.root, watch=watch)
 
 
 def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
     """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
     name = next(iter(variant.tasks.values()))
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
-        pipe = getattr(diffusers, name).from_pretrained(
+        pipe = pipeline_class(name).from_pretrained(
             folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant)
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
@@ -142,7 +113,7 @@ def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int
 
     if device.type != "cuda":
         if wanted != AUTO:
-            raise UserError("--vram is for a card, and this render is on the processor; leave it out.")
+            raise UserError(f"{option('vram')} is for a card, and this render is on the processor; leave it out.")
         pipe.to(device)
         return ()
     parts = parts_of(pipe, [module for module, _ in denoisers(pipe, variant)])
@@ -162,7 +133,7 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
 def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
     """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
     parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = read_loras(files, type(pipe), parts, hook(variant, "PART_WORDS"))
+    loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
     merge(loras, parts)
     return [lora.about() for lora in loras]
 
@@ -183,15 +154,14 @@ def _usable_device(device: str | None) -> str:
     if device is None:
         return "cuda" if there else "cpu"
     if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: use cpu, cuda, or cuda:N.")
+        raise UserError(f"{option('device', device)}: use cpu, cuda, or cuda:N.")
     if device.startswith("cuda") and not there:
         if reason := no_card():
-            raise UserError(f"--device {device}: {'; '.join(reason)}.")
+            raise UserError(f"{option('device', device)}: {reason.sentence()}.")
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
-        raise UserError(
-            f"--device {device}: PyTorch {torch.__version__} finds no NVIDIA GPU here{why}; use --device cpu."
-        )
+        found = f"PyTorch {torch.__version__} finds no NVIDIA GPU here{why}"
+        raise UserError(f"{option('device', device)}: {found}; use {option('device', 'cpu')}.")
     return device
 
 

@@ -14,9 +14,18 @@ from typing import Any
 from overcrank.engines.cluster import RETRIES, heard
 from overcrank.errors import OvercrankError, RenderError, UserError
 from overcrank.models.base import Variant
-from overcrank.runtime.render.options import RenderOptions, load_renderer
+from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.render.output import remove_partial_results
-from overcrank.runtime.render.renderer import CANCELLED, FAILED, Outcome, Renderer, RenderJob, Watcher, log
+from overcrank.runtime.render.renderer import (
+    CANCELLED,
+    FAILED,
+    Outcome,
+    Renderer,
+    RenderJob,
+    Watcher,
+    load_renderer,
+    log,
+)
 
 LANES = 4
 """Most jobs that one process is given at a time."""

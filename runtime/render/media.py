@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RequestError, present
-from overcrank.models import hook
+from overcrank.models import family
 from overcrank.models.base import Media, Variant, VideoShape
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def media_of(request: RenderRequest, variant: Variant) -> Media:
     images = {index: fitted_image(path, request.shape) for index, path in paths if path is not None}
     video: list[Image.Image] = []
     if request.video is not None:
-        count, last = hook(variant, "clip_of")(variant, request.shape)
+        count, last = family(variant.family).clip_of(variant, request.shape)
         video = fitted_video(request.video, request.shape, count, last)
     return Media(images, video, request.strength, present(request.fps, "fps of the request"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from overcrank.errors import RequestError, present
-from overcrank.models import check_shape, hook, local_folder
+from overcrank.models import check_shape, family, local_folder
 from overcrank.models._schedulers import RESCALING
 from overcrank.models.base import Rendering, Variant, VideoShape
 from overcrank.runtime.render.media import rate_of, size_of_picture
@@ -82,7 +82,7 @@ class RenderRequest(BaseModel):
             what = variant.name + (f" with --preset {variant.preset}" if variant.preset else "")
             raise RequestError(f"{what} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
         rendering = variant.rendering(self.task)
-        if self.guidance_until < 1 and not hook(variant, "guides_apart"):
+        if self.guidance_until < 1 and not family(variant.family).guides_apart:
             raise RequestError(
                 f"guidance_until: {variant.name} computes both sides of guidance in one call, so no call would be "
                 f"saved; leave it out."
@@ -135,7 +135,7 @@ class RenderRequest(BaseModel):
         values = {k: v for k, v in usual.items() if getattr(self, k) is None}
         if rendering.sized:
             return values
-        height, width = hook(variant, "size_of")(variant, *size_of_picture(paths["image"]))
+        height, width = family(variant.family).size_of(variant, *size_of_picture(paths["image"]))
         if (self.height or height, self.width or width) != (height, width):
             log.warning(
                 "%s makes the size of its picture's shape (%s takes none): the video is %dx%d.",
