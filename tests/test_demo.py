@@ -51,8 +51,8 @@ def test_held_out_combinations_are_never_trained_and_every_word_is() -> None:
         assert {t[place] for t in held_out} <= {t[place] for t in trained}
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.sweep)])
-def test_the_checkpoint_is_small_and_renders_held_out_prompts_as_asked(every: int) -> None:
+@pytest.mark.parametrize("count", [16, pytest.param(None, marks=pytest.mark.sweep)])
+def test_the_checkpoint_is_small_and_renders_held_out_prompts_as_asked(count: int | None) -> None:
     from diffusers import LTXPipeline
 
     assert sum(f.stat().st_size for f in FOLDER.rglob("*.safetensors")) <= 12_000_000
@@ -61,7 +61,7 @@ def test_the_checkpoint_is_small_and_renders_held_out_prompts_as_asked(every: in
     pipe.set_progress_bar_config(disable=True)
     asked = prompts()
     assert len(asked) >= 60
-    done = trials(pipe, asked[1::every] if every > 1 else asked)
+    done = trials(pipe, asked[:count])
     found = scores(done)
     assert all(found[aspect] >= REQUIRED[aspect] for aspect in REQUIRED), table(done)
     assert found["direction"] >= REQUIRED["motion"]
