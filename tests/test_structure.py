@@ -83,11 +83,13 @@ def test_files_and_functions_stay_small(file: Path) -> None:
 
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```bash" in p.read_text("utf-8")]
 PROGRAMS = ("build-engine", "overcrank")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+SHELLS = ("", "bash", "sh", "shell", "console")
 
 
 def shown_commands(page: str) -> list[list[str]]:
     """Words of each of our commands in a page's shell blocks, however the block calls its language."""
-    blocks = re.findall(r"^```(?:bash|sh|shell|console|)\n(.*?)^```", page, re.S | re.M)
+    blocks = [text for language, text in FENCED.findall(page) if language in SHELLS]
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [words for words in lines if words and words[0] in PROGRAMS]
 
@@ -103,7 +105,8 @@ def check_command(name: str, *words: str) -> None:
     # A context without the command's settings would leave it with click's own --help for the rest of the process.
     context = click.Context(command, **command.context_settings)
     values, more, _ = command.make_parser(context).parse_args(left)
-    if more or not (values or not isinstance(command, click.Group)):
+    alone = not isinstance(command, click.Group) or command.invoke_without_command
+    if more or not (values or alone):
         raise click.UsageError(f"{more or 'nothing'} follows {command.name}")
     for parameter in command.params:
         given = values.get(parameter.name)
@@ -115,7 +118,10 @@ def check_command(name: str, *words: str) -> None:
 def test_pages_show_commands_that_parse(page: Path) -> None:
     text = page.read_text("utf-8")
     commands = shown_commands(text)
-    assert len(commands) == len(re.findall(rf"^(?:{'|'.join(PROGRAMS)}) ", text, re.M)), "one stands where none is read"
+    fenced = "\n".join(block for _, block in FENCED.findall(text))
+    assert len(commands) == len(re.findall(rf"^(?:{'|'.join(PROGRAMS)}) ", fenced, re.M)), (
+        "one stands where none is read"
+    )
     for words in commands:
         check_command(*words)
 
