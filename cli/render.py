@@ -14,7 +14,7 @@ from overcrank.cli.options import SOME_FAILED
 from overcrank.engines.store import Store
 from overcrank.engines.types import typed
 from overcrank.errors import RequestError
-from overcrank.models import packaged_model, resolve
+from overcrank.models import packaged_model, prompt_note, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
 from overcrank.runtime.options import RenderOptions
@@ -72,6 +72,11 @@ def _run(
 ) -> int:
     from overcrank.runtime.render.output import prepare_folder
 
+    quiet = options["quiet"] or options["as_json"]
+    if not quiet:
+        click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
+        for note in {note for request, _ in work if (note := prompt_note(variant, request.prompt))}:
+            click.echo(f"note: {note}.", err=True)
     typed(options["dtype"])
     prepare_folder(work[0][1].parent)
     from overcrank.cli import display as show
@@ -82,7 +87,6 @@ def _run(
     names = [field.name for field in fields(RenderOptions) if options.get(field.name) is not None]
     loading = RenderOptions(**{name: options[name] for name in names})
     loading.quantization()
-    quiet = options["quiet"] or options["as_json"]
     if not options.get("ray"):  # each machine of a cluster has its own cache
         from overcrank.runtime.pipeline.load import checkpoint_folder
 

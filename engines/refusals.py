@@ -104,6 +104,14 @@ class OtherCard(Refusal):
 
 
 @dataclass(frozen=True)
+class OtherOnProcessor(Refusal):
+    graphs: str
+    weights: str
+    what = "on a processor, ONNX Runtime computes in {graphs}, and the pipeline's weights are {weights}"
+    fix = "render with --dtype {graphs}"
+
+
+@dataclass(frozen=True)
 class OtherPrecision(Refusal):
     model: str
     card: str

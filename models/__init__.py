@@ -26,6 +26,7 @@ __all__ = [
     "main_part",
     "packaged_model",
     "parameter_counts",
+    "prompt_note",
     "resolve",
     "variant_from_configs",
     "variant_from_manifest",
@@ -135,6 +136,13 @@ def _from_hub(hub_id: str) -> Variant:
 def packaged_model() -> str:
     """The model whose checkpoint ships with this package."""
     return next(v.name for v in published().values() if v.packaged)
+
+
+def prompt_note(variant: Variant, prompt: str) -> str:
+    """What a model in this package knows, when the prompt asks for something else; empty for other models."""
+    from overcrank.models.demo import captions
+
+    return captions.note(prompt) if variant.packaged else ""
 
 
 def local_folder(model: str) -> Path | None:

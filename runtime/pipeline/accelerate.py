@@ -17,15 +17,23 @@ from overcrank.engines.refusals import CannotServe, OffCard
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
 from overcrank.errors import StoreError, UserError
+from overcrank.export.packaged import packaged_graph
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged
 from overcrank.runtime.options import AccelerateOptions
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
-from overcrank.runtime.sessions.select import build_command, fitting_bundles, pull_missing
+from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
 from overcrank.runtime.sessions.session import EAGER, Ledger, Session
-from overcrank.runtime.sessions.sources import BundledGraphs, Engines, Quantization, graph_session, require_renderable
+from overcrank.runtime.sessions.sources import (
+    BundledGraphs,
+    Engines,
+    GraphsHere,
+    Quantization,
+    graph_session,
+    require_renderable,
+)
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -207,15 +215,48 @@ def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | 
     try:
         card = _card(pipe)
         ledger.build = build_command(variant, card.target)
+    except CannotServe as error:
+        session = _without_card(pipe, found, store, bundle, error) if found.backend == "auto" else None
+        if session is None:
+            _all_eager(found, error)
+        else:
+            found.modules = _install(pipe, variant, ledger, session)
+        return
+    try:
         candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
-        names = [c.name for c in components(variant)]
-        ledger.fall_back(names, error.why, standing=True)
+        _all_eager(found, error)
         return
     engines = Engines(quantization, store, fitting, found.bundles, slow, card=card, workspace=found.workspace)
     found.modules = _install(pipe, variant, ledger, engines.session)
+
+
+def _all_eager(found: Acceleration, error: CannotServe) -> None:
+    names = [c.name for c in components(found.variant)]
+    found.ledger.fall_back(names, error.why, standing=True)
+
+
+def _without_card(
+    pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, error: CannotServe
+) -> SessionMaker | None:
+    """Sessions of the graphs that are here, in ONNX Runtime; None if there are none, or a card could be used.
+
+    `error`: why no card is; of one that is in this machine it is told.
+    """
+    import torch
+
+    variant = found.variant
+    if found.quantization is not None or device_of(pipe).type != "cpu" or torch.cuda.is_available():
+        return None
+    candidates = [store.resolve(str(bundle))] if bundle else [path for path, _ in store.list()]
+    bundles = bundles_with_graphs(candidates, variant)
+    if not bundles and (bundle or not any(packaged_graph(c) for c in components(variant))):
+        return None
+    if no_card():
+        log.warning("rendering on the processor, in ONNX Runtime: %s.", error)
+    return GraphsHere(None, store, bundles, found.bundles, packaged=not bundle).session
 
 
 def device_of(pipe: Any) -> torch.device:

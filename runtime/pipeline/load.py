@@ -23,6 +23,7 @@ from overcrank.options import merged, option
 from overcrank.runtime.options import LoadOptions
 from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, require_calibrated_on
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
+from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
@@ -46,8 +47,9 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     Raises UserError for an unknown option, part or type, ModelError when the checkpoint cannot be found or read,
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
-    import torch
-    from overcrank.runtime.pipeline.accelerate import with_engines
+    with uncollected():
+        import torch
+        from overcrank.runtime.pipeline.accelerate import with_engines
 
     asked = merged(LoadOptions, options, changes)
     quantization, vram, store = asked.quantization(), vram_of(asked.vram), Store(asked.store)
@@ -86,15 +88,10 @@ def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch =
 
 def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
     """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
     name = next(iter(variant.tasks.values()))
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
-        pipe = getattr(diffusers, name).from_pretrained(
+        pipe = pipeline_class(name).from_pretrained(
             folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant)
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:

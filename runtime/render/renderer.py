@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,7 @@ from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
+from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 from overcrank.runtime.pipeline.load import load, pipeline_for
 from overcrank.runtime.render.media import media_of
 from overcrank.runtime.render.output import Video, check_audio, is_complete, remove_partial_results, write_results
@@ -336,7 +337,9 @@ def _own_stream(device: Any) -> Iterator[None]:
 
 
 def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
-    """The pipeline of `options.model`, loaded and accelerated in this process."""
+    """The pipeline of `options.model`, loaded and accelerated in this process, which is for rendering alone."""
+    with uncollected(forever=True), suppress(Exception):  # what cannot be imported, `load` tells
+        pipeline_class(next(iter(variant.tasks.values())))
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()

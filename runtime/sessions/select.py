@@ -33,6 +33,7 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import serves
 from overcrank.engines.trust import Keyring
 from overcrank.errors import IntegrityError, OutdatedBundle, OvercrankError, UserError
+from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import family
 from overcrank.models.base import Component, Variant
 from overcrank.models.network import differences, network
@@ -71,6 +72,23 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
         have = tuple(sorted({f"{m.precision} with weights as {m.weights}" for _, m in here}))
         raise CannotServe(OtherPrecision(variant.name, card, have, precision))
     return sorted(bindable, key=lambda bundle: (bundle[1].target == card, bundle[1].created), reverse=True)
+
+
+def bundles_with_graphs(candidates: Sequence[Path], variant: Variant) -> list[Bundle]:
+    """Bundles with a graph of this variant's networks that any processor runs, whatever card they are for.
+
+    Their weights are inputs, no layer is quantized. Those in fp32 come first, then the newest.
+    """
+    own = family(variant.family).components(variant)
+    found = [
+        (path, manifest)
+        for path, manifest in _read(candidates)[0]
+        if manifest.family == variant.family
+        and manifest.weights == "inputs"
+        and manifest.precision not in QUANTIZED
+        and any(_entry(component, manifest) for component in own)
+    ]
+    return sorted(found, key=lambda bundle: (bundle[1].precision == "fp32", bundle[1].created), reverse=True)
 
 
 def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle]]:

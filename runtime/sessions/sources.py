@@ -12,8 +12,10 @@ from overcrank.engines.build import RECIPE
 from overcrank.engines.cards import Card
 from overcrank.engines.manifest import BundledEngine, read_manifest
 from overcrank.engines.measurements import require_not_slower
+from overcrank.engines.refusals import CannotServe, OtherOnProcessor
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
+from overcrank.export.packaged import PRECISION, packaged_graph
 from overcrank.export.quantization.pack import read_pack
 from overcrank.export.quantization.recipe import (
     IN_16_BIT,
@@ -113,6 +115,21 @@ class BundledGraphs(OfBundles):
         return session
 
 
+@dataclass
+class GraphsHere(BundledGraphs):
+    """The graphs in this package and in bundles, in ONNX Runtime: what there is without a card."""
+
+    packaged: bool = True
+
+    def session(self, component: Component, part: str, module: nn.Module) -> Session:
+        own = compute_type(module)
+        if own != PRECISION:
+            raise CannotServe(OtherOnProcessor(PRECISION, own))
+        if self.packaged and packaged_graph(component) is not None:
+            return graph_session(component, part, module, self.store, None)
+        return super().session(component, part, module)
+
+
 def require_renderable(path: Path, variant: Variant, quantization: Quantization | None) -> Bundle:
     """A bundle that is named to be run in ONNX Runtime, whatever card it is for.
 
@@ -133,7 +150,9 @@ def require_renderable(path: Path, variant: Variant, quantization: Quantization 
 def graph_session(
     component: Component, part: str, module: nn.Module, store: Store, quantization: Quantization | None
 ) -> Session:
-    """The component's graph from the store's cache, exported into it the first time, quantized as asked.
+    """The component's graph, quantized as asked, from this package, else from the store's cache.
+
+    It is exported into the cache the first time.
 
     It is of the module's own type, as its constants are; quantized layers compute in bf16.
     """
@@ -142,7 +161,8 @@ def graph_session(
     from overcrank.runtime.sessions.ort import OrtSession
 
     own = compute_type(module)
-    graph = store.graph(component, own if quantization is None and own in ("fp16", "fp32") else "bf16")
+    precision = own if quantization is None and own in ("fp16", "fp32") else "bf16"
+    graph = (packaged_graph(component) if precision == PRECISION else None) or store.graph(component, precision)
     model, parameters = ir.load(graph.onnx), graph.parameters
     packs: Mapping[str, Tensor] = {}
     if quantization is not None:
