@@ -7,7 +7,7 @@
 #   ./build.sh test                              runs the tests
 #   ./build.sh test-all                          runs them for every network, format and pipeline (over an hour)
 #   ./build.sh lint                              ruff and mypy
-#   ./build.sh pages                             writes docs/models.md, docs/recipes.md and docs/published.md
+#   ./build.sh pages                             writes docs/models.md, recipes.md, published.md and the demo's graphs
 #   ./build.sh docs                              builds the documentation site: site/index.html
 #   ./build.sh bench                             repeats the benchmark of bench/results
 #   ./build.sh bench-gpu                         measures everything that only a card can say (bench/bench_gpu.py)
@@ -47,6 +47,7 @@ case "${1:-}" in
     mkdir -p .types && ln -sfn .. .types/overcrank
     exec mypy ;;
   pages)
+    python -m overcrank.export.packaged
     overcrank models --markdown docs/models.notes.md --figures bench/results > docs/models.md
     python -m overcrank.cli.recipes > docs/recipes.md
     exec python bench/published.py > docs/published.md ;;

@@ -1,4 +1,4 @@
-"""Render the demo model on any machine: circle.gif. On a card with engines in the store they are used."""
+"""Render the demo model: circle.gif. On a card engines of the store do it, elsewhere ONNX Runtime."""
 
 import overcrank
 import torch

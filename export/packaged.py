@@ -1,6 +1,6 @@
 """Graphs that ship with this package, beside the checkpoint that does: ONNX Runtime runs them on any machine.
 
-`python -m overcrank.export.packaged` (a part of `./build.sh docs`) writes them anew; tests/test_demo.py holds them
+`python -m overcrank.export.packaged` (a part of `./build.sh pages`) writes them anew; tests/test_demo.py holds them
 against a fresh export.
 """
 
