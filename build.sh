@@ -6,7 +6,7 @@
 #   ./build.sh test                              runs the tests
 #   ./build.sh test-all                          runs them for every network, format and pipeline (over an hour)
 #   ./build.sh lint                              ruff and mypy
-#   ./build.sh docs                              writes docs/models.md, docs/recipes.md and docs/published.md
+#   ./build.sh docs                              writes docs/models.md, docs/recipes.md, docs/published.md and the demo's graphs
 #   ./build.sh bench                             repeats the benchmark of bench/results
 #   ./build.sh bench-gpu                         measures everything that only a card can say (bench/bench_gpu.py)
 # OVERCRANK_WHEELS=folder installs from wheels in that folder alone, on a machine without a network.
@@ -46,6 +46,7 @@ case "${1:-}" in
   docs)
     overcrank models --markdown docs/models.notes.md --figures bench/results > docs/models.md
     python -m overcrank.cli.recipes > docs/recipes.md
+    python -m overcrank.export.packaged
     exec python bench/published.py > docs/published.md ;;
   bench-gpu) shift; exec python bench/bench_gpu.py "$@" ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;
