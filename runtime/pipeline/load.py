@@ -21,7 +21,7 @@ from overcrank.models.hub import Watch, progress_bar
 from overcrank.models.presets import fetched, with_preset
 from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, require_calibrated_on
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
-from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
+from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
@@ -65,9 +65,8 @@ def load(
     be found or read, StoreError when the disk is too small for it, CheckpointError for a LoRA of another model,
     UserError for a part or type that is not there.
     """
-    with uncollected():
-        import torch
-        from overcrank.runtime.pipeline.accelerate import accelerate
+    import torch
+    from overcrank.runtime.pipeline.accelerate import accelerate
 
     wanted = vram_of(vram)
     variant, chosen = with_preset(resolve(model), preset)
