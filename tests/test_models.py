@@ -144,6 +144,7 @@ def test_every_variant_is_known_by_its_name() -> None:
         assert resolve(name).name == family(name).default
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("model", "own"),
     [("ltx", "ltx"), ("ltx2-19b", "ltx2"), ("hunyuan-video-13b", "hunyuan_video"), ("wan-2.2-t2v-a14b", "wan")],

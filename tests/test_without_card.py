@@ -79,7 +79,7 @@ def test_auto_runs_the_graphs_of_bundles_and_tells_of_the_rest(
     if not named:  # as of a model that is not in this package
         monkeypatch.setattr("overcrank.runtime.pipeline.accelerate.packaged_graph", lambda component: None)
         monkeypatch.setattr("overcrank.runtime.sessions.sources.packaged_graph", lambda component: None)
-    pipe = accelerate(pipeline(), demo_bundle if named else None, store=demo_store)
+    pipe = accelerate(pipeline(), bundle=demo_bundle if named else None, store=demo_store)
     assert calls(pipe) == {"denoiser": {"onnxruntime": 2}, "vae_decoder": {"eager": 1}}
     assert pipe.overcrank.bundles == {"denoiser": demo_bundle.name}
     (line,) = [r.getMessage() for r in caplog.records if "eager" in r.getMessage()]
@@ -95,8 +95,8 @@ def test_eager_is_what_remains_and_one_line_says_so(
     without = accelerate(pipeline(), store=tmp_path)
     assert calls(without) == {}  # no module's forward is taken over
     assert [r.getMessage().partition(": rendering with eager PyTorch: ")[2] for r in caplog.records] == [
-        "ONNX Runtime computes in fp32 on a processor, and the pipeline's weights are bf16; render with --dtype fp32.",
-        "the pipeline is on cpu, not on an NVIDIA GPU; render on one.",
+        "on a processor, ONNX Runtime computes in fp32, and the pipeline's weights are bf16; render with --dtype fp32.",
+        "the pipeline is on cpu, not on an NVIDIA GPU; render on a machine that has one.",
     ]
 
 
@@ -108,6 +108,7 @@ def test_onnx_runtime_has_pytorchs_threads(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        torch.ones(400, 400) @ torch.ones(400, 400)  # has its threads
         running = psutil.Process().num_threads()
         session = OrtSession(graph.onnx, {})
         assert psutil.Process().num_threads() - running == threads - 1
