@@ -194,6 +194,7 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
     cls=Command,
     examples=(
         'overcrank render "a red circle moving right"',
+        'overcrank render "a yellow square growing on a black background" -o square.gif',
         'overcrank render "a fox in the snow" --model wan-2.2-t2v-a14b --preset lightx2v-4step -o fox.mp4',
     ),
 )

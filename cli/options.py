@@ -145,7 +145,8 @@ _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
         default="auto",
         show_default=True,
-        help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
+        help="auto: TensorRT, without a card ONNX Runtime for graphs that are here, else eager with a warning; "
+        "tensorrt: an error in place of eager.",
     ),
     click.option(
         "--bundle", type=BUNDLE, help="Bundle of engines to use [default: the newest for this network and card]."

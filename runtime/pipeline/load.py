@@ -23,7 +23,7 @@ from overcrank.options import merged, option
 from overcrank.runtime.options import LoadOptions
 from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, require_calibrated_on
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
-from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
+from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
@@ -47,9 +47,8 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     Raises UserError for an unknown option, part or type, ModelError when the checkpoint cannot be found or read,
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
-    with uncollected():
-        import torch
-        from overcrank.runtime.pipeline.accelerate import with_engines
+    import torch
+    from overcrank.runtime.pipeline.accelerate import with_engines
 
     asked = merged(LoadOptions, options, changes)
     quantization, vram, store = asked.quantization(), vram_of(asked.vram), Store(asked.store)
