@@ -26,8 +26,9 @@ from overcrank.engines.worker import BuildJob, compile_component, export_compone
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import BuildCancelled, OvercrankError, UserError
 from overcrank.export.cache import exporter_versions, graph_digest
+from overcrank.export.expected import component_files
+from overcrank.export.headers import weights_digest
 from overcrank.export.quantization.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
-from overcrank.export.weights import weight_files, weights_digest
 from overcrank.files import atomic_write, sync_folder, write_errors
 from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
@@ -166,7 +167,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
 def _weights(request: Request, component: Component) -> tuple[str, tuple[Path, ...]]:
     if request.checkpoint is None:
         return "inputs", ()
-    files = weight_files(request.checkpoint / component.subfolder)
+    files = component_files(component, request.checkpoint / component.subfolder)
     return f"embedded:{weights_digest(files)}", files
 
 

@@ -69,6 +69,8 @@ def resolve(model: str) -> Variant:
     path = Path(model).expanduser()
     if path.exists():
         return _from_folder(path)
+    if path.is_symlink():
+        raise ModelError(f"{path} is a link to {path.readlink()}, which is not there.")
     by_hub = _known_repository(model)
     if by_hub is not None:
         return completed_variant(by_hub)
@@ -89,6 +91,11 @@ def _known_repository(model: str) -> Variant | None:
 
 
 def _from_folder(path: Path) -> Variant:
+    if path.suffix in (".safetensors", ".gguf", ".ckpt"):
+        raise ModelError(
+            f"{path} is a checkpoint in one file; convert it with diffusers (from_single_file, save_pretrained) and "
+            f"give the folder as --model."
+        )
     if not path.is_dir():
         raise ModelError(
             f"{path} is a file; --model takes a diffusers folder (with model_index.json), a family or a variant."
@@ -98,7 +105,7 @@ def _from_folder(path: Path) -> Variant:
             f"{path} is not a diffusers checkpoint: it has no model_index.json. Save one with "
             f"pipe.save_pretrained(folder), or name a family: --model ltx needs no files."
         )
-    index = read_json(path / "model_index.json")
+    index = _with_classes(read_json(path / INDEX), str(path))
     configs = {
         sub.name: read_json(file)
         for sub in sorted(path.iterdir())
@@ -118,6 +125,15 @@ def _from_index(name: str, where: str, index: Config, configs: Mapping[str, Conf
     return variant_from_configs(name, str(index[part][1]), configs, str(index.get("_class_name", "")), sources)
 
 
+def _with_classes(index: Config, where: str) -> Config:
+    """The index; raises ModelError for a part that is not [library, class], or [null, null]."""
+    for part, entry in index.items():
+        kinds = [type(word) for word in entry] if isinstance(entry, list) else [str, str]
+        if kinds not in ([str, str], [type(None)] * 2):
+            raise ModelError(f"{where}/{INDEX}: {part} is {str(entry)[:80]}, not a library and a class; correct it.")
+    return index
+
+
 def _main_part(index: Config) -> str | None:
     """`main_part` of a model_index.json."""
     return main_part({part: str(entry[1]) for part, entry in index.items() if isinstance(entry, list)})
@@ -126,7 +142,7 @@ def _main_part(index: Config) -> str | None:
 def _from_hub(hub_id: str) -> Variant:
     """Only the configuration files are fetched, from the local hub cache or the network."""
     source = Repository(hub_id)
-    index = hub_json(source, INDEX)
+    index = _with_classes(hub_json(source, INDEX), hub_id)
     engines = {part for variant in published().values() for part in variant.configs if part != "scheduler"}
     parts = [p for p, entry in index.items() if p in engines and isinstance(entry, list) and entry[0]]
     configs = {p: hub_json(source, f"{p}/config.json") for p in parts}

@@ -294,6 +294,11 @@ def _said(error: Exception, source: Repository, file: str) -> ModelError | Store
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{source.id}"
+    if _of_token(error):
+        return ModelError(
+            f"The Hugging Face token cannot be used ({_reason(error)}): set HF_TOKEN anew, or log in with "
+            f"`hf auth login`."
+        )
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
             f"{_named(source)} is gated: accept its licence at {page}, log in with `hf auth login`, and run the same "
@@ -317,6 +322,15 @@ def _said(error: Exception, source: Repository, file: str) -> ModelError | Store
         f"{_named(source)} is not in the local hub cache, or not all of it, and cannot be fetched from "
         f"{constants.ENDPOINT} ({_reason(error)}); try again later. {_without(source)}"
     )
+
+
+def _of_token(error: BaseException) -> bool:
+    """Whether the token is what is wrong: not text, not readable, or not one that the hub knows."""
+    from huggingface_hub import constants, errors
+
+    unreadable = isinstance(error, OSError) and str(error.filename) == str(constants.HF_TOKEN_PATH)
+    unknown = "invalid credentials" in str(error).lower() or isinstance(error, errors.LocalTokenNotFoundError)
+    return isinstance(error, UnicodeError) or unreadable or unknown
 
 
 def _reason(error: BaseException) -> str:

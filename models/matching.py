@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from overcrank.errors import ModelError
 from overcrank.models._family import Family
 from overcrank.models.base import Config, Variant
-from overcrank.models.network import as_class_sees, completed, network, unknown_fields
-from overcrank.models.registry import families, family, variant_named
+from overcrank.models.network import as_class_sees, class_fields, completed, network, short, unknown_fields
+from overcrank.models.registry import families, family, published, variant_named
 
 log = logging.getLogger("overcrank")
 _warned: set[tuple[str, str]] = set()
@@ -45,11 +46,54 @@ def variant_from_configs(
         made = replace(
             nearest, like=nearest.name, where=nearest.name, configs={**completed_variant(nearest).configs, **given}
         )
-        if same_networks(made, nearest) and published_at(nearest, (name, *sources)):
+        same = _built_from(made, name, lambda made=made, nearest=nearest: same_networks(made, nearest))  # type: ignore[misc]
+        if same and published_at(nearest, (name, *sources)):
             return made
-        where = nearest.name if same_networks(made, nearest) else next(iter(sources), name)
+        where = nearest.name if same else next(iter(sources), name)
+        made = made if same else _sized(made, alike)
         return replace(made, name=name, title=name, hub_id="", hub_file="", repositories=(), packaged="", where=where)
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
+
+
+def _built_from(made: Variant, name: str, answer: Callable[[], bool]) -> bool:
+    """The answer; raises ModelError, naming fields, where the family makes nothing of the configurations."""
+    try:
+        return answer()
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        odd = [
+            f"{part}/config.json has {field} {short(made.configs[part].get(field))}, usually {short(default)}"
+            for part, cls in _classes(published()[made.like]).items()
+            for field, default in class_fields(cls).items()
+            if default is not None and not _of_kind(made.configs[part].get(field), default)
+        ]
+        said = "; ".join(odd[:3]) or f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name}: no network is made from its configurations ({said}); correct them.") from error
+
+
+def _of_kind(value: Any, default: Any) -> bool:
+    numbers = (int, float)
+    if isinstance(default, numbers) and not isinstance(default, bool):
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, type(default))
+
+
+def _sized(made: Variant, alike: Iterable[Variant]) -> Variant:
+    """With the shapes of the variant whose networks are nearest in size: a small one makes no large videos."""
+    module = family(made.family)
+
+    def distance(other: Variant) -> float:
+        pairs = [
+            (made.configs[part].get(field), value)
+            for part in _classes(other)
+            for field, value in as_class_sees(_classes(other)[part], other.configs[part]).items()
+            if part in made.configs
+        ]
+        return sum(abs(math.log(a / b)) for a, b in pairs if all(type(n) is int and n > 0 for n in (a, b)))
+
+    like = min(alike, key=distance)
+    grid = module.grid(made)
+    fits = all((getattr(like.native, axis) - offset) % step == 0 for axis, (step, offset) in grid.items())
+    return replace(made, native=like.native, minimum=like.minimum, maximum=like.maximum) if fits else made
 
 
 def variant_from_manifest(manifest: Any) -> Variant:

@@ -1,4 +1,4 @@
-"""Manifests, indexes and signatures of an attacker: each is read, or refused with one of our errors.
+"""Manifests, indexes, signatures and checkpoints of an attacker: each is read, or refused with one of our errors.
 
     python -m tests.fuzz [--minutes 10]
 
@@ -31,6 +31,8 @@ from overcrank.engines.store import Store
 from overcrank.engines.trust import SIGNATURE, Keyring
 from overcrank.errors import OvercrankError
 from overcrank.models import variant_from_manifest
+
+from tests.fuzz_checkpoints import CheckpointTargets
 
 RESULT = Path(__file__).parent.parent / "bench" / "results" / "fuzz.json"
 FILES = [
@@ -168,7 +170,7 @@ def edited(draw: st.DrawFn, valid: bytes) -> bytes:
         sys.set_int_max_str_digits(4300)
 
 
-def by_hypothesis(targets: Targets, name: str, examples: int, seconds: float) -> int:
+def by_hypothesis(targets: Targets | CheckpointTargets, name: str, examples: int, seconds: float) -> int:
     """Runs until either is used up; returns the number of documents tried."""
     end, count = time.monotonic() + seconds, 0
 
@@ -230,8 +232,13 @@ def main(minutes: float, manifest: bytes) -> dict[str, Any]:
         folder = Path(text)
         (folder / "manifest.json").write_bytes(manifest)
         with_atheris = find_spec("atheris") is not None
+        (folder / "checkpoint").mkdir()
+        targets = CheckpointTargets(folder / "checkpoint")
+        for name in targets.all:
+            found[name] = {"hypothesis": by_hypothesis(targets, name, 10**9, minutes * 60 / 8)}
+            print(name, found[name], flush=True)
         for name in ("manifest", "index", "envelope", "signature"):
-            seconds = minutes * 60 / 4 / (2 if with_atheris else 1)
+            seconds = minutes * 60 / 8 / (2 if with_atheris else 1)
             (folder / name).mkdir()
             found[name] = {"hypothesis": by_hypothesis(Targets(folder / name, manifest), name, 10**9, seconds)}
             if with_atheris:

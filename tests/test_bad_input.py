@@ -85,7 +85,7 @@ def embed(run: Any, model: Path, store: Path) -> Any:
 
 def test_weights_are_the_plain_ones_and_never_a_single_shard(tmp_path: Path) -> None:
     from overcrank.errors import CheckpointError
-    from overcrank.export.weights import weight_files
+    from overcrank.export.headers import weight_files
 
     stem = "diffusion_pytorch_model"
     empty = (2).to_bytes(8, "little") + b"{}"

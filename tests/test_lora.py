@@ -265,13 +265,20 @@ def test_halves_and_kinds_that_nothing_comes_of_are_named(module: Any, tmp_path:
     whole = load_file(file)
     first = f"transformer.{LAYERS[0]}"
     for more, says in (
-        ({f"{first}.lora_A.weight": None}, rf"nothing here matches {first}\.lora_B\.weight"),
-        ({f"{first}.lora_B.weight": torch.zeros(128, 8)}, rf"nothing here matches {first}\.weight"),
-        ({f"{first}.lokr_w1": torch.zeros(2, 2)}, "of a kind that is not merged here"),
+        ({f"{first}.lora_A.weight": None}, rf"is not whole: {first} has lora_B alone"),
+        ({f"{first}.lora_B.weight": None}, rf"is not whole: {first} has lora_A alone"),
+        ({f"{first}.lora_B.weight": torch.zeros(128, 8)}, f"{first} has rank 4 in lora_A and 8 in lora_B"),
+        ({f"{first}.lora_B.weight": torch.zeros(9, 4)}, rf"nothing here matches {first}\.weight"),
+        ({f"{first}.lora_A.bias": torch.zeros(4)}, rf"nothing here matches {first}\.lora_A\.bias"),
+        ({f"{first}.lora_A.other.weight": torch.zeros(4, 128)}, "holds several adapters, such as"),
+        ({"transformer.proj_out.alpha": torch.ones(())}, r"nothing here matches transformer\.proj_out\.alpha"),
+        ({f"{first}.alpha": torch.tensor(float("nan"))}, "the alpha of transformer.transformer_blocks"),
+        ({f"{first}.lokr_w1": torch.zeros(2, 2)}, "is LoKr .Kronecker products., which is not merged here; merge it"),
+        ({f"{first}.lora_B.weight": torch.zeros(128, 4, dtype=torch.int8)}, r"is torch\.int8, no floating type"),
         ({"transformer.nowhere.diff_b": torch.zeros(2)}, "nothing here matches transformer.nowhere.bias"),
     ):
         save_file({k: v for k, v in {**whole, **more}.items() if v is not None}, file)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(UserError, match=says):
             read_loras([lora_of(str(file))], LTXPipeline, {"transformer": module}, {})
 
 

@@ -21,7 +21,7 @@ from overcrank.models.hub import Watch, progress_bar
 from overcrank.models.presets import fetched, with_preset
 from overcrank.options import merged, option
 from overcrank.runtime.options import LoadOptions
-from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, require_calibrated_on
+from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, file_variant, require_calibrated_on, require_whole
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
 from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile, merge
@@ -85,24 +85,19 @@ def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch =
     return own or hub_folder(variant, whole=True, home=store.root, watch=watch)
 
 
-def _read(folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """The pipeline of the variant's first task, on the processor, as diffusers reads it."""
+def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """The pipeline of the variant's first task, on the processor, as diffusers reads it, after a look at its files."""
     name = next(iter(variant.tasks.values()))
+    pipeline = pipeline_class(name)
+    kind = file_variant(folder, variant)
+    require_whole(folder, pipeline, kind)
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
-        pipe = pipeline_class(name).from_pretrained(
-            folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant)
-        )
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        pipe = pipeline.from_pretrained(folder, dtype=each, local_files_only=True, variant=kind or None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _file_variant(folder: Path | str, variant: Variant) -> str | None:
-    """The kind of weight files that the model's repository is read from ("fp16"), where such files are there."""
-    kinds = (source.files for source in variant.sources if source.files)
-    return next((kind for kind in kinds if any(Path(folder).glob(f"*/*.{kind}.*"))), None)
 
 
 def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
+from overcrank.runtime.pipeline.checkpoint import broken_weight
 from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 from overcrank.runtime.pipeline.load import load, pipeline_for
 from overcrank.runtime.render.media import media_of
@@ -185,6 +186,11 @@ class Renderer:
                 video, pipe = self.made(outcome)
             except NonFinite as error:
                 used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
+                if broken := broken_weight(self.pipe):
+                    raise RenderError(
+                        f"{error}: {broken} holds NaN or infinities, so the checkpoint is damaged, or is too large for "
+                        f"the part's dtype; download it again, or load that part in bf16 or fp32."
+                    ) from error
                 if not used:
                     raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
                 ledger.fall_back(used, NonFiniteResult(str(error)))

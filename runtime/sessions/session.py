@@ -89,9 +89,9 @@ class Record:
 class Ledger:
     """Records calls and fallbacks of a pipeline's engines, by the thread that renders."""
 
-    def __init__(self, strict: bool) -> None:
-        """`strict`: a fallback raises BackendError in place of a warning."""
-        self.strict = strict
+    def __init__(self, strict: bool, precision: str = "") -> None:
+        """`strict`: a fallback raises BackendError in place of a warning; `precision`: that of engines alone."""
+        self.strict, self.precision = strict, precision
         self.build = BUILD  # the command that builds engines for the pipeline
         self.standing: list[Fallback] = []  # known before any call
         self.look: Callable[[], None] = lambda: None  # for what is asked of no engine, before every call
@@ -138,4 +138,5 @@ class Ledger:
         kept += [e for e in entries if e not in kept]
         if reason not in self._warned:
             self._warned.add(reason)
-            log.warning("%s: rendering with eager PyTorch: %s; %s.", ", ".join(components), reason, fix)
+            plain = f", not in {self.precision}" if self.precision else ""
+            log.warning("%s: rendering with eager PyTorch%s: %s; %s.", ", ".join(components), plain, reason, fix)

@@ -61,7 +61,7 @@ def _types_and_buffers(made: _Made) -> tuple[Types, Mapping[str, torch.Tensor]]:
     from overcrank.export.module import construct, part
 
     with init_empty_weights(include_buffers=False):
-        whole = construct(made.component, made.component.config)
+        whole = construct(made.component.cls, made.component.config, f"{made.component.subfolder}/config.json")
     module = part(whole, made.component)
     return {path: _type(sub) for path, sub in module.named_modules()}, stored_buffers(module)
 
