@@ -119,9 +119,9 @@ def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
     from overcrank.engines.store import Store
 
     where = Store(store)
-    for path in [where.resolve(b) for b in bundles]:
-        where.remove(path)
-        click.echo(f"removed {path}")
+    for paths in [where.removal(b) for b in bundles]:
+        where.remove(paths)
+        click.echo(f"removed {paths[0]}")
 
 
 @engines.command("lint", cls=Command)
