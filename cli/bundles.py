@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.lint import Comparison, compared, lint_bundle, profile_of
 from overcrank.engines.maintenance import Item
 from overcrank.engines.manifest import Manifest, check_files, profile_line, read_manifest
@@ -16,8 +17,7 @@ from overcrank.engines.trust import PULLED, Keyring, fingerprint
 from overcrank.errors import IntegrityError
 from overcrank.models import components, variant_from_manifest
 from overcrank.models.base import Component
-from overcrank.units import human_bytes
-from rich.console import Console
+from overcrank.units import human_bytes, safe_text
 
 
 def listed(store: Store) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def print_list(store: Store) -> None:
     from rich.table import Table
 
     found = store.list()
-    console = Console(soft_wrap=True)
+    console = SafeConsole()
     if not found:
         console.print(f"no bundles in {store.bundles}; build one: build-engine --model ltx --gpu sm_89")
         return
@@ -66,7 +66,7 @@ def print_list(store: Store) -> None:
             version = f"{manifest.flavour} {manifest.flavour_version}"
             table.add_row(path.name, manifest.target, manifest.precision, profile_line(manifest), size, version)
         else:
-            table.add_row(path.name, "", "", f"unreadable: {manifest}", "", "")
+            table.add_row(safe_text(path.name), "", "", f"unreadable: {safe_text(manifest)}", "", "")
     console.print(table)
 
 
@@ -75,7 +75,7 @@ def print_bundle(bundle: Path) -> bool:
 
     manifest = read_manifest(bundle)
     wrong = check_files(bundle, manifest)
-    console = Console(soft_wrap=True, highlight=False)
+    console = SafeConsole()
     for label, value in (
         ("bundle", str(bundle)),
         ("model", f"{manifest.model} (family {manifest.family}{', ' + manifest.hub_id if manifest.hub_id else ''})"),
@@ -101,11 +101,11 @@ def print_bundle(bundle: Path) -> bool:
         console.print(f"  plan        {entry.lint}")
         for tensor in entry.inputs:
             shapes = f"{tensor.min} … {tensor.opt} … {tensor.max}" if tensor.min else str(tensor.dims)
-            console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}", markup=False)
+            console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}")
         for tensor in entry.outputs:
-            console.print(f"  output      {tensor.name} {tensor.dtype} {tensor.dims}", markup=False)
+            console.print(f"  output      {tensor.name} {tensor.dtype} {tensor.dims}")
     for problem in wrong:
-        console.print(f"\nWRONG {problem}")
+        console.print(f"\nWRONG {safe_text(problem)}")
     console.print("\nfiles do NOT match the manifest" if wrong else "\nevery file matches its SHA-256")
     return not wrong
 
@@ -114,7 +114,7 @@ def signed(bundle: Path) -> str:
     try:
         who = Keyring().check(bundle)
     except IntegrityError as error:
-        return f"NOT VALID: {error}"
+        return f"NOT VALID: {safe_text(error)}"
     if who is None:
         return "not asked for; pulled with --allow-unsigned" if (bundle / PULLED).exists() else "no; it was built here"
     return f"by {who.name}, {fingerprint(who.public)[:16]}"
@@ -128,10 +128,10 @@ def _product(shape: list[int]) -> int:
 
 
 def print_items(items: Sequence[Item], store: Store) -> None:
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = SafeConsole()
     for item in items:
         shown = item.path.relative_to(store.root) if item.path.is_relative_to(store.root) else item.path
-        console.print(f"{human_bytes(item.bytes):>10}  {shown}: {item.why}")
+        console.print(f"{human_bytes(item.bytes):>10}  {safe_text(shown)}: {safe_text(item.why)}")
 
 
 def lint_report(bundle: Path, compare: bool) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _comparisons(bundle: Path) -> Iterator[tuple[Component, Comparison]]:
 
 
 def print_lint(bundle: Path, compare: bool) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = SafeConsole()
     for name, report in lint_bundle(bundle):
         console.print(f"{name}: {report.verdict()}")
         for epilogue, count in report.epilogues.most_common():

@@ -19,7 +19,6 @@ from overcrank.files import REMOVING, remove_tree, write_errors
 from overcrank.models.base import Component
 from overcrank.owners import is_abandoned, this_process
 
-
 PULLING = ".pulling-"
 
 

@@ -159,7 +159,9 @@ class Keyring:
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is no ed25519 private key: {error}.") from error
         if not isinstance(key, Ed25519PrivateKey):
-            raise UserError(f"{file} is a private key of another kind than ed25519; make one with 'overcrank keys new'.")
+            raise UserError(
+                f"{file} is a private key of another kind than ed25519; make one with 'overcrank keys new'."
+            )
         keyid = fingerprint(_public(key))
         return envelope.envelope(kind, payload, keyid, key.sign(envelope.signing_bytes(kind, payload))), keyid
 

@@ -172,7 +172,8 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
     `precision`: a quantized one, or "auto" for the card's 16-bit type. What keeps it from being fetched is a
     warning: the render falls back as without it.
     """
-    from overcrank.engines.remote import Remote, fitting, pull, read_index
+    from overcrank.engines.download import pull
+    from overcrank.engines.remote import Remote, fitting, read_index
     from overcrank.engines.targets import precision_for, targets_for
     from overcrank.engines.types import own_precision
 
@@ -185,7 +186,7 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
             except CannotServe:
                 pass
             remote = Remote(url)
-            listed = fitting(read_index(remote, ring, store), variant.where, card.name, wanted)
+            listed = fitting(read_index(remote, ring), variant.where, card.name, wanted)
             log.info("fetching %s from %s", listed.name, url)
             pull(remote, listed, store, ring, lambda name, there, size: None)
     except OvercrankError as error:

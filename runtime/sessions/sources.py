@@ -32,6 +32,7 @@ from overcrank.runtime.sessions.parameters import (
     own_parameters,
     packed_parameters,
     parameters_of,
+    require_packed,
 )
 from overcrank.runtime.sessions.select import Bundle, bundle_of, compute_type, require_same_network
 from overcrank.runtime.sessions.session import Session
@@ -75,9 +76,11 @@ class OfBundles:
             recipe = read_recipe(path / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
         layout = entry.key.recipe
-        return _packs(
+        packs = _packs(
             self.quantization, component, part, module, entry.formats, ranges, layout, compute_of(entry), self.store
         )
+        require_packed(entry, packs)
+        return packs
 
 
 @dataclass
@@ -105,14 +108,14 @@ class BundledGraphs(OfBundles):
     """The graphs that a bundle's engines were compiled from, in ONNX Runtime."""
 
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
-        import onnx_ir as ir
+        from overcrank.runtime.sessions.graphs import bundled_graph
         from overcrank.runtime.sessions.ort import OrtSession
 
         path, manifest, entry = bundle_of(component, self.fitting, self.rebuild)
         views = bound_parameters(module, component, parameters_of(entry))
         packs = self.packs(path, manifest, component, part, module)
         device = next(module.parameters()).device.type
-        made = OrtSession(ir.load(path / entry.graph.name), {**views, **packs}, device)
+        made = OrtSession(bundled_graph(path, entry.graph), {**views, **packs}, device)
         self.used[component.name] = path.name
         return made
 
