@@ -16,6 +16,7 @@ from overcrank.engines import download, remote
 from overcrank.engines.build import Built, Progress
 from overcrank.engines.build import build as build_requests
 from overcrank.engines.lint import lint_bundle
+from overcrank.engines.place import Remote
 from overcrank.engines.plan import PlanReport
 from overcrank.engines.request import BuildOptions, request_notes, requests_for
 from overcrank.engines.store import Store
@@ -107,7 +108,7 @@ def push(
         if not bundles:
             raise StoreError(f"There are no bundles in {where.bundles} to push.")
     paths = [where.resolve(str(bundle)) for bundle in bundles]
-    return remote.push(remote.Remote(url), paths, key, Keyring(), progress)
+    return remote.push(Remote(url), paths, key, Keyring(), progress)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def pull(
     nearest there is, and IntegrityError for anything that is off.
     """
     asked = merged(PullOptions, options, changes)
-    where, ring, place = Store(store), Keyring(), remote.Remote(url, asked.follow)
+    where, ring, place = Store(store), Keyring(), Remote(url, asked.follow)
     targets = targets_for([asked.gpu], "tensorrt_rtx")
     if len(targets) > 1:
         names = ", ".join(t.name for t in targets)
@@ -154,6 +155,6 @@ def pull(
 
 def search(url: str, model: str = "", *, follow: bool = False) -> list[remote.Listed]:
     """What is published at `url`, of one model or of all; the index must be signed by someone trusted."""
-    index = remote.read_index(remote.Remote(url, follow), Keyring())
+    index = remote.read_index(Remote(url, follow), Keyring())
     names = remote.published_names(model) if model else None
     return [listed for listed in index.bundles.values() if names is None or listed.model in names]

@@ -29,17 +29,17 @@ def progress_display(quiet: bool) -> Iterator[Show]:
 
 @contextmanager
 def _bars() -> Iterator[Show]:
-    from rich.console import Console
+    from overcrank.cli.terminal import SafeConsole
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.fields[title]:<22}"),
+        TextColumn("{task.fields[title]:<22}", markup=False),
         BarColumn(20),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=SafeConsole(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def show(title: str, doing: str) -> None:
@@ -55,11 +55,11 @@ def _bars() -> Iterator[Show]:
 @contextmanager
 def transfer_display() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each file on a terminal, nothing elsewhere."""
-    from rich.console import Console
+    from overcrank.cli.terminal import SafeConsole
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
+    console = SafeConsole(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
@@ -86,10 +86,10 @@ def _lines() -> Show:
 
 def summary(built: list[Built], seconds: float) -> None:
     """The table a person reads after a build, and the command to type next."""
-    from rich.console import Console
+    from overcrank.cli.terminal import SafeConsole
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
     for bundle in built:
         manifest = bundle.manifest
         table = Table(

@@ -13,7 +13,7 @@ from overcrank.engines.manifest import Manifest, check_files, profile_line, read
 from overcrank.engines.remote import Listed
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
-from overcrank.engines.trust import PULLED, Keyring, fingerprint
+from overcrank.engines.trust import Keyring, fingerprint, is_unsigned
 from overcrank.errors import IntegrityError
 from overcrank.models import components, variant_from_manifest
 from overcrank.models.base import Component
@@ -116,7 +116,7 @@ def signed(bundle: Path) -> str:
     except IntegrityError as error:
         return f"NOT VALID: {safe_text(error)}"
     if who is None:
-        return "not asked for; pulled with --allow-unsigned" if (bundle / PULLED).exists() else "no; it was built here"
+        return "not asked for; pulled with --allow-unsigned" if is_unsigned(bundle) else "no; it was built here"
     return f"by {who.name}, {fingerprint(who.public)[:16]}"
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from overcrank.cli.terminal import SafeConsole
 from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, SKIPPED, Outcome, RenderJob, Silent
 from overcrank.runtime.render.sidecar import timing
-from rich.console import Console
+from overcrank.units import safe_text
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -34,10 +35,10 @@ class Bars:
 
     def started(self, job: RenderJob) -> None:
         with self._lock:
-            self._rows[job] = self._progress.add_task(job.stem.name, total=self._steps[job])
+            self._rows[job] = self._progress.add_task(safe_text(job.stem.name), total=self._steps[job])
 
     def stage(self, job: RenderJob, name: str) -> None:
-        self._progress.update(self._rows[job], description=f"{job.stem.name}: {name}")
+        self._progress.update(self._rows[job], description=safe_text(f"{job.stem.name}: {name}"))
 
     def stepped(self, job: RenderJob, step: int, steps: int) -> None:
         self._progress.update(self._rows[job], completed=step, total=steps)
@@ -54,13 +55,13 @@ class Bars:
             self._progress.update(self._all, total=left - self._steps[outcome.job])
         alone = self._all is None  # a single render's failure is its command's error
         if outcome.status != CANCELLED and not (alone and outcome.status == FAILED):
-            self._progress.console.print(line_of(outcome), soft_wrap=True, highlight=False, markup=False)
+            self._progress.console.print(line_of(outcome))
 
 
 class _Lines(logging.Handler):
     """Each record as one line above the progress bars."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: SafeConsole) -> None:
         super().__init__()
         self._console = console
 
@@ -68,14 +69,14 @@ class _Lines(logging.Handler):
         note = record.levelno == logging.INFO
         if note and record.name != "overcrank":  # what an export says is for its own debugging
             return
-        text = f"{'note' if note else record.levelname.lower()}: {record.getMessage()}"
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+        text = safe_text(f"{'note' if note else record.levelname.lower()}: {record.getMessage()}")
+        self._console.print(text)
 
 
 @contextmanager
 def watching(jobs: Sequence[RenderJob], quiet: bool) -> Iterator[Silent | Bars]:
     """Progress and warnings on stderr while jobs run."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     handler = _Lines(console)
     log = logging.getLogger("overcrank")
     log.addHandler(handler)
@@ -85,7 +86,12 @@ def watching(jobs: Sequence[RenderJob], quiet: bool) -> Iterator[Silent | Bars]:
             yield Silent()
             return
         log.setLevel(logging.INFO)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+        )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             yield Bars(progress, jobs)
     finally:
@@ -98,7 +104,7 @@ def watching(jobs: Sequence[RenderJob], quiet: bool) -> Iterator[Silent | Bars]:
 def counting(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar over samples or another unit, on stderr; called with those done and those in all."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=quiet) as progress:
         row = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(row, completed=done, total=total)
@@ -107,9 +113,9 @@ def counting(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int]
 @contextmanager
 def downloading(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """What is fetched from the hub and how large it is, then a bar, on stderr; called with bytes as they come."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     if not quiet:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        console.print(text)
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=quiet) as progress:
         row = progress.add_task("downloading", total=total)
@@ -118,9 +124,9 @@ def downloading(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], 
 
 def line_of(outcome: Outcome) -> str:
     """One job in one line."""
-    name = outcome.job.stem.name
+    name = safe_text(outcome.job.stem.name)
     if outcome.status == FAILED:
-        return f"{name}: failed: {outcome.error}"
+        return f"{name}: failed: {safe_text(outcome.error)}"
     if outcome.status != DONE:
         return f"{name}: {outcome.status}"
     pace = timing(outcome.steps)
@@ -133,7 +139,7 @@ def line_of(outcome: Outcome) -> str:
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> None:
     """The end of a batch: how many ended how, the pace over all, and what fell back."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console = SafeConsole(stderr=True)
     counts = {s: sum(o.status == s for o in outcomes) for s in (DONE, SKIPPED, FAILED, CANCELLED)}
     console.print(f"{len(outcomes)} jobs in {seconds:.1f} s: " + ", ".join(f"{n} {s}" for s, n in counts.items() if n))
     pace = timing([s for o in outcomes for s in o.steps])
@@ -141,7 +147,7 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> None:
         console.print(f"steps: {pace['per_second']:.2f}/s, p50 {pace['p50_ms']:.1f} ms, p95 {pace['p95_ms']:.1f} ms")
     fallbacks = {(f.component, f.reason, f.fix) for o in outcomes for f in o.record.fallbacks}
     for component, reason, fix in sorted(fallbacks):
-        console.print(f"fell back to eager: {component}: {reason}; {fix}")
+        console.print(safe_text(f"fell back to eager: {component}: {reason}; {fix}"))
     for outcome in outcomes:
         if outcome.status == FAILED:
             console.print(line_of(outcome))

@@ -160,7 +160,7 @@ class Store:
         listed = ", ".join(p.name for p in hits) if hits else "'overcrank engines list' shows what there is"
         raise StoreError(f"{what} '{name[:200]}' in {self.bundles}: {listed}.")
 
-    def removal(self, name: str) -> list[Path]:
+    def removal(self, name: str) -> Sequence[Path]:
         """What goes with a bundle: it, as `resolve` names it, and what killed removals left of that very name.
 
         Raises StoreError where there is neither.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from overcrank.engines.manifest import check_files, read_manifest
-from overcrank.engines.remote import PURPOSE, Remote, _check_listed, fitting, read_index
+from overcrank.engines.download import _check_listed
+from overcrank.engines.envelope import INDEX as INDEX_TYPE
+from overcrank.engines.manifest import SIGNATURE, check_files, read_manifest
+from overcrank.engines.place import Remote
+from overcrank.engines.remote import fitting, read_index
 from overcrank.engines.store import Store
-from overcrank.engines.trust import SIGNATURE, Keyring
+from overcrank.engines.trust import Keyring
 from overcrank.errors import IntegrityError, OvercrankError
 from overcrank.models import variant_from_manifest
 
@@ -68,7 +70,7 @@ class Targets:
         self.valid = {"manifest": manifest, "index": json.dumps(INDEX).encode()}
         self.valid["envelope"] = self._signed(self.valid["index"])
         (folder / "bundle" / "manifest.json").write_bytes(manifest)
-        self.valid["signature"] = self.ring.sign(folder / "bundle", "studio").model_dump_json().encode()
+        self.valid["signature"] = self._signature()
         self.all: dict[str, Callable[[bytes], None]] = {
             "manifest": self.manifest,
             "index": lambda payload: self.envelope(self._signed(payload)),
@@ -84,15 +86,17 @@ class Targets:
             variant_from_manifest(found)
 
     def _signed(self, payload: bytes) -> bytes:
-        text = payload.decode("utf-8", "replace")
-        made = self.ring.signature_of(PURPOSE + text.encode(), "studio")
-        return json.dumps({"payload": text, "signature": made.model_dump()}).encode()
+        return self.ring.seal(INDEX_TYPE, payload, "studio")[0]
+
+    def _signature(self) -> bytes:
+        self.ring.sign(self.folder / "bundle", "studio")
+        return (self.folder / "bundle" / SIGNATURE).read_bytes()
 
     def envelope(self, content: bytes) -> None:
         (self.folder / "place" / "index.json").write_bytes(content)
-        shutil.rmtree(self.store.root / "remotes", ignore_errors=True)
+        (self.ring.folder / "seen.json").unlink(missing_ok=True)
         with suppress(OvercrankError):
-            index = read_index(Remote(str(self.folder / "place")), self.ring, self.store)
+            index = read_index(Remote(str(self.folder / "place")), self.ring)
             for listed in index.bundles.values():
                 _check_listed(listed)
             fitting(index, "ltx-demo", "sm_89", "bf16")

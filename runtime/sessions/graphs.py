@@ -28,7 +28,6 @@ def bundled_graph(bundle: Path, file: File) -> ir.Model:
     """
     import onnx
     import onnx_ir as ir
-    from google.protobuf.message import DecodeError
 
     with (bundle / file.name).open("rb") as stream:
         content = stream.read(min(file.bytes, LARGEST) + 1)
@@ -36,7 +35,7 @@ def bundled_graph(bundle: Path, file: File) -> ir.Model:
         raise IntegrityError(f"{bundle.name}: {file.name} does not match the manifest; get the bundle again.")
     try:
         model = onnx.ModelProto.FromString(content)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's, whichever implementation it has
         raise IntegrityError(f"{bundle.name}: {file.name} is no ONNX graph; rebuild it.") from error
     for reason in _reaches_out(model):
         raise IntegrityError(f"{bundle.name}: {file.name} is refused: it {reason}, which no graph built here does.")

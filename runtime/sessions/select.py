@@ -67,8 +67,8 @@ def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle
             known.append((path, read_manifest(path)))
         except OutdatedBundle as error:
             outdated.append(error)
-        except IntegrityError:
-            continue
+        except IntegrityError as error:
+            log.warning("a bundle is left out: %s", error)
     return known, outdated
 
 
@@ -173,7 +173,8 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
     warning: the render falls back as without it.
     """
     from overcrank.engines.download import pull
-    from overcrank.engines.remote import Remote, fitting, read_index
+    from overcrank.engines.place import Remote
+    from overcrank.engines.remote import fitting, read_index
     from overcrank.engines.targets import precision_for, targets_for
     from overcrank.engines.types import own_precision
 
