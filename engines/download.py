@@ -111,7 +111,7 @@ class _Download:
             if not unsigned:
                 ring.check_content((self.staging / SIGNATURE).read_bytes(), content, name)
             manifest = read_manifest(self.staging)
-            if listed_as(self.staging, manifest).model_copy(update={"name": name}) != self.listed:
+            if listed_as(self.staging, manifest, name) != self.listed:
                 raise IntegrityError(f"{name}: the index describes another bundle than the manifest.")
         except IntegrityError:
             shutil.rmtree(self.staging, ignore_errors=True)

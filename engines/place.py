@@ -36,7 +36,7 @@ SCHEMES = ("", "file", "local", *WEB, "s3", "s3a", "gs", "gcs", "hf", "az", "abf
 PORTS = {"http": 80, "https": 443}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Body:
     """A file as it comes; `start` is where, 0 from a place that cannot begin where it was asked to."""
 
@@ -63,15 +63,17 @@ class Remote:
     def __post_init__(self) -> None:
         import fsspec
 
-        given, self.url = self.url, shown(self.url)
-        scheme = urlsplit(given).scheme if "://" in given or "::" in given else ""
-        if scheme.lower() not in SCHEMES or "::" in given:
+        scheme, _, rest = self.url.rpartition("://")
+        scheme = scheme.lower()
+        given = f"{scheme}://{rest}" if scheme else self.url
+        self.url = shown(given)
+        if scheme not in SCHEMES:  # or several, with :: between them
             raise UserError(
                 f"{self.url} is no place for engines: give a folder, or an http(s), s3, gs, hf, az or sftp URL."
             )
         try:
             self.place, self._secret = _place_of(given)
-            self.fs, root = fsspec.core.url_to_fs(self.url if scheme.lower() in WEB else given)
+            self.fs, root = fsspec.core.url_to_fs(self.url if scheme in WEB else given)
         except Exception as error:  # every file system has its own
             raise UserError(
                 f"{self.url} cannot be used: {said(error)}; s3, gs and others need their package."
@@ -106,8 +108,8 @@ class Remote:
         """
         path = self.path(*parts)
         body = self._from_web(path, start) if self.fs.protocol[0] in WEB else Body(self._from_fs(path, start), start)
-        body.chunks = _bounded(body, f"{self.url}: {parts[-1]}", largest, time.monotonic() + seconds)
-        return body
+        what, deadline = f"{self.url}: {parts[-1]}", time.monotonic() + seconds
+        return Body(_bounded(body, what, largest, deadline), body.start, body.resumes)
 
     def _from_fs(self, path: str, start: int) -> Iterator[bytes]:
         with self.fs.open(path, "rb", block_size=CHUNK) as stream:
@@ -201,10 +203,9 @@ def said(error: BaseException) -> str:
 
 def _place_of(url: str) -> tuple[str, dict[str, str]]:
     """One spelling of a URL, and the header that its user and password make; raises ValueError for what is none."""
-    parts = urlsplit(url)
-    scheme = parts.scheme.lower()
-    if scheme not in WEB:
+    if not url.startswith(tuple(f"{scheme}://" for scheme in WEB)):
         return shown(url).rstrip("/"), {}
+    parts = urlsplit(url)
     if parts.query or parts.fragment:
         raise ValueError("it has a query or a fragment, and files are looked for below it")
     if not parts.hostname:
@@ -215,7 +216,7 @@ def _place_of(url: str) -> tuple[str, dict[str, str]]:
         secret["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     path = posixpath.normpath(f"/{quote(unquote(parts.path))}").lstrip("/")
     port = _port(parts)
-    host = parts.hostname.rstrip(".") + ("" if port == PORTS[scheme] else f":{port}")
+    host = parts.hostname.rstrip(".") + ("" if port == PORTS[parts.scheme] else f":{port}")
     return f"https://{host}/{path}".rstrip("/"), secret  # one place, over either scheme
 
 

@@ -138,12 +138,15 @@ def _is_whole(remote: Remote, file: File) -> bool:
     return digest.hexdigest() == file.sha256
 
 
-def listed_as(bundle: Path, manifest: Manifest) -> Listed:
-    """Raises UserError for a bundle whose name is none that can be published."""
+def listed_as(bundle: Path, manifest: Manifest, name: str = "") -> Listed:
+    """As an index lists the bundle in a folder, under the folder's name or another.
+
+    Raises UserError for a bundle whose name is none that can be published.
+    """
     files = [*manifest.files(), *(file_entry(bundle / name) for name in (MANIFEST, SIGNATURE))]
     about = ("model", "family", "target", "precision", "flavour", "flavour_version", "created")
     try:
-        return Listed(name=bundle.name, files=files, **{name: getattr(manifest, name) for name in about})
+        return Listed(name=name or bundle.name, files=files, **{field: getattr(manifest, field) for field in about})
     except ValidationError as error:
         raise UserError(
             f"{bundle.name} cannot be published: {first_of(error)}; give its folder a name of ASCII letters and digits."

@@ -370,7 +370,7 @@ def test_pushes_at_once_lose_nothing(demo_bundle: Path, tmp_path: Path, ring: Ke
             "svd",
             "sm_89",
             "bf16",
-            "no engine of svd is published there, but ltx-demo; build it: build-engine --model svd",
+            "no engine of svd-xt-1.1 is published there, but ltx-demo; build it: build-engine --model svd",
         ),
         ("ltx-demo", "sm_86", "bf16", "published for sm_89 bf16, not for sm_86 bf16; build it"),
         ("ltx-demo", "sm_89", "fp8", "published for sm_89 bf16, not for sm_89 fp8"),
