@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from overcrank.engines.download import pull
 from overcrank.engines.envelope import INDEX
-from overcrank.engines.manifest import MANIFEST, PULLED, check_files, file_entry, read_manifest
+from overcrank.engines.manifest import MANIFEST, PULLED, SIGNATURE, check_files, file_entry, read_manifest
 from overcrank.engines.place import Remote
 from overcrank.engines.remote import Index, fitting, push, read_index
 from overcrank.engines.store import Store
@@ -464,3 +464,120 @@ def test_a_render_pulls_what_the_store_lacks(
     store = Store(tmp_path / "store")
     assert [p.name for p, _ in store.list()] == [demo_bundle.name]
     assert "fetching" not in run("overcrank", "render", *words, "--pull", tmp_path / "nowhere").output
+
+
+def test_a_damaged_bundle_in_the_store_is_mended(place: Path, tmp_path: Path, ring: Keyring, monkeypatch: Any) -> None:
+    path = fetched(place, tmp_path / "store", ring)
+    (path / "denoiser.onnx").write_bytes(b"damaged")
+    asked: list[str] = []
+    opened = Remote.open
+    monkeypatch.setattr(Remote, "open", lambda self, *a: asked.append(a[-1]) or opened(self, *a))
+    assert fetched(place, tmp_path / "store", ring) == path
+    assert check_files(path, read_manifest(path)) == []
+    graph = file_entry(path / "denoiser.onnx").sha256
+    assert [name for name in asked if name != "index.json"] == [graph], "what was whole is not fetched again"
+    assert not list(path.parent.glob(".*"))
+
+
+def test_an_unsigned_bundle_does_not_pass_for_a_signed_one(
+    place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch, ring: Keyring
+) -> None:
+    words = ["engines", "pull", place, "--model", "ltx-demo", "--gpu", "sm_89", "--store", tmp_path / "store"]
+    line = next(iter(ring.publishers().values())).line()
+    monkeypatch.setenv("OVERCRANK_CONFIG", str(tmp_path / "customer"))
+    unsigned = run("overcrank", *words, "--allow-unsigned")
+    path = Path(unsigned.stdout.strip())
+    assert "unsigned" in json.loads((path / PULLED).read_text())
+    (path / SIGNATURE).write_text("{}")
+    assert run("overcrank", *words).exit_code == 1
+    run("overcrank", "keys", "trust", *line.split())
+    pulled = run("overcrank", *words)
+    assert pulled.exit_code == 0, pulled.output
+    who = Keyring().check(path)
+    assert who is not None
+    assert who.name == "studio"
+    assert "unsigned" not in json.loads((path / PULLED).read_text())
+
+
+def test_push_mends_a_rotten_blob_of_the_same_size(
+    place: Path, demo_bundle: Path, tmp_path: Path, ring: Keyring
+) -> None:
+    _blob_changed(place, ring)
+    with pytest.raises(IntegrityError, match="does not match its SHA-256"):
+        fetched(place, tmp_path / "store", ring)
+    before = {p: p.stat().st_mtime_ns for p in (place / "blobs").glob("*/*")}
+    push(Remote(str(place)), [copied(demo_bundle, tmp_path / "again")], "studio", ring, silent)
+    rewritten = [p for p, when in before.items() if p.stat().st_mtime_ns != when]
+    assert [p.name for p in rewritten] == [file_entry(demo_bundle / "denoiser.engine").sha256]
+    assert fetched(place, tmp_path / "store", ring).is_dir()
+
+
+def test_a_word_means_the_same_model_as_everywhere(place: Path, tmp_path: Path, run: Any, ring: Keyring) -> None:
+    """The family's name is its default variant, and not the newest bundle of the family."""
+    index = read_index(Remote(str(place)), ring)
+    with pytest.raises(UserError, match=r"no engine of ltx-2b-0\.9\.\S+ is published there, but ltx-demo"):
+        fitting(index, "ltx", "sm_89", "bf16")
+    own = next(iter(index.bundles.values())).model_copy(update={"name": "tuned", "model": "my-own"})
+    index = index.model_copy(update={"bundles": {**index.bundles, "tuned": own}})
+    assert fitting(index, "my-own", "sm_89", "bf16").name == "tuned"
+    assert "ltx-demo" in run("overcrank", "engines", "search", place, "--model", "ltx-demo").output
+    assert run("overcrank", "engines", "search", place, "--model", "ltx").output == ""
+
+
+def test_a_pull_is_for_one_card(place: Path, run: Any, tmp_path: Path) -> None:
+    result = run(
+        "overcrank", "engines", "pull", place, "--model", "ltx-demo", "--gpu", "all", "--store", tmp_path / "s"
+    )
+    assert result.exit_code == 2
+    assert "--gpu all stands for " in result.output
+    assert "a pull is for one of them" in result.output
+
+
+def test_a_list_of_seen_indexes_that_is_lost_is_not_empty(place: Path, ring: Keyring) -> None:
+    read_index(Remote(str(place)), ring)
+    (ring.folder / "seen.json").write_text("")
+    with pytest.raises(UserError, match=r"seen\.json cannot be read as the numbers of the indexes that were seen"):
+        read_index(Remote(str(place)), ring)
+
+
+def test_an_unsigned_index_is_not_remembered(place: Path, ring: Keyring) -> None:
+    """Else a stranger's number would shut out the publisher's own."""
+    good = (place / "index.json").read_bytes()
+    _edited(place, ring, lambda payload: payload.update(serial=2**50))
+    read_index(Remote(str(place)), ring, unsigned=True)
+    (place / "index.json").write_bytes(good)
+    assert read_index(Remote(str(place)), ring).serial == 1
+
+
+def test_everything_is_pushed_and_parts_of_names_are_enough(
+    demo_bundle: Path, tmp_path: Path, run: Any, ring: Keyring
+) -> None:
+    store, place = Store(tmp_path / "own"), tmp_path / "place"
+    for name in ("one-sm_89", "two-sm_89", "two-sm_86"):
+        copied(demo_bundle, store.bundles, name)
+    words = ["engines", "push", place, "--key", "studio", "--store", store.root]
+    for bundles, says in (([], "or --all"), (["one", "--all"], "or --all"), (["two"], "several bundles match 'two'")):
+        refused = run("overcrank", *words, *bundles)
+        assert refused.exit_code == 2
+        assert says in refused.output
+    assert "published two-sm_86" in run("overcrank", *words, "two*6").output
+    assert "published one-sm_89" in run("overcrank", *words, "one").output
+    assert set(read_index(Remote(str(place)), ring).bundles) == {"two-sm_86", "one-sm_89"}
+    assert run("overcrank", *words, "--all").exit_code == 0
+    assert len(read_index(Remote(str(place)), ring).bundles) == 3
+
+
+def test_indexes_of_older_versions_are_read(place: Path, ring: Keyring) -> None:
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from overcrank.engines.envelope import OLD_INDEX
+
+    payload = json.dumps(payload_of(place))
+    key: Any = load_pem_private_key((ring.folder / "studio.key").read_bytes(), None)
+    signature = base64.b64encode(key.sign(OLD_INDEX + payload.encode())).decode()
+    (who,) = ring.publishers()
+    old = {"schema_version": 1, "key": who, "name": "studio", "signature": signature}
+    (place / "index.json").write_text(json.dumps({"payload": payload, "signature": old}))
+    assert read_index(Remote(str(place)), ring).serial == 1
+    (place / "index.json").write_text(json.dumps({"payload": payload + " ", "signature": old}))
+    with pytest.raises(IntegrityError, match="is not of this content"):
+        read_index(Remote(str(place)), ring)
