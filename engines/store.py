@@ -161,18 +161,20 @@ class Store:
         raise StoreError(f"{what} '{name[:200]}' in {self.bundles}: {listed}.")
 
     def removal(self, name: str) -> Sequence[Path]:
-        """What goes with a bundle: it, as `resolve` names it, and what killed removals left of that very name.
+        """A bundle, as `resolve` names it, which may be gone; then what killed removals left of that very name.
 
         Raises StoreError where there is neither.
         """
         hidden = re.compile(rf"{re.escape(REMOVING)}([0-9a-f]{{8}}-|\d+-)?{re.escape(name)}")
         left = [p for p in self.bundles.glob(f"{REMOVING}*") if hidden.fullmatch(p.name)]
-        return left if left and not _is_file(self.bundles / name / MANIFEST) else [self.resolve(name), *left]
+        bundle = self.bundles / name
+        return [bundle if left and not _is_file(bundle / MANIFEST) else self.resolve(name), *left]
 
     def remove(self, paths: Sequence[Path]) -> None:
         for path in paths:
             with write_errors(path):
-                remove_tree(path)
+                if os.path.lexists(path):
+                    remove_tree(path)
 
 
 def pull_lock(name: str) -> str:
