@@ -67,7 +67,7 @@ def test_pull_to_a_full_disk(disk: tuple[Path, Disk], keys: None, demo_bundle: P
     words = ["engines", "pull", tmp_path / "place", "--model", "ltx-demo", "--gpu", "sm_89", "--store", folder / "s"]
     refused = run("overcrank", *words)
     assert refused.exit_code == 2
-    assert f"bytes free, and {demo_bundle.name} needs" in refused.output
+    assert "bytes free, and bundle needs" in refused.output
     assert "free some space" in refused.output
     assert not visible(folder / "s" / "bundles")
     mount("remount,size=100m")
