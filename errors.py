@@ -103,11 +103,6 @@ class RenderCancelled(OvercrankError):
     exit_code = 130
 
 
-def quoted(text: str, most: int = 80) -> str:
-    """Text that others wrote, for a sentence: one line without control characters, `most` characters of it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
-
-
 def present(value: T | None, what: str) -> T:
     """What cannot be missing; raises OvercrankError, which names it, if it is."""
     if value is None:

@@ -11,10 +11,10 @@ from overcrank.units import human_bytes
 
 def summary(built: list[Built], seconds: float) -> None:
     """The table a person reads after a build, and the command to type next."""
-    from rich.console import Console
+    from overcrank.cli.terminal import SafeConsole
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
     for bundle in built:
         manifest = bundle.manifest
         table = Table(

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.build import ALL
 from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, SKIPPED, Outcome, RenderJob, Silent
 from overcrank.runtime.render.sidecar import timing
-from overcrank.units import human_bytes
-from rich.console import Console
+from overcrank.units import human_bytes, safe_text
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -25,7 +25,7 @@ class Display:
     """Rows of work; those that end leave the terminal again."""
 
     def __init__(self, quiet: bool) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self._console = SafeConsole(stderr=True)
         self.lines = not (quiet or self._console.is_terminal)
         self._quiet, self._began = quiet, time.monotonic()
         amount = TextColumn("{task.fields[amount]}", markup=False)
@@ -68,11 +68,11 @@ class Row:
     def __init__(self, display: Display, title: str, total: float | None, unit: str) -> None:
         self._display, self._title, self._unit, self._stage = display, title, unit, ""
         self._began, self._done, self._total = time.monotonic(), 0.0, total
-        self._task = display.bars.add_task(title, total=total, amount="")
+        self._task = display.bars.add_task(safe_text(title), total=total, amount="")
 
     def doing(self, what: str) -> None:
         """A stage begins; what follows a " · " is only for a terminal."""
-        self._display.bars.update(self._task, description=f"{self._title}: {what}")
+        self._display.bars.update(self._task, description=safe_text(f"{self._title}: {what}"))
         stage = what.partition(" · ")[0]
         if stage != self._stage:
             self._stage = stage
@@ -226,9 +226,9 @@ def downloading(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], 
 
 def line_of(outcome: Outcome) -> str:
     """One job in one line."""
-    name = outcome.job.stem.name
+    name = safe_text(outcome.job.stem.name)
     if outcome.status == FAILED:
-        return f"{name}: failed: {outcome.error}"
+        return f"{name}: failed: {safe_text(outcome.error)}"
     if outcome.status != DONE:
         return f"{name}: {outcome.status}"
     pace = timing(outcome.steps)
@@ -241,7 +241,7 @@ def line_of(outcome: Outcome) -> str:
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> None:
     """The end of a batch: how many ended how, the pace over all, and what fell back."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console = SafeConsole(stderr=True)
     counts = {s: sum(o.status == s for o in outcomes) for s in (DONE, SKIPPED, FAILED, CANCELLED)}
     console.print(f"{len(outcomes)} jobs in {seconds:.1f} s: " + ", ".join(f"{n} {s}" for s, n in counts.items() if n))
     pace = timing([s for o in outcomes for s in o.steps])
@@ -249,7 +249,7 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> None:
         console.print(f"steps: {pace['per_second']:.2f}/s, p50 {pace['p50_ms']:.1f} ms, p95 {pace['p95_ms']:.1f} ms")
     fallbacks = {(f.component, f.reason, f.fix) for o in outcomes for f in o.record.fallbacks}
     for component, reason, fix in sorted(fallbacks):
-        console.print(f"fell back to eager: {component}: {reason}; {fix}")
+        console.print(safe_text(f"fell back to eager: {component}: {reason}; {fix}"))
     for outcome in outcomes:
         if outcome.status == FAILED:
             console.print(line_of(outcome))

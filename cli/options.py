@@ -12,6 +12,7 @@ from overcrank.cli.completion import BUNDLE, MODEL
 from overcrank.cli.json_output import json_option
 from overcrank.errors import OvercrankError, UserError
 from overcrank.options import named_as_flags
+from overcrank.units import safe_text
 
 SOME_FAILED = 3
 """Exit status: some of the work failed, and the rest is done."""
@@ -74,8 +75,13 @@ def exit_on_error(call: Callable[[], Any]) -> Any:
         with named_as_flags():
             return call()
     except OvercrankError as error:
-        click.echo(f"error: {error}", err=True)
+        echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         sys.exit(error.exit_code)
+
+
+def echo(text: object, err: bool = False) -> None:
+    """One line that holds data of others."""
+    click.echo(safe_text(text), err=err)
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.export.weights import Parameter
+from overcrank.files import commit
 from overcrank.models.base import Component
 from overcrank.models.network import network
 
@@ -107,7 +108,7 @@ def save_graph(exported: Exported, folder: Path, seconds: float = 0.0) -> Cached
         table = {"seconds": seconds, "parameters": [asdict(p) for p in exported.parameters]}
         (part / "graph.json").write_text(json.dumps(table), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        commit(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return CachedGraph(folder / "graph.onnx", exported.parameters, seconds)

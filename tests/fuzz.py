@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from overcrank.engines.manifest import check_files, read_manifest
-from overcrank.engines.remote import PURPOSE, Remote, fitting, pull, read_index
+from overcrank.engines.download import _check_listed
+from overcrank.engines.envelope import INDEX as INDEX_TYPE
+from overcrank.engines.manifest import SIGNATURE, check_files, read_manifest
+from overcrank.engines.place import Remote
+from overcrank.engines.remote import fitting, read_index
 from overcrank.engines.store import Store
-from overcrank.engines.trust import SIGNATURE, Keyring
+from overcrank.engines.trust import Keyring
 from overcrank.errors import OvercrankError
 from overcrank.models import variant_from_manifest
 
@@ -71,7 +73,7 @@ class Targets:
         self.valid = {"manifest": manifest, "index": json.dumps(INDEX).encode()}
         self.valid["envelope"] = self._signed(self.valid["index"])
         (folder / "bundle" / "manifest.json").write_bytes(manifest)
-        self.valid["signature"] = self.ring.sign(folder / "bundle", "studio").model_dump_json().encode()
+        self.valid["signature"] = self._signature()
         self.all: dict[str, Callable[[bytes], None]] = {
             "manifest": self.manifest,
             "index": lambda payload: self.envelope(self._signed(payload)),
@@ -87,18 +89,21 @@ class Targets:
             variant_from_manifest(found)
 
     def _signed(self, payload: bytes) -> bytes:
-        text = payload.decode("utf-8", "replace")
-        made = self.ring.signature_of(PURPOSE + text.encode(), "studio")
-        return json.dumps({"payload": text, "signature": made.model_dump()}).encode()
+        return self.ring.seal(INDEX_TYPE, payload, "studio")[0]
+
+    def _signature(self) -> bytes:
+        self.ring.sign(self.folder / "bundle", "studio")
+        return (self.folder / "bundle" / SIGNATURE).read_bytes()
 
     def envelope(self, content: bytes) -> None:
         (self.folder / "place" / "index.json").write_bytes(content)
-        shutil.rmtree(self.store.root / "remotes", ignore_errors=True)
+        (self.ring.folder / "seen.json").unlink(missing_ok=True)
         place = Remote(str(self.folder / "place"))
         with self._refused("index", "published", "bytes free", place.url):
-            index = read_index(place, self.ring, self.store)
-            listed = fitting(index, "ltx-demo", "sm_89", "bf16")
-            pull(place, listed, self.store, self.ring, lambda name, there, size: None)
+            index = read_index(place, self.ring)
+            for listed in index.bundles.values():
+                _check_listed(listed)
+            fitting(index, "ltx-demo", "sm_89", "bf16")
 
     def signature(self, content: bytes) -> None:
         (self.folder / "bundle" / SIGNATURE).write_bytes(content)
@@ -210,7 +215,7 @@ def _one(name: str, folder: Path, seconds: int) -> None:
     targets = Targets(Path(tempfile.mkdtemp(dir=folder)), (folder / "manifest.json").read_bytes())
     corpus = Path(tempfile.mkdtemp(dir=folder))
     (corpus / "valid").write_bytes(targets.valid[name])
-    for function in (read_manifest, check_files, read_index, fitting, pull, Keyring.check, Keyring.who_signed):
+    for function in (read_manifest, check_files, read_index, fitting, Keyring.check, Keyring.who_signed):
         atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=100000"], targets.all[name])
     atheris.Fuzz()

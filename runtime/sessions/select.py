@@ -99,8 +99,8 @@ def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle
             known.append((path, read_manifest(path)))
         except OutdatedBundle as error:
             outdated.append(error)
-        except IntegrityError:
-            continue
+        except IntegrityError as error:
+            log.warning("a bundle is left out: %s", error)
     return known, outdated
 
 
@@ -193,7 +193,9 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
     `precision`: a quantized one, or "auto" for the card's 16-bit type. What keeps it from being fetched is a
     warning: the render falls back as without it.
     """
-    from overcrank.engines.remote import Remote, fitting, pull, read_index
+    from overcrank.engines.download import pull
+    from overcrank.engines.place import Remote
+    from overcrank.engines.remote import fitting, read_index
     from overcrank.engines.targets import precision_for, targets_for
     from overcrank.engines.types import own_precision
 
@@ -206,7 +208,7 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
             except CannotServe:
                 pass
             remote = Remote(url)
-            listed = fitting(read_index(remote, ring, store), variant.where, card.name, wanted)
+            listed = fitting(read_index(remote, ring), variant.where, card.name, wanted)
             log.info("fetching %s from %s", listed.name, url)
             pull(remote, listed, store, ring, lambda name, there, size: None)
     except OvercrankError as error:

@@ -34,6 +34,7 @@ from overcrank.runtime.sessions.parameters import (
     own_parameters,
     packed_parameters,
     parameters_of,
+    require_packed,
 )
 from overcrank.runtime.sessions.select import Bundle, compute_type, engine_of, require_same_network
 from overcrank.runtime.sessions.session import Session
@@ -74,7 +75,9 @@ class OfBundles:
             recipe = read_recipe(bundled.folder / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
         layers = QuantizedLayers(component.name, part, entry.formats, ranges, entry.key.recipe, compute_of(entry))
-        return _packs(self.quantization, layers, module, self.store)
+        packs = _packs(self.quantization, layers, module, self.store)
+        require_packed(entry, packs)
+        return packs
 
 
 @dataclass
@@ -103,14 +106,14 @@ class BundledGraphs(OfBundles):
     """The graphs that a bundle's engines were compiled from, in ONNX Runtime."""
 
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
-        import onnx_ir as ir
+        from overcrank.runtime.sessions.graphs import bundled_graph
         from overcrank.runtime.sessions.ort import OrtSession
 
         bundled = engine_of(component, self.fitting)
         views = bound_parameters(module, component, parameters_of(bundled.entry))
         packs = self.packs(bundled, component, part, module)
         device = next(module.parameters()).device.type
-        session = OrtSession(ir.load(bundled.graph), {**views, **packs}, device)
+        session = OrtSession(bundled_graph(bundled.folder, bundled.entry.graph), {**views, **packs}, device)
         self.used[component.name] = bundled.folder.name
         return session
 
