@@ -77,7 +77,7 @@ def test_a_process_of_another_namespace_is_not_taken_for_one_of_this() -> None:
     assert owner is not None
     assert owner.host != Owner.here().host
     assert not owner.gone()
-    child.terminate()
+    child.kill()
     child.wait()
 
 

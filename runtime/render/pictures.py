@@ -45,7 +45,8 @@ def picture_of(path: Path) -> Image.Image:
         size = path.stat().st_size
         if size > LARGEST:
             raise RequestError(f"image {path} has {human_bytes(size)}; pictures have at most {human_bytes(LARGEST)}.")
-        with Image.open(path, formats=[f for f in FORMATS if f in _known()]) as opened:
+        # Not by its path: of mapped files Pillow 13 reads rows of turned TIFFs at the wrong places.
+        with path.open("rb") as stream, Image.open(stream, formats=[f for f in FORMATS if f in _known()]) as opened:
             opened.load()
             return on_white(_in_srgb(_eight_bit(ImageOps.exif_transpose(opened), opened, path), path))
     except RequestError:
