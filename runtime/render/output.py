@@ -100,13 +100,17 @@ def _without_folders(about: Mapping[str, Any]) -> dict[str, Any]:
     return _with_paths(about, lambda path: Path(path).name)
 
 
-def _with_paths(value: Any, change: Callable[[str], str]) -> Any:
+def _with_paths(about: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """A sidecar's content with each absolute path changed; prompts stay as they are."""
-    if isinstance(value, Mapping):
-        return {k: v if k in TEXTS else _with_paths(v, change) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_paths(v, change) for v in value]
-    return change(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _with_paths(value, change)
+        if isinstance(value, list | tuple):
+            return [changed(v) for v in value]
+        return change(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+    return {k: v if k in TEXTS else changed(v) for k, v in about.items()}
 
 
 TEXTS = ("prompt", "negative_prompt", "output", "fallbacks")

@@ -39,7 +39,7 @@ log = logging.getLogger("overcrank")
 
 def picture_of(path: Path) -> Image.Image:
     """The picture as RGB; raises RequestError for a file that is none, or larger than pictures are."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         size = path.stat().st_size
@@ -52,7 +52,7 @@ def picture_of(path: Path) -> Image.Image:
     except RequestError:
         raise
     except Exception as error:  # whatever Pillow's parsers make of damage
-        reason = "it is none of " + ", ".join(FORMATS) if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "it is none of " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
         raise RequestError(f"image {path} cannot be read as a picture: {reason}.") from error
 
 

@@ -20,7 +20,7 @@ from overcrank.runtime.render.media import length_of, rate_of, require_sound, si
 from overcrank.runtime.render.names import check_name, same_name
 from overcrank.runtime.render.schedule import scheduled
 from overcrank.units import human_bytes
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 Format = Literal["mp4", "gif", "png", "sheet", "latents"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "png", "sheet", "latents")
@@ -73,6 +73,13 @@ class RenderRequest(BaseModel):
     strength: float = Field(default=0.8, ge=0, le=1, allow_inf_nan=False)
     audio: Path | None = None
     formats: tuple[Format, ...] = Field(default=("mp4", "sheet"), min_length=1)
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _is_text(cls, value: str | None) -> str | None:
+        if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("holds half of a character, or bytes that are not UTF-8; write it as text in UTF-8")
+        return value
 
     @property
     def task(self) -> str:
