@@ -54,7 +54,7 @@ def engines_list(as_json: bool, store: Path | None) -> None:
 @store_option
 def engines_build(**options: Any) -> None:
     """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
-    from overcrank.cli import build_report as report
+    from overcrank.cli.display import building
     from overcrank.engines import matrix
     from overcrank.engines.store import Store
 
@@ -68,7 +68,7 @@ def engines_build(**options: Any) -> None:
             click.echo(line, err=True)
         if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
             return
-        progress = stack.enter_context(report.progress_display(options["as_json"]))
+        progress = stack.enter_context(building(options["as_json"]))
         result = matrix.run(wanted, store, progress, hire)
     if options["index"] is not None:
         matrix.write_index(options["index"], result)
@@ -178,15 +178,7 @@ def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @store_option
-def engines_gc(
-    older_than: str | None,
-    max_size: str | None,
-    other_versions: bool,
-    dry_run: bool,
-    yes: bool,
-    as_json: bool,
-    store: Path | None,
-) -> None:
+def engines_gc(dry_run: bool, yes: bool, as_json: bool, store: Path | None, **unneeded: Any) -> None:
     """Delete unused files: interrupted downloads and builds, caches of deleted engines, and what the options name."""
     from overcrank.cli.bundles import described, print_items
     from overcrank.engines.maintenance import removable, remove
@@ -194,11 +186,12 @@ def engines_gc(
     from overcrank.units import human_bytes, parse_age, parse_size
 
     where = Store(store)
+    older_than, max_size = unneeded["older_than"], unneeded["max_size"]
     age = parse_age(older_than, "--older-than") if older_than is not None else None
     size = parse_size(max_size, "--max-size") if max_size is not None else None
     if as_json and not (yes or dry_run):
         raise UserError("--json asks nothing: add --yes to remove, or --dry-run to see what would be removed.")
-    found = removable(where, age, size, other_versions)
+    found = removable(where, age, size, unneeded["other_versions"])
     if as_json:
         items = described(found)
         print_json("engines gc", items=items, removed=0 if dry_run else remove(found))
@@ -242,11 +235,11 @@ def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None
 def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, store: Path | None) -> None:
     """Sign BUNDLES and publish them at URL: a folder, s3://, gs://, hf:// or what else fsspec writes to."""
     from overcrank.api import push
-    from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
+    from overcrank.cli.display import transferring
     from overcrank.units import human_bytes
 
-    with report.transfer_display() as progress:
+    with transferring() as progress:
         entries = push(url, bundles, key, store=store, progress=progress)
     if as_json:
         print_json("engines push", url=url, bundles=[published(listed) for listed in entries])
@@ -268,12 +261,12 @@ def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, st
 def engines_pull(url: str, model: str, as_json: bool, store: Path | None, **asked: Any) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
     from overcrank.api import PullOptions, pull
-    from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
+    from overcrank.cli.display import transferring
     from overcrank.engines.manifest import read_manifest
     from overcrank.engines.remote import listed_as
 
-    with report.transfer_display() as progress:
+    with transferring() as progress:
         path = pull(url, model, PullOptions(**asked), store=store, progress=progress)
     if as_json:
         print_json("engines pull", url=url, path=path, bundle=published(listed_as(path, read_manifest(path))))

@@ -20,7 +20,7 @@ from overcrank.cli.options import SOME_FAILED
 from overcrank.engines.store import Store
 from overcrank.engines.types import typed
 from overcrank.errors import RequestError
-from overcrank.models import packaged_model, resolve
+from overcrank.models import packaged_model, prompt_note, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
 from overcrank.runtime.options import RenderOptions
@@ -29,7 +29,7 @@ from overcrank.runtime.render.request import FORMATS, RenderRequest, read_jobs, 
 from overcrank.runtime.render.results import Replace, prepare_folder, remove_partial_results, require_free
 
 if TYPE_CHECKING:
-    from overcrank.runtime.render.renderer import Outcome, RenderJob, Watcher
+    from overcrank.runtime.render.renderer import Outcome, RenderJob
 
 REQUEST_OPTIONS = (
     *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
@@ -75,6 +75,11 @@ def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
 
 def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], over: Replace) -> int:
     """`over`: what results may take the place of; in a batch ("own") a job that would take more fails alone."""
+    quiet = options["quiet"] or options["as_json"]
+    if not quiet:
+        click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
+        for note in {note for request, _ in work if (note := prompt_note(variant, request.prompt))}:
+            click.echo(f"note: {note}.", err=True)
     typed(options["dtype"])
     for request, stem in work:
         remove_partial_results(stem)
@@ -91,18 +96,15 @@ def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderReque
     names = [field.name for field in fields(RenderOptions) if options.get(field.name) is not None]
     loading = RenderOptions(**{name: options[name] for name in names})
     loading.quantization()
-    quiet = options["quiet"] or options["as_json"]
     if not options.get("ray"):  # each machine of a cluster has its own cache
         from overcrank.runtime.pipeline.load import checkpoint_folder
 
         checkpoint_folder(options["model"], variant, Store(options["store"]), partial(show.downloading, quiet=quiet))
-    if not quiet:
-        click.echo(f"loading {variant.name} …", err=True)
     jobs = [RenderJob(request, stem, over) for request, stem in work]
     started = time.monotonic()
     try:
-        with _ended_by_signals(), show.watching(jobs, quiet) as watcher:
-            outcomes = _outcomes(options, loading, variant, watcher, jobs)
+        with _ended_by_signals(), show.Display(quiet) as display, show.watching(display, jobs, quiet) as watcher:
+            outcomes = _outcomes(options, loading, variant, jobs, (display, watcher))
     except Terminated as stop:
         sys.stderr.flush()
         os._exit(stop.exit_code)  # threads may be in the middle of a step
@@ -114,13 +116,17 @@ def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderReque
 
 
 def _outcomes(
-    options: dict[str, Any], loading: RenderOptions, variant: Variant, watcher: Watcher, jobs: list[RenderJob]
+    options: dict[str, Any], loading: RenderOptions, variant: Variant, jobs: list[RenderJob], shown: Any
 ) -> list[Outcome]:
+    """`shown`: the display and the watcher that draws on it."""
+    display, watcher = shown
     resume = not options["again"]
     if not options.get("ray"):
         from overcrank.runtime.render.renderer import load_renderer
 
-        return load_renderer(loading, variant, watcher).run(jobs, resume)
+        with display.stage(f"loading {variant.name}"):
+            renderer = load_renderer(loading, variant, watcher)
+        return renderer.run(jobs, resume)
     from overcrank.engines.cluster import connected
     from overcrank.runtime.render.cluster import ClusterRenderer
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from overcrank.errors import IntegrityError, OutdatedBundle
+from overcrank.engines.plan import UNKNOWN, PlanCounts
+from overcrank.errors import IntegrityError, OutdatedBundle, quoted
 from overcrank.export.quantization.recipe import LayerFormat
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -105,9 +107,15 @@ class ComponentEntry(_Model):
     activation_bytes: int | None
     export_seconds: float
     compile_seconds: float
-    lint: str
+    plan: PlanCounts | None = None  # None for one that its reader does not know
+    lint: str = ""  # the sentence that stands in the place of `plan` in bundles of before
     packed: list[PackedEntry] = []
     formats: dict[str, LayerFormat] = {}
+
+    @property
+    def verdict(self) -> str:
+        """What the plan does, in one line."""
+        return self.lint or (self.plan.verdict() if self.plan else UNKNOWN)
 
 
 class Manifest(_Model):
@@ -140,6 +148,23 @@ class Manifest(_Model):
         raise IntegrityError(f"the bundle has no component '{name}'")
 
 
+@dataclass(frozen=True)
+class BundledEngine:
+    """One component's engine in the bundle at `folder`."""
+
+    folder: Path
+    manifest: Manifest
+    entry: ComponentEntry
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / self.entry.engine.name
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / self.entry.graph.name
+
+
 def read_manifest(bundle: Path) -> Manifest:
     """The bundle's manifest; raises IntegrityError naming file and field when it is not one.
 
@@ -154,7 +179,7 @@ def read_manifest(bundle: Path) -> Manifest:
         raise IntegrityError(f"{bundle} is not a bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        where = quoted(".".join(map(str, first["loc"]))) or "the file"
         raise IntegrityError(f"{file}: {where}: {first['msg']}; rebuild the bundle.") from error
 
 
@@ -162,8 +187,8 @@ def _require_schema(bundle: Path, content: bytes) -> None:
     """What cannot be read at all is left to the schema's own complaint."""
     try:
         about = json.loads(content)
-        schema, made_by = int(about["schema_version"]), str(about["overcrank"])
-        words = [str(about[field]) for field in ("model", "target", "precision")]
+        schema = int(about["schema_version"])
+        made_by, *words = (quoted(str(about[f])) for f in ("overcrank", "model", "target", "precision"))
     except (ValueError, KeyError, TypeError, RecursionError):
         return
     if schema != SCHEMA:
@@ -198,14 +223,14 @@ def check_files(bundle: Path, manifest: Manifest) -> list[str]:
 def _wrong_with(bundle: Path, file: File) -> str:
     path = bundle / file.name
     if Path(file.name).name != file.name or "\\" in file.name or file.name.startswith("."):
-        return f"{file.name}: a file name with a path is not allowed"
+        return f"{quoted(file.name)}: a file name with a path is not allowed"
     if path.is_symlink():
-        return f"{file.name} is a link, which is not allowed"
+        return f"{quoted(file.name)} is a link, which is not allowed"
     if not path.is_file():
-        return f"{file.name} is missing"
+        return f"{quoted(file.name)} is missing"
     if path.stat().st_size != file.bytes:  # before a file of any size is read
-        return f"{file.name} does not match the manifest (size differs)"
-    return "" if file_entry(path) == file else f"{file.name} does not match the manifest (SHA-256 differs)"
+        return f"{quoted(file.name)} does not match the manifest (size differs)"
+    return "" if file_entry(path) == file else f"{quoted(file.name)} does not match the manifest (SHA-256 differs)"
 
 
 def profile_line(manifest: Manifest) -> str:

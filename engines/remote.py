@@ -30,7 +30,7 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import serves
 from overcrank.engines.tensorrt import flavour_version
 from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, Signature
-from overcrank.errors import IntegrityError, StoreError, UserError
+from overcrank.errors import IntegrityError, StoreError, UserError, quoted
 from overcrank.files import atomic_write, write_errors
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -279,15 +279,15 @@ def fitting(index: Index, model: str, card: str, precision: str) -> Listed:
     build = f"build-engine --model {shlex.quote(model)} --gpu {card} --precision {precision}"
     alike = [b for b in index.bundles.values() if model in (b.model, b.family)]
     if not alike:
-        have = ", ".join(sorted({b.model for b in index.bundles.values()})) or "nothing"
+        have = ", ".join(sorted({quoted(b.model) for b in index.bundles.values()})) or "nothing"
         raise UserError(f"no engine of {model} is published there, but {have}; build it: {build}")
     here = [b for b in alike if serves(b.target, b.precision, card) and b.precision == precision]
     if not here:
-        have = ", ".join(sorted({f"{b.target} {b.precision}" for b in alike}))
+        have = ", ".join(sorted({quoted(f"{b.target} {b.precision}") for b in alike}))
         raise UserError(f"{model} is published for {have}, not for {card} {precision}; build it: {build}")
     usable = [b for b in here if b.flavour_version == flavour_version(b.flavour)]
     if not usable:
-        have = ", ".join(sorted({f"{b.flavour} {b.flavour_version}" for b in here}))
+        have = ", ".join(sorted({quoted(f"{b.flavour} {b.flavour_version}") for b in here}))
         raise UserError(f"{model} for {card} is published for {have}, which is not installed here; build it: {build}")
     return max(usable, key=lambda b: (b.target == card, b.created))
 
@@ -330,7 +330,7 @@ def _check_listed(listed: Listed) -> None:
     names = [listed.name, *(file.name for file in listed.files)]
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}", name):
-            raise IntegrityError(f"the index has a name that is not allowed: '{name[:80]}'.")
+            raise IntegrityError(f"the index has a name that is not allowed: '{quoted(name)}'.")
     if len(set(names)) != len(names) or not {MANIFEST, SIGNATURE} <= set(names):
         raise IntegrityError(f"{listed.name} in the index lacks its manifest or signature, or has a file twice.")
     for file in listed.files:

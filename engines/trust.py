@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
 from overcrank.engines.manifest import MANIFEST, read_small
-from overcrank.errors import IntegrityError, UserError
+from overcrank.errors import IntegrityError, UserError, quoted
 from overcrank.files import atomic_write, write_errors
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -162,7 +162,7 @@ class Keyring:
         who = self.publishers().get(found.key)
         if who is None:
             raise IntegrityError(
-                f"{what} is signed by '{found.name}' ({found.key[:16]}), who is not trusted here; "
+                f"{what} is signed by '{quoted(found.name)}' ({quoted(found.key, 16)}), who is not trusted here; "
                 f"overcrank keys trust the key that its publisher shows."
             )
         if who.revoked:

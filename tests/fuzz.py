@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +26,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from overcrank.engines.manifest import check_files, read_manifest
-from overcrank.engines.remote import PURPOSE, Remote, _check_listed, fitting, read_index
+from overcrank.engines.remote import PURPOSE, Remote, fitting, pull, read_index
 from overcrank.engines.store import Store
 from overcrank.engines.trust import SIGNATURE, Keyring
-from overcrank.errors import IntegrityError, OvercrankError
+from overcrank.errors import OvercrankError
 from overcrank.models import variant_from_manifest
 
 RESULT = Path(__file__).parent.parent / "bench" / "results" / "fuzz.json"
@@ -61,6 +61,7 @@ class Targets:
     """What is fuzzed: name → a function of bytes; `valid`: documents to begin with."""
 
     def __init__(self, folder: Path, manifest: bytes) -> None:
+        self.taken = self.refused = 0
         self.folder, self.ring, self.store = folder, Keyring(folder / "keys"), Store(folder / "store")
         self.ring.new("studio")
         (folder / "place").mkdir()
@@ -78,7 +79,7 @@ class Targets:
 
     def manifest(self, content: bytes) -> None:
         (self.folder / "bundle" / "manifest.json").write_bytes(content)
-        with suppress(OvercrankError):
+        with self._refused("manifest.json", "bundle"):
             found = read_manifest(self.folder / "bundle")
             check_files(self.folder / "bundle", found)
             variant_from_manifest(found)
@@ -91,16 +92,29 @@ class Targets:
     def envelope(self, content: bytes) -> None:
         (self.folder / "place" / "index.json").write_bytes(content)
         shutil.rmtree(self.store.root / "remotes", ignore_errors=True)
-        with suppress(OvercrankError):
-            index = read_index(Remote(str(self.folder / "place")), self.ring, self.store)
-            for listed in index.bundles.values():
-                _check_listed(listed)
-            fitting(index, "ltx-demo", "sm_89", "bf16")
+        place = Remote(str(self.folder / "place"))
+        with self._refused("index", "published", "bytes free", place.url):
+            index = read_index(place, self.ring, self.store)
+            listed = fitting(index, "ltx-demo", "sm_89", "bf16")
+            pull(place, listed, self.store, self.ring, lambda name, there, size: None)
 
     def signature(self, content: bytes) -> None:
         (self.folder / "bundle" / SIGNATURE).write_bytes(content)
-        with suppress(IntegrityError):
+        with self._refused("bundle", SIGNATURE):
             self.ring.check(self.folder / "bundle")
+
+    @contextmanager
+    def _refused(self, *names: str) -> Iterator[None]:
+        """What is refused is refused in one line, that names what it is of."""
+        said = ""
+        try:
+            yield
+            self.taken += 1
+        except OvercrankError as error:
+            said = str(error)
+            self.refused += 1
+        assert said.isprintable(), repr(said)
+        assert not said or any(name in said for name in names), said
 
 
 # ── edits of valid documents ─────────────────────────────────────────────────────────
@@ -194,7 +208,7 @@ def _one(name: str, folder: Path, seconds: int) -> None:
     targets = Targets(Path(tempfile.mkdtemp(dir=folder)), (folder / "manifest.json").read_bytes())
     corpus = Path(tempfile.mkdtemp(dir=folder))
     (corpus / "valid").write_bytes(targets.valid[name])
-    for function in (read_manifest, check_files, read_index, fitting, _check_listed, Keyring.check, Keyring.who_signed):
+    for function in (read_manifest, check_files, read_index, fitting, pull, Keyring.check, Keyring.who_signed):
         atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=100000"], targets.all[name])
     atheris.Fuzz()

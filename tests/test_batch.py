@@ -28,6 +28,7 @@ def results(folder: Path) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.json"))
 
 
+@pytest.mark.quick
 def test_every_wrong_line_is_named_at_once_and_nothing_is_written(run: Any, tmp_path: Path) -> None:
     jobs = tmp_path / "jobs.jsonl"
     lines = [
@@ -66,6 +67,7 @@ def test_every_wrong_line_is_named_at_once_and_nothing_is_written(run: Any, tmp_
     ("content", "says"),
     [("", "holds no jobs"), ("\n \n", "holds no jobs"), (None, "cannot be read")],
 )
+@pytest.mark.quick
 def test_a_job_file_without_jobs(content: str | None, says: str, run: Any, tmp_path: Path) -> None:
     jobs = tmp_path / "jobs.jsonl"
     if content is not None:

@@ -391,7 +391,7 @@ def test_short_sound_is_written_to_its_end(tmp_path: Path) -> None:
 def test_gifs_last_as_long_as_their_video(fps: float, tmp_path: Path) -> None:
     grey = np.linspace(0, 255, 97).round().astype(np.uint8)[:, None, None, None]
     video = Video(np.broadcast_to(grey, (97, 16, 16, 3)).copy(), fps, np.empty(0))
-    output._write_gif(video, tmp_path / "v.gif")
+    output.write_gif(video, tmp_path / "v.gif")
     durations = []
     with Image.open(tmp_path / "v.gif") as gif:
         for i in range(gif.n_frames):

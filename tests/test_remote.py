@@ -66,18 +66,19 @@ def test_what_is_pushed_is_pulled_whole(place: Path, demo_bundle: Path, tmp_path
 
 
 def test_a_render_uses_what_was_pulled_until_its_key_is_revoked(place: Path, tmp_path: Path, ring: Keyring) -> None:
-    from overcrank.errors import CannotServe
+    from overcrank.engines.refusals import CannotServe, Untrusted
     from overcrank.models import components, resolve
-    from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+    from overcrank.runtime.sessions.select import engine_of, fitting_bundles
 
     path = fetched(place, tmp_path / "store", ring)
     demo = resolve("ltx-demo")
     (denoiser,) = components(demo, ("denoiser",))
     fits = fitting_bundles([path], demo, "sm_89", "bf16")
-    assert bundle_of(denoiser, fits, "rebuild")[0] == path
+    assert engine_of(denoiser, fits).folder == path
     ring.revoke("studio")
-    with pytest.raises(CannotServe, match="whose key was revoked"):
-        bundle_of(denoiser, fits, "rebuild")
+    with pytest.raises(CannotServe, match="whose key was revoked") as caught:
+        engine_of(denoiser, fits)
+    assert isinstance(caught.value.why, Untrusted)
 
 
 @pytest.fixture
@@ -222,29 +223,30 @@ def _other_card(place: Path, ring: Keyring) -> None:
     _edited(place, ring, edit)
 
 
-ATTACKS: dict[str, Callable[[Path, Keyring], None]] = {
-    "index changed": _unsigned_change,
-    "index signed by a stranger of the same name": _stranger,
-    "a file's bit flipped": _blob_changed,
-    "a file without end": _blob_longer,
-    "a file gone": _blob_gone,
-    "bundle name with ..": _name("../outside"),
-    "bundle name absolute": _name("/tmp/outside"),
-    "bundle name hidden": _name(".outside"),
-    "file name with ..": _file("name", "../outside.engine"),
-    "file name absolute": _file("name", "/tmp/outside.engine"),
-    "file name is the manifest's": _file("name", "manifest.json"),
-    "hash with a path": _file("sha256", "../../../../etc/passwd"),
-    "a size of minus one": _file("bytes", -1),
-    "a size of an exabyte": _file("bytes", 10**18),
-    "engine offered for more cards": _other_card,
+ATTACKS: dict[str, tuple[Callable[[Path, Keyring], None], type[OvercrankError], str]] = {
+    "index changed": (_unsigned_change, IntegrityError, "the signature of 'studio' is not of this content"),
+    "index signed by a stranger of the same name": (_stranger, IntegrityError, "who is not trusted here"),
+    "a file's bit flipped": (_blob_changed, IntegrityError, r"denoiser\.\w+ .*does not match its SHA-256"),
+    "a file without end": (_blob_longer, IntegrityError, r"denoiser\.\w+ is longer than the index says"),
+    "a file gone": (_blob_gone, IntegrityError, r"lacks denoiser\.\w+, which its index lists"),
+    "bundle name with ..": (_name("../outside"), IntegrityError, r"a name that is not allowed: '\.\./outside'"),
+    "bundle name absolute": (_name("/tmp/outside"), IntegrityError, "a name that is not allowed: '/tmp/outside'"),
+    "bundle name hidden": (_name(".outside"), IntegrityError, r"a name that is not allowed: '\.outside'"),
+    "file name with ..": (_file("name", "../outside.engine"), IntegrityError, r"not allowed: '\.\./outside\.engine'"),
+    "file name absolute": (_file("name", "/tmp/outside.engine"), IntegrityError, "not allowed: '/tmp/outside.engine'"),
+    "file name is the manifest's": (_file("name", "manifest.json"), IntegrityError, "or has a file twice"),
+    "hash with a path": (_file("sha256", "../../../../etc/passwd"), IntegrityError, r"denoiser\.engine has no SHA-256"),
+    "a size of minus one": (_file("bytes", -1), IntegrityError, r"denoiser\.engine has no SHA-256 or size"),
+    "a size of an exabyte": (_file("bytes", 10**18), StoreError, r"bytes free and denoiser\.engine has"),
+    "engine offered for more cards": (_other_card, IntegrityError, "the index describes another bundle"),
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_of_an_attack_is_accepted(attack: str, place: Path, tmp_path: Path, ring: Keyring) -> None:
-    ATTACKS[attack](place, ring)
-    with pytest.raises(OvercrankError):
+def test_an_attack_is_refused_for_what_it_is(attack: str, place: Path, tmp_path: Path, ring: Keyring) -> None:
+    change, kind, reason = ATTACKS[attack]
+    change(place, ring)
+    with pytest.raises(kind, match=reason):
         fetched(place, tmp_path / "store", ring)
     bundles = tmp_path / "store" / "bundles"
     assert not bundles.exists() or not [p for p in bundles.iterdir() if not p.name.startswith(".")]

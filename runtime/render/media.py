@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from overcrank.errors import RequestError, present
-from overcrank.models import hook
+from overcrank.models import family
 from overcrank.models.base import Media, Variant, VideoShape
 from overcrank.runtime.render.pictures import on_white, picture_of
 
@@ -51,7 +51,7 @@ def media_of(request: RenderRequest, variant: Variant) -> Media:
     images = {i: _padded(fitted_image(path, kept), request.shape) for i, path in paths if path is not None}
     video: list[Image.Image] = []
     if request.video is not None:
-        count, last = hook(variant, "clip_of")(variant, request.shape)
+        count, last = family(variant.family).clip_of(variant, request.shape)
         clip = fitted_video(request.video, kept, count, last, pad=request.crop is not None)
         video = [_padded(picture, request.shape) for picture in clip]
     return Media(images, video, request.strength, present(request.fps, "fps of the request"))

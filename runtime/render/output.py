@@ -63,7 +63,7 @@ def write_results(video: Video, stem: Path, writing: Writing) -> list[Path]:
     shown = _without_folders(writing.about) if writing.metadata else {}
     writers: dict[str, Callable[[Path], None]] = {
         "mp4": lambda p: write_mp4(video, p, shown, writing.audio),
-        "gif": lambda p: _write_gif(video, p),
+        "gif": lambda p: write_gif(video, p),
         "png": lambda p: _write_frames(video.frames, p),
         "sheet": lambda p: contact_sheet(video.frames).save(p),
         "latents": lambda p: _write_latents(video.latents, p),
@@ -182,7 +182,7 @@ def _mux_sound(container: Any, sound: Any, heard: Iterator[Any], seconds: float)
     container.mux(sound.encode(None))
 
 
-def _write_gif(video: Video, path: Path) -> None:
+def write_gif(video: Video, path: Path) -> None:
     """Each frame at its time, in the hundredths of a second that a GIF counts in; of more than 50 a second, some."""
     from PIL import Image
 

@@ -14,17 +14,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from overcrank.engines.refusals import NonFiniteResult, free_memory
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
-from overcrank.models import hook
+from overcrank.models import family
 from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
+from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 from overcrank.runtime.pipeline.load import load, pipeline_for
 from overcrank.runtime.render.media import cropped, media_of
 from overcrank.runtime.render.output import Video, Writing, write_results
@@ -34,7 +36,7 @@ from overcrank.runtime.render.sidecar import about_render
 from overcrank.runtime.render.stepcache import StepCache, threshold_of
 from overcrank.runtime.render.steps import NonFinite, Steps, require_finite
 from overcrank.runtime.sessions.session import Record
-from overcrank.runtime.sessions.workspace import free_memory
+from overcrank.runtime.sessions.workspace import memory_of
 
 if TYPE_CHECKING:
     from overcrank.runtime.pipeline.accelerate import Acceleration
@@ -181,7 +183,7 @@ class Renderer:
 
         device = device_of(self.pipe)
         if isinstance(error, torch.OutOfMemoryError):
-            figures = f" ({free_memory(device)})" if device.type == "cuda" else ""
+            figures = f" ({free_memory(*memory_of(device))})" if device.type == "cuda" else ""
             return f"out of memory{figures}; render fewer frames, a smaller size, with --vram low, or with --lanes 1."
         if isinstance(error, torch.AcceleratorError):
             self._cancelled.set()  # nothing more can be computed in this process
@@ -200,9 +202,7 @@ class Renderer:
                 used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
                 if not used:
                     raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
-                ledger.fall_back(
-                    used, f"the engines gave {error}", "report it with the sidecar; rendered again eagerly"
-                )
+                ledger.fall_back(used, NonFiniteResult(str(error)))
                 with ledger.eagerly():
                     try:
                         video, pipe = self.made(outcome)
@@ -243,7 +243,7 @@ class Renderer:
                     generator=torch.Generator("cpu").manual_seed(request.seed),
                     output_type="np",
                 )
-        frames, sound = hook(variant, "results")(pipe, result)
+        frames, sound = family(variant.family).results(pipe, result)
         outcome.steps = steps.seconds()
         frames = np.asarray(frames)
         require_finite(frames)
@@ -298,8 +298,7 @@ def encoded(pipe: Any, variant: Variant, request: RenderRequest) -> dict[str, An
     negative = request.negative_prompt or ""
     if negative and not guided and negative != variant.rendering(request.task).negative_prompt:
         log.warning("negative_prompt does nothing at guidance %g: only above 1 is it looked at.", request.guidance or 0)
-    made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, negative, guided)
-    return made
+    return family(variant.family).encode(pipe, variant, request.prompt, negative, guided)
 
 
 def call_arguments(
@@ -308,7 +307,7 @@ def call_arguments(
     """Arguments of the pipeline's call, without callback, generator and output type."""
     usual = text | _usual_arguments(request)
     own = dict(variant.rendering(request.task).arguments) | _guidance(request)
-    return _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual | own), usual)
+    return _taken(pipe, family(variant.family).call_arguments(pipe, variant, media, usual | own), usual)
 
 
 def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
@@ -355,7 +354,9 @@ def _own_stream(device: Any) -> Iterator[None]:
 
 
 def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
-    """The pipeline of `options.model`, loaded and accelerated in this process."""
+    """The pipeline of `options.model`, loaded and accelerated in this process, which is for rendering alone."""
+    with uncollected(forever=True), suppress(Exception):  # what cannot be imported, `load` tells
+        pipeline_class(next(iter(variant.tasks.values())))
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from overcrank.errors import RequestError, ShapeError, UserError, present
-from overcrank.models import check_shape, family, hook, local_folder
+from overcrank.models import check_shape, family, local_folder
 from overcrank.models._schedulers import RESCALING
 from overcrank.models.base import Rendering, Variant, VideoShape
 from overcrank.runtime.render.media import length_of, rate_of, require_sound, size_of_picture
@@ -103,7 +103,7 @@ class RenderRequest(BaseModel):
             what = variant.name + (f" with --preset {variant.preset}" if variant.preset else "")
             raise RequestError(f"{what} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
         rendering = variant.rendering(self.task)
-        if self.guidance_until < 1 and not hook(variant, "guides_apart"):
+        if self.guidance_until < 1 and not family(variant.family).guides_apart:
             raise RequestError(
                 f"guidance_until: {variant.name} computes both sides of guidance in one call, so no call would be "
                 f"saved; leave it out."
@@ -167,7 +167,7 @@ class RenderRequest(BaseModel):
         values = {k: v for k, v in usual.items() if getattr(self, k) is None}
         if rendering.sized:
             return values
-        height, width = hook(variant, "size_of")(variant, *size_of_picture(paths["image"]))
+        height, width = family(variant.family).size_of(variant, *size_of_picture(paths["image"]))
         if (self.height or height, self.width or width) != (height, width):
             log.warning(
                 "%s makes the size of its picture's shape (%s takes none): the video is %dx%d.",
@@ -183,7 +183,7 @@ class RenderRequest(BaseModel):
             step, offset = family(variant.family).grid(variant)["frames"]
             asked = max(1, round(self.seconds * present(self.fps, "fps of the request")))
             return asked if self.fit else max(offset or step, round((asked - offset) / step) * step + offset)
-        if self.fit and "video" in paths and not hook(variant, "clip_of")(variant, variant.native)[1]:
+        if self.fit and "video" in paths and not family(variant.family).clip_of(variant, variant.native)[1]:
             return length_of(paths["video"], usual)
         return usual
 

@@ -250,6 +250,8 @@ OWNER = "overcrank preview of"
 
 def _previewer(path: Path) -> str:
     """The token of the process that wrote a preview; "" if it is none."""
+    if not path.exists():
+        return ""
     from PIL import Image
 
     try:
