@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,19 +48,18 @@ def write(stem: Path, *formats: str, over: Any = "nothing", shade: int = 0, **ab
 
 
 def test_an_owner_is_gone_only_when_that_is_proven() -> None:
-    child = subprocess.Popen([sys.executable, "-c", TOKEN], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    owner = Owner.of(child.stdout.readline().strip())
-    assert owner is not None
-    assert owner.pid == child.pid
-    assert not owner.gone()
-    assert replace(owner, start=owner.start + 1).gone(), "its number was given again"
-    assert replace(owner, boot="000000").gone(), "the machine was started anew"
-    assert not replace(owner, host="000000", pid=2**22 + 1).gone(), "nothing is known of another machine"
-    child.kill()
-    while not owner.gone():  # it is a zombie now, which has a number still
-        pass
-    child.wait()
+    with subprocess.Popen([sys.executable, "-c", TOKEN], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        owner = Owner.of(child.stdout.readline().strip())
+        assert owner is not None
+        assert owner.pid == child.pid
+        assert not owner.gone()
+        assert replace(owner, start=owner.start + 1).gone(), "its number was given again"
+        assert replace(owner, boot="000000").gone(), "the machine was started anew"
+        assert not replace(owner, host="000000", pid=2**22 + 1).gone(), "nothing is known of another machine"
+        child.kill()
+        while not owner.gone():  # it is a zombie now, which has a number still
+            time.sleep(0.01)
     assert owner.gone()
     assert Owner.of("v2.1-2-abcdef-abcdef") is None
 
@@ -68,17 +68,16 @@ def test_a_process_of_another_namespace_is_not_taken_for_one_of_this() -> None:
     words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", TOKEN]
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not here")
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    token = child.stdout.readline().strip()
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        assert child.stdout is not None
+        token = child.stdout.readline().strip()
+        child.kill()
     if not token:
         pytest.skip("a PID namespace needs root")
     owner = Owner.of(token)
     assert owner is not None
     assert owner.host != Owner.here().host
     assert not owner.gone()
-    child.kill()
-    child.wait()
 
 
 def test_a_job_leaves_alone_what_another_of_a_like_name_is_writing(tmp_path: Path) -> None:
