@@ -67,6 +67,10 @@ def test_prompts_are_lines_that_end_in_line_feeds(tmp_path: Path) -> None:
         (b'{"prompt": "x", "fps": 0.0004}', "line 1: fps: input should be greater than or equal to 0.1 (got 0.0004)"),
         (b'{"prompt": "\\ud800"}', "line 1: prompt"),
         (b'{"prompt": "x", "image": "/dev/null"}', "line 1: image /dev/null is no file"),
+        (
+            b'{"prompt": "x", "crop": [64, 65, 17]}',
+            "line 1: crop [64, 65, 17]: give height, width and frames within [64, 64",
+        ),
         (b'{"prompt": "x", "frames": 9, "seconds": 1}', "line 1: seconds and frames both say how long"),
     ],
 )

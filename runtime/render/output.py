@@ -60,6 +60,8 @@ def write_results(video: Video, stem: Path, writing: Writing) -> list[Path]:
     Raises StoreError when the folder cannot be written or is full, RequestError for what is in the way: nothing of
     this result is left then, and what was there before is as it was.
     """
+    import numpy as np
+
     shown = _without_folders(writing.about) if writing.metadata else {}
     writers: dict[str, Callable[[Path], None]] = {
         "mp4": lambda p: write_mp4(video, p, shown, writing.audio),
@@ -75,7 +77,7 @@ def write_results(video: Video, stem: Path, writing: Writing) -> list[Path]:
         for name, path in final.items():
             writers[name](work / path.name)
             listed.append({"format": name, "name": path.name} | described(work / path.name))
-        digest = hashlib.sha256(video.frames.tobytes()).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(video.frames)).hexdigest()
         about = _relative(writing.about, stem.parent) | {"frames_sha256": digest, "files": listed}
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         (work / sidecar_path(stem).name).write_text(text, "utf-8", errors="backslashreplace")

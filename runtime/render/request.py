@@ -195,6 +195,9 @@ class RenderRequest(BaseModel):
                 check_shape(variant, asked)
             except ShapeError as error:
                 raise ShapeError(f"{error} {FITTING}") from error
+            computed = (asked.height, asked.width, asked.frames)
+            if self.crop and any(not 1 <= kept <= whole for kept, whole in zip(self.crop, computed, strict=True)):
+                raise RequestError(f"crop {list(self.crop)}: give height, width and frames within {list(computed)}.")
             return {"seconds": None}
         sizes = {}
         for axis, (step, offset) in family(variant.family).grid(variant).items():

@@ -176,8 +176,15 @@ def place(work: Path, stem: Path, formats: tuple[str, ...], replace: Replace) ->
 def remove_partial_results(stem: Path) -> None:
     """Undo what an interrupted write of this result left behind, of this process or one that is gone."""
     for work in stem.parent.glob(f".{glob.escape(stem.name)}.*.part"):
-        if _may_go(work.name.removeprefix(f".{stem.name}.").removesuffix(".part").removesuffix(".gone")):
-            _discard(work, stem)
+        token = work.name.removeprefix(f".{stem.name}.").removesuffix(".part")
+        if not _may_go(token.removesuffix(".gone")):
+            continue
+        if token != Owner.here().token and not token.endswith(".gone"):
+            try:
+                work = work.rename(_hidden(stem))  # of several processes that find it, one undoes it
+            except OSError:
+                continue
+        _discard(work, stem)
     if _may_go(_previewer(preview_path(stem))):
         preview_path(stem).unlink(missing_ok=True)
 
@@ -204,6 +211,8 @@ def _former(work: Path) -> Path:
 
 def _discard(work: Path, stem: Path) -> None:
     """Remove a hidden folder; if its results are in place without their sidecar, what was there before comes back."""
+    if not os.path.lexists(work):  # `stop_writing` was here
+        return
     sidecar, former = sidecar_path(stem), _former(work)
     about = _read(work / sidecar.name)
     if about is not None and former.is_dir() and not os.path.lexists(sidecar):
