@@ -77,7 +77,7 @@ def write_results(video: Video, stem: Path, writing: Writing) -> list[Path]:
         for name, path in final.items():
             writers[name](work / path.name)
             listed.append({"format": name, "name": path.name} | described(work / path.name))
-        digest = hashlib.sha256(np.ascontiguousarray(video.frames)).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(video.frames).data).hexdigest()
         about = _relative(writing.about, stem.parent) | {"frames_sha256": digest, "files": listed}
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         (work / sidecar_path(stem).name).write_text(text, "utf-8", errors="backslashreplace")
