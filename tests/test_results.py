@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from overcrank.errors import RequestError, StoreError
 from overcrank.files import Owner
 from overcrank.runtime.render.output import Video, Writing, write_results
@@ -155,6 +158,34 @@ def test_render_asks_and_overwrites(run: Any, tmp_path: Path) -> None:
     assert kill_sweep.contents(tmp_path) == before
     assert run("overcrank", *words, "--seed", 1, "--overwrite").exit_code == 0
     assert kill_sweep.contents(tmp_path) != before
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_sidecars_of_an_attacker_take_nothing(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever they list, files that are not beside them, and not as they tell, stay."""
+    folder = tmp_path / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (tmp_path / "letter.txt").write_text("a user's")
+    (folder / "x.txt").write_text("a user's")
+    anything = st.none() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+    names = st.sampled_from(
+        ["x.gif", "x-frames", "..", ".", "", "../letter.txt", "x.txt", str(tmp_path / "letter.txt"), "x\0"]
+    )
+    entry = st.fixed_dictionaries(
+        {"name": names | anything},
+        optional={"bytes": anything, "count": anything | st.just(10**15), "sha256": anything},
+    )
+    about = data.draw(st.fixed_dictionaries({"overcrank": anything, "files": st.lists(entry, max_size=3) | anything}))
+    (folder / "x.json").write_text(json.dumps(about | {"request_sha256": "1"}))
+    is_complete(folder / "x", "1")
+    with contextlib.suppress(RequestError):
+        write(folder / "x", "gif", over="own")
+    write(folder / "x", "gif", over="all")
+    assert is_complete(folder / "x", "1")
+    assert (tmp_path / "letter.txt").read_text() == (folder / "x.txt").read_text() == "a user's"
+    assert {p.name for p in folder.iterdir()} == {"x.gif", "x.json", "x.txt"}
 
 
 # ── previews ─────────────────────────────────────────────────────────────────────────

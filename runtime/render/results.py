@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIXES = {"mp4": ".mp4", "gif": ".gif", "png": "-frames", "sheet": ".sheet.png", "latents": ".latents.safetensors"}
-FRAME = "{:05}.png"
+FRAME, MOST_FRAMES = "{:05}.png", 1_000_000
 BESIDE_NAME = 64
 """Bytes that the longest name of a result has beside the result's own: a hidden folder's."""
 Replace = Literal["nothing", "own", "all"]
@@ -107,11 +107,18 @@ def _read(sidecar: Path) -> dict[str, Any] | None:
     """A sidecar's content; None for a file that is missing or no sidecar."""
     try:
         about = json.loads(sidecar.read_text("utf-8"))
-        if about["overcrank"] and all(Path(entry["name"]).name == entry["name"] for entry in about["files"]):
+        if about["overcrank"] and all(map(_is_entry, about["files"])):
             return dict(about)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether it tells of a file, or a folder of frames, beside its sidecar."""
+    name, kind = entry["name"], "count" if "count" in entry else "bytes"
+    beside = bool(name) and Path(name).name == name and name not in (".", "..") and "\0" not in name
+    return beside and type(entry[kind]) is int and 0 <= entry[kind] < (MOST_FRAMES if kind == "count" else 2**63)
 
 
 def _listed(stem: Path) -> list[dict[str, Any]]:
