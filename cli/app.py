@@ -231,8 +231,11 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
 @click.option("--height", type=int, help="Pixels [default: the model's native].")
 @click.option("--width", type=int, help="Pixels [default: the model's native].")
 @click.option("--frames", type=int, help="How many [default: the model's native].")
+@click.option("--seconds", type=float, help="In place of --frames: as many as come next to it.")
+@click.option("--fit", is_flag=True, help="A size the model cannot make is rounded up, and cropped back.")
 @click.option("--fps", type=float, help="Frames a second of the file [default: the model's].")
 @click.option("--formats", default="", help="Of mp4, gif, png, sheet, latents [default: OUT's suffix and sheet].")
+@click.option("--overwrite", is_flag=True, help="Replace a result of this name, with all its files.")
 def render(**options: Any) -> None:
     """Render one video: an MP4, its contact sheet, and a JSON sidecar that reproduces it."""
     from overcrank.cli.render import render_one

@@ -91,5 +91,7 @@ class RenderOptions(LoadOptions):
     """Step caching: off, safe, fast, or a threshold from 0 to 1."""
     preview: bool = False
     """Write a picture at each denoising step."""
+    metadata: bool = True
+    """Write into MP4s what they were made of."""
     lanes: int | None = None
     """Jobs at a time, 1 to 4 [default: 2 on a GPU of 24 GB or more, else 1]."""

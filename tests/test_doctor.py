@@ -183,7 +183,7 @@ def test_a_render_without_cuda_names_the_wheel(tmp_path: Path, monkeypatch: pyte
     assert "is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090; install the wheel" in made.output
     assert "warning: rendering on the processor, in ONNX Runtime: PyTorch" in made.output
     assert "eager" not in made.output
-    refused = run("overcrank", *words, "--device", "cuda")
+    refused = run("overcrank", *words, "--overwrite", "--device", "cuda")
     assert refused.exit_code == 2
     assert "--device cuda: PyTorch" in refused.output
     assert "+cu130" in refused.output

@@ -451,7 +451,7 @@ def test_a_render_pulls_what_the_store_lacks(
     from overcrank.engines import targets
     from overcrank.engines.cards import Card
 
-    words = ["--prompt", "x", "--steps", 1, "--backend", "eager", "-o", tmp_path / "a.mp4"]
+    words = ["--prompt", "x", "--steps", 1, "--backend", "eager", "-o", tmp_path / "a.mp4", "--overwrite"]
     words += ["--store", tmp_path / "store"]
     without = run("overcrank", "render", *words, "--pull", place)
     assert without.exit_code == 0, without.output

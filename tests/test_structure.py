@@ -146,6 +146,7 @@ def test_a_wrong_command_on_a_page_would_be_seen(words: str) -> None:
 
 OF_OTHERS = {
     *("_replace", "_fields", "_asdict"),  # of named tuples
+    "_exit",  # of os
     *("_parameters", "_modules"),  # of torch's modules
     *("_hf_hook", "_reset_stateful_cache", "_interrupt", "_current_timestep", "_get_mllm_prompt_embeds"),  # diffusers
 }

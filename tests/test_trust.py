@@ -22,7 +22,7 @@ from overcrank.engines.store import Store
 from overcrank.engines.trust import LOW_ORDER, Keyring, fingerprint
 from overcrank.errors import IntegrityError, StoreError, UserError
 from overcrank.models import components, resolve
-from overcrank.runtime.sessions.select import fitting_bundles
+from overcrank.runtime.sessions.select import engine_of, fitting_bundles
 
 FLIPS = 200
 

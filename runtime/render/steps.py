@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import RenderError
 from overcrank.models import family
 from overcrank.runtime.pipeline.accelerate import device_of
-from overcrank.runtime.render.output import write_preview
+from overcrank.runtime.render.results import write_preview
 
 if TYPE_CHECKING:
     import numpy as np
