@@ -156,13 +156,13 @@ def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
     found = list(find_problems(where))
     if as_json:
         items = described(found)
-        print_json("engines fsck", problems=items, removed=remove(found) if repair else 0)
+        print_json("engines fsck", problems=items, removed=remove(found, where) if repair else 0)
         sys.exit(1 if found and not repair else 0)
     print_items(found, where)
     if not found:
         click.echo(f"OK: {len(where.list())} bundles and their caches in {where.root} verified")
     elif repair:
-        click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
+        click.echo(f"removed {len(found)}, {human_bytes(remove(found, where))}")
     else:
         click.echo(f"{len(found)} items are damaged or left over; --repair deletes them", err=True)
         sys.exit(1)
@@ -200,7 +200,8 @@ def engines_gc(
     size = parse_size(max_size, "--max-size") if max_size is not None else None
     if as_json and not (yes or dry_run):
         raise UserError("--json asks nothing: add --yes to remove, or --dry-run to see what would be removed.")
-    found = removable(where, age, size, unneeded["other_versions"], frozenset(gone_hosts))
+    gone = frozenset(gone_hosts)
+    found = removable(where, age, size, unneeded["other_versions"], gone)
     for host, count in unknown_owners(where).items():
         if host not in gone_hosts:
             echo(
@@ -208,7 +209,7 @@ def engines_gc(
             )
     if as_json:
         items = described(found)
-        print_json("engines gc", items=items, removed=0 if dry_run else remove(found))
+        print_json("engines gc", items=items, removed=0 if dry_run else remove(found, where, gone))
         return
     print_items(found, where)
     total = human_bytes(sum(item.bytes for item in found))
@@ -218,7 +219,7 @@ def engines_gc(
     if not yes and not click.confirm(f"remove {len(found)} items, {total}?"):
         click.echo("nothing was removed")
         return
-    click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
+    click.echo(f"removed {len(found)}, {human_bytes(remove(found, where, gone))}")
 
 
 @engines.command("sign", cls=Command)

@@ -173,10 +173,15 @@ def _last_used(path: Path) -> float:
     return max(max(f.stat().st_mtime, f.stat().st_atime if f.is_file() else 0.0) for f in files)
 
 
-def remove(items: Sequence[Item]) -> int:
-    """Bytes that are free now; a folder goes out of sight before it is deleted."""
+def remove(items: Sequence[Item], store: Store, gone_hosts: frozenset[str] = frozenset()) -> int:
+    """Bytes that are free now; a folder goes out of sight before it is deleted.
+
+    What a process began to work on since it was listed, which may be a while ago, stays.
+    """
     freed = 0
     for item in items:
+        if store.is_worked_on(item.path, gone_hosts):
+            continue
         size = item.bytes
         with write_errors(item.path):
             if item.path.is_dir() and not item.path.is_symlink():

@@ -333,7 +333,7 @@ def main(kills: int, seed: int, root: Path) -> dict[str, Any]:
     found["batch"] = soak(Batch(root), 2 * share, rng)
     print("batch", found["batch"], flush=True)
     for store in (Store(build.store), Store(root / "pulled")):
-        remove(removable(store))
+        remove(removable(store), store)
         assert not list(find_problems(store)), "fsck finds something after gc"
     return found
 

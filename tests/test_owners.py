@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from overcrank.engines.maintenance import DAY, find_problems, removable, stale_files, unknown_owners
+from overcrank.engines.maintenance import DAY, find_problems, removable, remove, stale_files, unknown_owners
 from overcrank.engines.place import Remote
 from overcrank.engines.remote import push
 from overcrank.engines.store import Store, pull_lock
@@ -150,7 +150,12 @@ def test_gc_leaves_a_running_pull_whatever_its_clock(store: Store, clock: str) -
     with store.lock(pull_lock(pulling.name.removeprefix(".pulling-"))), store.lock(("ab" * 32)[:16]):
         assert removable(store) == []
         assert seen_from(store) == "[]"
-    names = {item.path for item in removable(store)}
+    listed = removable(store)
+    with store.lock(pull_lock(pulling.name.removeprefix(".pulling-"))):  # taken up while gc asked whether it may
+        remove(listed, store)
+        assert pulling.exists()
+        assert building.exists() is (clock == "new")
+    names = {item.path for item in listed}
     assert names == ({pulling, building} if clock == "old" else set())
 
 
