@@ -18,7 +18,7 @@ from overcrank.export.quantization.pack import Part, write_pack
 from overcrank.export.quantization.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.export.weights import Parameter, checkpoint_values
 from overcrank.files import atomic_write
-from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.pipeline.checkpoint import require_calibrated_on
 from overcrank.runtime.pipeline.lora import Lora
@@ -137,4 +137,4 @@ def _loras(variant: Variant, folder: Path, arguments: Sequence[str]) -> list[Lor
             there = [part for part in (component.subfolder, *component.also_serves) if (folder / part).is_dir()]
             known |= dict.fromkeys(there, module)
     pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
-    return read_loras(asked, pipeline, known, hook(variant, "PART_WORDS"))
+    return read_loras(asked, pipeline, known, family(variant.family).part_words)

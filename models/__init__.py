@@ -13,7 +13,7 @@ from overcrank.models._hub_files import INDEX
 from overcrank.models.base import Config, Repository, Variant, VideoShape
 from overcrank.models.hub import hub_folder, hub_json, read_json
 from overcrank.models.matching import completed_variant, variant_from_configs, variant_from_manifest
-from overcrank.models.registry import components, families, family, hook, main_part, published
+from overcrank.models.registry import components, families, family, main_part, published, variant_named
 
 __all__ = [
     "check_shape",
@@ -21,12 +21,12 @@ __all__ = [
     "components",
     "families",
     "family",
-    "hook",
     "hub_folder",
     "local_folder",
     "main_part",
     "packaged_model",
     "parameter_counts",
+    "prompt_note",
     "resolve",
     "variant_from_configs",
     "variant_from_manifest",
@@ -63,27 +63,27 @@ def resolve(model: str) -> Variant:
     Raises ModelError with the nearest names, or with what the folder lacks.
     """
     names = families()
-    known = published()
-    if model in names or model in known:
-        return completed_variant(known[family(model).DEFAULT if model in names else model])
+    known = variant_named(family(model).default if model in names else model)
+    if known is not None:
+        return completed_variant(known)
     path = Path(model).expanduser()
     if path.exists():
         return _from_folder(path)
     if path.is_symlink():
         raise ModelError(f"{path} is a link to {path.readlink()}, which is not there.")
-    by_hub = _known_repository(model, known)
+    by_hub = _known_repository(model)
     if by_hub is not None:
         return completed_variant(by_hub)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_hub(model)
-    close = difflib.get_close_matches(model, [*names, *known], n=3, cutoff=0.4)
+    close = difflib.get_close_matches(model, [*names, *published()], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}."
     raise ModelError(f"Unknown model '{model}' (not a family, a variant, a folder or a hub id like owner/name): {hint}")
 
 
-def _known_repository(model: str, known: Mapping[str, Variant]) -> Variant | None:
+def _known_repository(model: str) -> Variant | None:
     """The published variant of a hub id; ids that differ only in case, and former ones, are the same model's."""
-    for variant in known.values():
+    for variant in published().values():
         source = variant.sources[0] if variant.sources and not variant.hub_file else None
         if source is not None and model.lower() in (name.lower() for name in (source.id, *source.former)):
             return variant
@@ -154,9 +154,16 @@ def packaged_model() -> str:
     return next(v.name for v in published().values() if v.packaged)
 
 
+def prompt_note(variant: Variant, prompt: str) -> str:
+    """What a model in this package knows, when the prompt asks for something else; empty for other models."""
+    from overcrank.models.demo import captions
+
+    return captions.note(prompt) if variant.packaged else ""
+
+
 def local_folder(model: str) -> Path | None:
     """The diffusers folder that `model` names: one on disk, or one that ships with this package."""
-    known = published().get(model)
+    known = variant_named(model)
     if known is not None and known.packaged:
         return Path(__file__).parent / known.packaged
     path = Path(model).expanduser()

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from overcrank.errors import ModelError
+from overcrank.models._family import Family
 from overcrank.models.base import Config, Variant
 from overcrank.models.network import as_class_sees, class_fields, completed, network, short, unknown_fields
-from overcrank.models.registry import families, family, published
+from overcrank.models.registry import families, family, published, variant_named
 
 log = logging.getLogger("overcrank")
 _warned: set[tuple[str, str]] = set()
@@ -28,10 +29,11 @@ def variant_from_configs(
     """
     sources = tuple(sources)
     for owner in families():
-        module = family(owner)
-        if denoiser not in module.DENOISER_CLASSES:
+        if denoiser not in family(owner).denoiser_classes:
             continue
-        alike = [v for v in _default_first(module) if denoiser in {c.rpartition(".")[2] for c in _classes(v).values()}]
+        alike = [
+            v for v in _default_first(family(owner)) if denoiser in {c.rpartition(".")[2] for c in _classes(v).values()}
+        ]
         nearest = max(alike, key=lambda v: _likeness(v, configs, pipeline, (name, *sources)))
         classes = _classes(nearest)
         for part, cls in classes.items():
@@ -96,7 +98,7 @@ def _sized(made: Variant, alike: Iterable[Variant]) -> Variant:
 
 def variant_from_manifest(manifest: Any) -> Variant:
     """The variant a bundle was built from: the published one it follows, with the bundle's configurations."""
-    known = published().get(manifest.like) or _default_first(family(manifest.family))[0]
+    known = variant_named(manifest.like) or _default_first(family(manifest.family))[0]
     return replace(
         known,
         name=manifest.model,
@@ -120,8 +122,8 @@ def same_networks(a: Variant, b: Variant) -> bool:
     return ours == theirs
 
 
-def _default_first(module: Any) -> list[Variant]:
-    return sorted(module.VARIANTS, key=lambda v: v.name != module.DEFAULT)
+def _default_first(own: Family) -> list[Variant]:
+    return sorted(own.variants, key=lambda v: v.name != own.default)
 
 
 def _classes(variant: Variant) -> dict[str, str]:
@@ -138,7 +140,7 @@ def _likeness(
         (as_class_sees(cls, variant.configs[part]), as_class_sees(cls, configs[part]) if part in configs else {})
         for part, cls in _classes(variant).items()
     ]
-    known = {part for v in published().values() if v.family == variant.family for part in _classes(v)}
+    known = {part for v in family(variant.family).variants for part in _classes(v)}
     pairs = [(ours[f], given[f]) for ours, given in seen for f in ours if given]
     scheduler = variant.configs.get("scheduler", {})
     return (

@@ -14,6 +14,8 @@ from overcrank.runtime.pipeline.lora import merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.quick
+
 LAYERS = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.5.ff.net.2")
 RANK = 4
 
@@ -41,6 +43,7 @@ def module() -> Any:
 @pytest.mark.parametrize(
     ("prefix", "alpha"), [("transformer.", None), ("diffusion_model.", None), ("transformer.", 2.0)]
 )
+@pytest.mark.heavy
 def test_a_lora_is_added_to_the_weights(module: Any, tmp_path: Path, prefix: str, alpha: float | None) -> None:
     from diffusers import LTXPipeline
     from safetensors.torch import load_file
@@ -79,6 +82,7 @@ def test_a_lora_of_another_model_is_refused_with_its_keys(module: Any, tmp_path:
         read_loras([lora_of(str(file))], LTXPipeline, {"transformer": module}, {})
 
 
+@pytest.mark.heavy
 def test_a_render_takes_loras_and_says_so(module: Any, tmp_path: Path, run: Any) -> None:
     file = lora_file(tmp_path / "l.safetensors", module)
     for name, more in {"plain": (), "none": ("--lora", f"{file}:0"), "much": ("--lora", f"{file}:4")}.items():

@@ -12,18 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.cards import Card
+from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
+from overcrank.engines.refusals import CannotServe, OffCard
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
-from overcrank.errors import CannotServe, StoreError, UserError
+from overcrank.errors import StoreError, UserError
+from overcrank.export.packaged import packaged_graph
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged, option
 from overcrank.runtime.options import AccelerateOptions
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
-from overcrank.runtime.sessions.select import fitting_bundles, pull_missing, rebuild_command
+from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
 from overcrank.runtime.sessions.session import EAGER, Ledger, Session
-from overcrank.runtime.sessions.sources import BundledGraphs, Engines, Quantization, graph_session, require_renderable
+from overcrank.runtime.sessions.sources import (
+    BundledGraphs,
+    Engines,
+    GraphsHere,
+    Quantization,
+    graph_session,
+    require_renderable,
+)
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -219,25 +229,54 @@ def _in_onnx_runtime(found: Acceleration, store: Store, bundle: Path | None) -> 
     if bundle is None:
         return lambda c, part, module: graph_session(c, part, module, store, found.quantization)
     fitting = [require_renderable(bundle, found.variant, found.quantization)]
-    rebuild = rebuild_command(found.variant, fitting[0][1].target)
-    return BundledGraphs(found.quantization, store, fitting, rebuild, found.bundles).session
+    found.ledger.build = build_command(found.variant, fitting[0][1].target)
+    return BundledGraphs(found.quantization, store, fitting, found.bundles).session
 
 
 def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: Path | None, slow: bool) -> SessionMaker | None:
     variant, ledger, quantization = found.variant, found.ledger, found.quantization
     try:
         card = _card(pipe)
+    except CannotServe as error:
+        session = _without_card(pipe, found, store, bundle, error) if found.backend == "auto" else None
+        if session is None:
+            _all_eager(found, error)
+        return session
+    ledger.build = build_command(variant, card.target)
+    try:
         candidates = [bundle] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
-        names = [c.name for c in components(variant)]
-        ledger.fall_back(names, error.reason, error.fix, standing=True)
+        _all_eager(found, error)
         return None
-    rebuild = rebuild_command(variant, card.target)
-    return Engines(
-        quantization, store, fitting, rebuild, found.bundles, slow, card=card, workspace=found.workspace
-    ).session
+    return Engines(quantization, store, fitting, found.bundles, slow, card=card, workspace=found.workspace).session
+
+
+def _all_eager(found: Acceleration, error: CannotServe) -> None:
+    names = [c.name for c in components(found.variant)]
+    found.ledger.fall_back(names, error.why, standing=True)
+
+
+def _without_card(
+    pipe: Any, found: Acceleration, store: Store, bundle: Path | None, error: CannotServe
+) -> SessionMaker | None:
+    """Sessions of the graphs that are here, in ONNX Runtime; None if there are none, or a card could be used.
+
+    `error`: why no card is; of one that is in this machine it is told.
+    """
+    import torch
+
+    variant = found.variant
+    if found.quantization is not None or device_of(pipe).type != "cpu" or torch.cuda.is_available():
+        return None
+    candidates = [bundle] if bundle else [path for path, _ in store.list()]
+    bundles = bundles_with_graphs(candidates, variant)
+    if not bundles and (bundle or not any(packaged_graph(c) for c in components(variant))):
+        return None
+    if no_card():
+        log.warning("rendering on the processor, in ONNX Runtime: %s.", error)
+    return GraphsHere(None, store, bundles, found.bundles, packaged=not bundle).session
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -253,10 +292,8 @@ def _card(pipe: Any) -> Card:
     device = device_of(pipe)
     if device.type != "cuda":
         usable = torch.cuda.is_available()
-        if not usable and (reason := no_card()):
-            raise CannotServe(*reason)
-        there = " (one is here: pipe.to('cuda'))" if usable else ""
-        raise CannotServe(f"the pipeline is on {device.type}, not on an NVIDIA GPU{there}", "render on one")
+        why = None if usable else no_card()
+        raise CannotServe(why or OffCard(device.type, card_here=usable))
     card = card_of(device)
     require_driver(card)
     return card
@@ -300,6 +337,4 @@ def _look_for_others(
         found = getattr(owner, attribute, None) if attribute else owner
         if getattr(found, "_orig_mod", found) is not module.module:
             place = f"pipe.{part}.{attribute}".rstrip(".")
-            ledger.fall_back(
-                [module.name], f"{place} is not the one that was accelerated", "call accelerate(pipe) again"
-            )
+            ledger.fall_back([module.name], ModuleChanged(ModuleChange.REPLACED, place))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
 from overcrank.export.quantization.pack import require_loras
-from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Preset, Variant
 from overcrank.models.hub import Watch, progress_bar
 from overcrank.models.presets import fetched, with_preset
@@ -23,6 +23,7 @@ from overcrank.options import merged, option
 from overcrank.runtime.options import LoadOptions
 from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, file_variant, require_calibrated_on, require_whole
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
+from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
@@ -60,7 +61,7 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     dtypes = dtypes_of(variant, device, asked.dtype)
     check_parts(dtypes if asked.dtype else {}, folder)
     pipe = _read(folder, variant, dtypes)
-    hook(variant, "prepare")(pipe, variant)
+    family(variant.family).prepare(pipe, variant)
     loras = _merged(pipe, variant, files)
     quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
@@ -86,13 +87,8 @@ def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch =
 
 def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
     """The pipeline of the variant's first task, on the processor, as diffusers reads it, after a look at its files."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
     name = next(iter(variant.tasks.values()))
-    pipeline = getattr(diffusers, name)
+    pipeline = pipeline_class(name)
     kind = file_variant(folder, variant)
     require_whole(folder, pipeline, kind)
     try:
@@ -131,7 +127,7 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
 def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
     """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
     parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = read_loras(files, type(pipe), parts, hook(variant, "PART_WORDS"))
+    loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
     merge(loras, parts)
     return [lora.about() for lora in loras]
 
@@ -155,7 +151,7 @@ def _usable_device(device: str | None) -> str:
         raise UserError(f"{option('device', device)}: use cpu, cuda, or cuda:N.")
     if device.startswith("cuda") and not there:
         if reason := no_card():
-            raise UserError(f"{option('device', device)}: {'; '.join(reason)}.")
+            raise UserError(f"{option('device', device)}: {reason.sentence()}.")
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
         found = f"PyTorch {torch.__version__} finds no NVIDIA GPU here{why}"

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from overcrank.engines.manifest import ComponentEntry
-from overcrank.errors import CannotServe
+from overcrank.engines.module_refusals import NoParameter, NoRange
+from overcrank.engines.refusals import CannotServe
+from overcrank.errors import CheckpointError
 from overcrank.export.quantization.packing import packed_tensors
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
 from overcrank.export.weights import Parameter
@@ -14,6 +16,15 @@ from overcrank.models.base import Component
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+PACKED_TYPES = {
+    "float8e4m3fn": "float8_e4m3fn",
+    "int8": "int8",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float4e2m1": "uint8",
+}
+"""ONNX's names of what packs hold → PyTorch's."""
 
 
 def parameters_of(entry: ComponentEntry) -> tuple[Parameter, ...]:
@@ -38,13 +49,27 @@ def packed_parameters(
     device = next(module.parameters()).device
     for layer, form in formats.items():
         if missing := unmeasured(layer, form, ranges):
-            raise CannotServe(
-                f"{missing} needs a range that no recipe gives",
-                "calibrate, and render with --recipe, or build with --activations dynamic",
-            )
+            raise CannotServe(NoRange(missing))
         for role, tensor in packed_tensors(layer, form, weight, ranges, compute).items():
             made[f"{layer}.{role}"] = tensor.to(device)
     return made
+
+
+def require_packed(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for packed tensors that are not all of the types and shapes that the manifest says.
+
+    An engine is told addresses alone, and reads as many bytes as it was compiled for.
+    """
+    for packed in entry.packed:
+        tensor, wanted = packs.get(packed.input), packed.shape
+        if packed.dtype == "float4e2m1":  # two values in a byte
+            wanted = [*wanted[:-1], wanted[-1] // 2]
+        there = None if tensor is None else (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        if there != (PACKED_TYPES.get(packed.dtype), wanted):
+            raise CheckpointError(
+                f"the weight pack has {packed.input} {'not at all' if there is None else f'as {there[0]} {there[1]}'}, "
+                f"and the engine takes it as {packed.dtype} {packed.shape}; pack it again with the engine's recipe."
+            )
 
 
 def compute_of(entry: ComponentEntry) -> str:
@@ -63,10 +88,7 @@ def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Par
     for parameter in wanted:
         own = named.get(parameter.name.removeprefix(prefix))
         if own is None or tuple(own.shape) != parameter.module_shape:
-            raise CannotServe(
-                f"the {component.subfolder} has no parameter {parameter.name} of shape {list(parameter.module_shape)}",
-                "fuse LoRAs (pipe.fuse_lora(), pipe.unload_lora_weights()) and load the checkpoint unquantized",
-            )
+            raise CannotServe(NoParameter(component.subfolder, parameter.name, parameter.module_shape))
         bound[parameter.input] = own
     return bound
 
