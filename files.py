@@ -54,14 +54,19 @@ def atomic_write(path: Path, mode: int | None = None) -> Iterator[Path]:
 
 def commit(part: Path, path: Path) -> None:
     """Sync a file, or a folder with all that is in it, and only then give it the name `path`, which is synced too."""
-    for folder, _, names in os.walk(part):
+    sync(part)
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    """A file's content, or a folder's with all below it, is on the disk when this returns."""
+    for folder, _, names in os.walk(path):
         for name in names:
             _sync(Path(folder) / name)
         sync_folder(Path(folder))
-    if part.is_file():
-        _sync(part)
-    part.replace(path)
-    sync_folder(path.parent)
+    if path.is_file():
+        _sync(path)
 
 
 def _sync(file: Path) -> None:

@@ -54,6 +54,11 @@ def owner_in(text: str) -> Owner | None:
     return Owner(match["host"], match["boot"], *(int(match[n]) for n in ("space", "pid", "started"))) if match else None
 
 
+def owner_of(tag: str) -> Owner | None:
+    """The owner whose tag this is, and nothing else."""
+    return owner_in(tag) if TAG.fullmatch(tag) else None
+
+
 def this_process() -> Owner:
     return Owner(*_machine(), os.getpid(), _started(os.getpid()) or 0)  # not cached: processes fork
 

@@ -18,6 +18,13 @@ def human_bytes(count: int | None) -> str:
     return "unknown" if count is None else ByteSize(count).human_readable(decimal=True, separator=" ")
 
 
+def human_seconds(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "3.5 h"; no finer than an estimate is."""
+    if seconds < 95:
+        return f"{max(10, round(seconds / 10) * 10)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def parse_size(text: str, option: str) -> int:
     """Bytes of "8GB" (10^9 each), "8GiB" (2^30 each) or a plain number; raises UserError naming the option."""
     from pydantic import ByteSize, TypeAdapter, ValidationError

@@ -50,24 +50,25 @@ def published(bundle: Listed) -> dict[str, Any]:
 
 
 def print_list(store: Store) -> None:
-    from rich.table import Table
-
+    """Each bundle's name on a line of its own, unbroken for pasting, and what it is below."""
     found = store.list()
     console = SafeConsole()
     if not found:
         console.print(f"no bundles in {store.bundles}; build one: build-engine --model ltx --gpu sm_89")
         return
-    table = Table(title=str(store.bundles))
-    for column in ("bundle", "GPU", "precision", "profile", "engines", "TensorRT"):
-        table.add_column(column, overflow="fold")
+    console.print(str(store.bundles))
     for path, manifest in found:
-        if isinstance(manifest, Manifest):
-            size = human_bytes(sum(c.engine.bytes for c in manifest.components))
-            version = f"{manifest.flavour} {manifest.flavour_version}"
-            table.add_row(path.name, manifest.target, manifest.precision, profile_line(manifest), size, version)
-        else:
-            table.add_row(safe_text(path.name), "", "", f"unreadable: {safe_text(manifest)}", "", "")
-    console.print(table)
+        console.print(f"\n{path.name}")
+        for line in _about(manifest):
+            console.print(f"  {line}")
+
+
+def _about(manifest: Manifest | IntegrityError) -> tuple[str, ...]:
+    if not isinstance(manifest, Manifest):
+        return (f"unreadable: {manifest}",)
+    size = human_bytes(sum(c.engine.bytes for c in manifest.components))
+    engines = f"engines of {size} by {manifest.flavour} {manifest.flavour_version}"
+    return f"{manifest.target}, {manifest.precision}, {engines}", profile_line(manifest)
 
 
 def print_bundle(bundle: Path) -> bool:
@@ -98,7 +99,7 @@ def print_bundle(bundle: Path) -> bool:
         console.print(f"  graph       {human_bytes(entry.graph.bytes)}, sha256 {entry.graph.sha256}")
         console.print(f"  activation  {human_bytes(entry.activation_bytes)} at the largest shape")
         console.print(f"  parameters  {len(entry.parameters)} ({values / 1e9:.2f} billion values)")
-        console.print(f"  plan        {entry.lint}")
+        console.print(f"  plan        {entry.verdict}")
         for tensor in entry.inputs:
             shapes = f"{tensor.min} … {tensor.opt} … {tensor.max}" if tensor.min else str(tensor.dims)
             console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}")

@@ -19,8 +19,8 @@ from overcrank.units import human_bytes
 def variants() -> Iterator[Variant]:
     """Of every family, its default first."""
     for name in families():
-        module = family(name)
-        yield from sorted(module.VARIANTS, key=lambda v: v.name != module.DEFAULT)
+        own = family(name)
+        yield from sorted(own.variants, key=lambda v: v.name != own.default)
 
 
 def described(variant: Variant) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def print_models(as_json: bool) -> None:
     for row in rows:
         if row["family"] != shown:
             shown = row["family"]
-            click.echo(f"\n{family(shown).TITLE} ({shown}): {', '.join(row['default_components'])}")
+            click.echo(f"\n{family(shown).title} ({shown}): {', '.join(row['default_components'])}")
         cells = f"{_billions(row['parameters']):>8}  {row['native']:>12} at {row['fps']:>2} fps"
         click.echo(f"  {row['name']:<{width}}  {cells}  {', '.join(row['tasks'])}")
     click.echo("\nA family's name alone means its first variant. Precisions built for each target:")
@@ -166,7 +166,7 @@ def markdown(figures: Path | None, notes: str) -> str:
     rows = []
     for variant in variants():
         row = described(variant)
-        mark = " (default)" if variant.name == family(variant.family).DEFAULT else ""
+        mark = " (default)" if variant.name == family(variant.family).default else ""
         tasks = ", ".join(f"{t} ({p})" for t, p in row["tasks"].items())
         cells = [f"`{row['name']}`{mark}", _billions(row["parameters"]), row["native"], row["fps"], tasks]
         rows.append([*cells, ", ".join(row["components"])])

@@ -54,7 +54,7 @@ def engines_list(as_json: bool, store: Path | None) -> None:
 @store_option
 def engines_build(**options: Any) -> None:
     """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
-    from overcrank.cli import build_report as report
+    from overcrank.cli.display import building
     from overcrank.engines import matrix
     from overcrank.engines.store import Store
 
@@ -68,7 +68,7 @@ def engines_build(**options: Any) -> None:
             click.echo(line, err=True)
         if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
             return
-        progress = stack.enter_context(report.progress_display(options["as_json"]))
+        progress = stack.enter_context(building(options["as_json"]))
         result = matrix.run(wanted, store, progress, hire)
     if options["index"] is not None:
         matrix.write_index(options["index"], result)
@@ -186,14 +186,7 @@ def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
 @json_option
 @store_option
 def engines_gc(
-    older_than: str | None,
-    max_size: str | None,
-    other_versions: bool,
-    gone_hosts: tuple[str, ...],
-    dry_run: bool,
-    yes: bool,
-    as_json: bool,
-    store: Path | None,
+    dry_run: bool, yes: bool, as_json: bool, store: Path | None, gone_hosts: tuple[str, ...], **unneeded: Any
 ) -> None:
     """Delete unused files: interrupted downloads and builds, caches of deleted engines, and what the options name."""
     from overcrank.cli.bundles import described, print_items
@@ -202,12 +195,13 @@ def engines_gc(
     from overcrank.units import human_bytes, parse_age, parse_size
 
     where = Store(store)
+    older_than, max_size = unneeded["older_than"], unneeded["max_size"]
     age = parse_age(older_than, "--older-than") if older_than is not None else None
     size = parse_size(max_size, "--max-size") if max_size is not None else None
     if as_json and not (yes or dry_run):
         raise UserError("--json asks nothing: add --yes to remove, or --dry-run to see what would be removed.")
     gone = frozenset(gone_hosts)
-    found = removable(where, age, size, other_versions, gone)
+    found = removable(where, age, size, unneeded["other_versions"], gone)
     for host, count in unknown_owners(where).items():
         if host not in gone_hosts:
             echo(
@@ -256,14 +250,14 @@ def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None
 def engines_push(url: str, bundles: tuple[str, ...], every: bool, key: str, as_json: bool, store: Path | None) -> None:
     """Sign BUNDLES and publish them at URL: a folder, s3://, gs://, hf:// or what else fsspec writes to."""
     from overcrank.api import push
-    from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
+    from overcrank.cli.display import transferring
     from overcrank.engines.place import shown
     from overcrank.units import human_bytes
 
     if every == bool(bundles):
         raise UserError("push takes either BUNDLES, by name or a part of it, or --all.")
-    with report.transfer_display() as progress:
+    with transferring() as progress:
         entries = push(url, None if every else bundles, key, store=store, progress=progress)
     if as_json:
         print_json("engines push", url=shown(url), bundles=[published(listed) for listed in entries])
@@ -286,13 +280,13 @@ def engines_push(url: str, bundles: tuple[str, ...], every: bool, key: str, as_j
 def engines_pull(url: str, model: str, as_json: bool, store: Path | None, **asked: Any) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
     from overcrank.api import PullOptions, pull
-    from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
+    from overcrank.cli.display import transferring
     from overcrank.engines.manifest import read_manifest
     from overcrank.engines.place import shown
     from overcrank.engines.remote import listed_as
 
-    with report.transfer_display() as progress:
+    with transferring() as progress:
         path = pull(url, model, PullOptions(**asked), store=store, progress=progress)
     if as_json:
         print_json("engines pull", url=shown(url), path=path, bundle=published(listed_as(path, read_manifest(path))))

@@ -6,9 +6,11 @@ import hashlib
 import json
 import shlex
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
+from overcrank.engines.plan import UNKNOWN, PlanCounts
 from overcrank.errors import IntegrityError, OutdatedBundle, UserError
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import families
@@ -162,9 +164,15 @@ class ComponentEntry(_Model):
     activation_bytes: Count | None
     export_seconds: Seconds
     compile_seconds: Seconds
-    lint: Text
+    plan: PlanCounts | None = None  # None for one that its reader does not know
+    lint: Text = ""  # the sentence that stands in the place of `plan` in bundles of before
     packed: list[PackedEntry] = []
     formats: dict[Label, LayerFormat] = {}
+
+    @property
+    def verdict(self) -> str:
+        """What the plan does, in one line."""
+        return self.lint or (self.plan.verdict() if self.plan else UNKNOWN)
 
 
 class Manifest(_Model):
@@ -209,6 +217,23 @@ class Manifest(_Model):
             if entry.name == name:
                 return entry
         raise IntegrityError(f"the bundle has no component '{name}'")
+
+
+@dataclass(frozen=True)
+class BundledEngine:
+    """One component's engine in the bundle at `folder`."""
+
+    folder: Path
+    manifest: Manifest
+    entry: ComponentEntry
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / self.entry.engine.name
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / self.entry.graph.name
 
 
 def read_manifest(bundle: Path) -> Manifest:

@@ -190,7 +190,7 @@ def _session(
     short = sixteen_bit(BY_NAME[manifest.target], manifest.precision)
     count = sum(_product(p.module_shape) for p in parameters)
     count += sum(_product(p.shape) for p in entry.packed if p.role == "weight")
-    config, note = component.config, ""
+    whole, config, note = component, component.config, ""
     if component.repeats and count * FP32_BYTES_PER_PARAMETER > psutil.virtual_memory().available:
         depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats)
         component, config = component.at_depth(component.traced_config), component.traced_config
@@ -202,7 +202,7 @@ def _session(
         model = bundled_graph(bundle, entry.graph)
     module = random_module(component, config, short).float()  # its stored buffers are the graph's
     if weights is not None:
-        _load(module, weights / component.subfolder, parameters)
+        _load(module, whole, weights / component.subfolder, parameters)
     views = bound_parameters(module, component, parameters)
     ranges = _ranges(bundle, component, module, formats)
     views |= packed_parameters(module, formats, ranges, compute)
@@ -235,11 +235,12 @@ def _ranges(
         return ranges_of_call(module, fixed, component.sample(module, sizes, torch.Generator().manual_seed(2)))
 
 
-def _load(module: nn.Module, folder: Path, parameters: tuple[Parameter, ...]) -> None:
+def _load(module: nn.Module, component: Component, folder: Path, parameters: tuple[Parameter, ...]) -> None:
     import torch
-    from overcrank.export.weights import checkpoint_values, weight_files
+    from overcrank.export.expected import component_files
+    from overcrank.export.weights import checkpoint_values
 
-    values = checkpoint_values(weight_files(folder), parameters)
+    values = checkpoint_values(component_files(component, folder), parameters)
     named: dict[str, Any] = dict(module.named_parameters())
     with torch.no_grad():
         for p in parameters:

@@ -1,4 +1,4 @@
-"""Manifests, indexes and signatures of an attacker: each is read, or refused with one of our errors.
+"""Manifests, indexes, signatures and checkpoints of an attacker: each is read, or refused with one of our errors.
 
     python -m tests.fuzz [--minutes 10]
 
@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +31,10 @@ from overcrank.engines.place import Remote
 from overcrank.engines.remote import fitting, read_index
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
-from overcrank.errors import IntegrityError, OvercrankError
+from overcrank.errors import OvercrankError
 from overcrank.models import variant_from_manifest
+
+from tests.fuzz_checkpoints import CheckpointTargets
 
 RESULT = Path(__file__).parent.parent / "bench" / "results" / "fuzz.json"
 FILES = [
@@ -63,6 +65,7 @@ class Targets:
     """What is fuzzed: name → a function of bytes; `valid`: documents to begin with."""
 
     def __init__(self, folder: Path, manifest: bytes) -> None:
+        self.taken = self.refused = 0
         self.folder, self.ring, self.store = folder, Keyring(folder / "keys"), Store(folder / "store")
         self.ring.new("studio")
         (folder / "place").mkdir()
@@ -80,7 +83,7 @@ class Targets:
 
     def manifest(self, content: bytes) -> None:
         (self.folder / "bundle" / "manifest.json").write_bytes(content)
-        with suppress(OvercrankError):
+        with self._refused("manifest.json", "bundle"):
             found = read_manifest(self.folder / "bundle")
             check_files(self.folder / "bundle", found)
             variant_from_manifest(found)
@@ -95,16 +98,30 @@ class Targets:
     def envelope(self, content: bytes) -> None:
         (self.folder / "place" / "index.json").write_bytes(content)
         (self.ring.folder / "seen.json").unlink(missing_ok=True)
-        with suppress(OvercrankError):
-            index = read_index(Remote(str(self.folder / "place")), self.ring)
+        place = Remote(str(self.folder / "place"))
+        with self._refused("index", "published", "bytes free", place.url):
+            index = read_index(place, self.ring)
             for listed in index.bundles.values():
                 _check_listed(listed)
             fitting(index, "ltx-demo", "sm_89", "bf16")
 
     def signature(self, content: bytes) -> None:
         (self.folder / "bundle" / SIGNATURE).write_bytes(content)
-        with suppress(IntegrityError):
+        with self._refused("bundle", SIGNATURE):
             self.ring.check(self.folder / "bundle")
+
+    @contextmanager
+    def _refused(self, *names: str) -> Iterator[None]:
+        """What is refused is refused in one line, that names what it is of."""
+        said = ""
+        try:
+            yield
+            self.taken += 1
+        except OvercrankError as error:
+            said = str(error)
+            self.refused += 1
+        assert said.isprintable(), repr(said)
+        assert not said or any(name in said for name in names), said
 
 
 # ── edits of valid documents ─────────────────────────────────────────────────────────
@@ -158,7 +175,7 @@ def edited(draw: st.DrawFn, valid: bytes) -> bytes:
         sys.set_int_max_str_digits(4300)
 
 
-def by_hypothesis(targets: Targets, name: str, examples: int, seconds: float) -> int:
+def by_hypothesis(targets: Targets | CheckpointTargets, name: str, examples: int, seconds: float) -> int:
     """Runs until either is used up; returns the number of documents tried."""
     end, count = time.monotonic() + seconds, 0
 
@@ -198,7 +215,7 @@ def _one(name: str, folder: Path, seconds: int) -> None:
     targets = Targets(Path(tempfile.mkdtemp(dir=folder)), (folder / "manifest.json").read_bytes())
     corpus = Path(tempfile.mkdtemp(dir=folder))
     (corpus / "valid").write_bytes(targets.valid[name])
-    for function in (read_manifest, check_files, read_index, fitting, _check_listed, Keyring.check, Keyring.who_signed):
+    for function in (read_manifest, check_files, read_index, fitting, Keyring.check, Keyring.who_signed):
         atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=100000"], targets.all[name])
     atheris.Fuzz()
@@ -220,8 +237,13 @@ def main(minutes: float, manifest: bytes) -> dict[str, Any]:
         folder = Path(text)
         (folder / "manifest.json").write_bytes(manifest)
         with_atheris = find_spec("atheris") is not None
+        (folder / "checkpoint").mkdir()
+        targets = CheckpointTargets(folder / "checkpoint")
+        for name in targets.all:
+            found[name] = {"hypothesis": by_hypothesis(targets, name, 10**9, minutes * 60 / 8)}
+            print(name, found[name], flush=True)
         for name in ("manifest", "index", "envelope", "signature"):
-            seconds = minutes * 60 / 4 / (2 if with_atheris else 1)
+            seconds = minutes * 60 / 8 / (2 if with_atheris else 1)
             (folder / name).mkdir()
             found[name] = {"hypothesis": by_hypothesis(Targets(folder / name, manifest), name, 10**9, seconds)}
             if with_atheris:

@@ -70,18 +70,18 @@ def test_what_is_pushed_is_pulled_whole(place: Path, demo_bundle: Path, tmp_path
 
 
 def test_a_render_uses_what_was_pulled_until_its_key_is_revoked(place: Path, tmp_path: Path, ring: Keyring) -> None:
-    from overcrank.errors import CannotServe
+    from overcrank.engines.refusals import CannotServe
     from overcrank.models import components, resolve
-    from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+    from overcrank.runtime.sessions.select import engine_of, fitting_bundles
 
     path = fetched(place, tmp_path / "store", ring)
     demo = resolve("ltx-demo")
     (denoiser,) = components(demo, ("denoiser",))
     fits = fitting_bundles([path], demo, "sm_89", "bf16")
-    assert bundle_of(denoiser, fits, "rebuild")[0] == path
+    assert engine_of(denoiser, fits).folder == path
     ring.revoke("studio")
     with pytest.raises(CannotServe, match="whose key was revoked"):
-        bundle_of(denoiser, fits, "rebuild")
+        engine_of(denoiser, fits)
 
 
 @pytest.fixture
@@ -451,7 +451,7 @@ def test_a_render_pulls_what_the_store_lacks(
     from overcrank.engines import targets
     from overcrank.engines.cards import Card
 
-    words = ["--prompt", "x", "--steps", 1, "--backend", "eager", "-o", tmp_path / "a.mp4"]
+    words = ["--prompt", "x", "--steps", 1, "--backend", "eager", "-o", tmp_path / "a.mp4", "--overwrite"]
     words += ["--store", tmp_path / "store"]
     without = run("overcrank", "render", *words, "--pull", place)
     assert without.exit_code == 0, without.output

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from overcrank.engines.envelope import INDEX, OLD_BUNDLE, STATEMENT, signing_bytes, statement
 from overcrank.engines.manifest import PULLED, SIGNATURE, check_files, file_entry, read_manifest
+from overcrank.engines.refusals import CannotServe
 from overcrank.engines.store import Store
 from overcrank.engines.trust import LOW_ORDER, Keyring, fingerprint
-from overcrank.errors import CannotServe, IntegrityError, StoreError, UserError
+from overcrank.errors import IntegrityError, StoreError, UserError
 from overcrank.models import components, resolve
-from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+from overcrank.runtime.sessions.select import engine_of, fitting_bundles
 
 FLIPS = 200
 
@@ -48,7 +49,7 @@ def accepted(bundle: Path) -> bool:
     try:
         demo = resolve("ltx-demo")
         fitting = fitting_bundles([bundle], demo, "sm_89", "bf16")
-        return bundle_of(components(demo, ("denoiser",))[0], fitting, "rebuild")[0] == bundle
+        return engine_of(components(demo, ("denoiser",))[0], fitting).folder == bundle
     except CannotServe:
         return False
 

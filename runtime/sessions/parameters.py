@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from overcrank.engines.manifest import ComponentEntry
-from overcrank.errors import CannotServe, CheckpointError
+from overcrank.engines.module_refusals import NoParameter, NoRange
+from overcrank.engines.refusals import CannotServe
+from overcrank.errors import CheckpointError
 from overcrank.export.quantization.packing import packed_tensors
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
 from overcrank.export.weights import Parameter
@@ -48,10 +50,7 @@ def packed_parameters(
     device = next(module.parameters()).device
     for layer, form in formats.items():
         if missing := unmeasured(layer, form, ranges):
-            raise CannotServe(
-                f"{missing} needs a range that no recipe gives",
-                "calibrate, and render with --recipe, or build with --activations dynamic",
-            )
+            raise CannotServe(NoRange(missing))
         for role, tensor in packed_tensors(layer, form, weight, ranges, compute).items():
             made[f"{layer}.{role}"] = tensor.to(device)
     return made
@@ -90,10 +89,7 @@ def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Par
     for parameter in wanted:
         own = named.get(parameter.name.removeprefix(prefix))
         if own is None or tuple(own.shape) != parameter.module_shape:
-            raise CannotServe(
-                f"the {component.subfolder} has no parameter {parameter.name} of shape {list(parameter.module_shape)}",
-                "fuse LoRAs (pipe.fuse_lora(), pipe.unload_lora_weights()) and load the checkpoint unquantized",
-            )
+            raise CannotServe(NoParameter(component.subfolder, parameter.name, parameter.module_shape))
         bound[parameter.input] = own
     return bound
 
