@@ -16,7 +16,15 @@ from pathlib import Path
 from overcrank import __version__
 from overcrank.engines.compile import FLAGS
 from overcrank.engines.estimates import Forecast, cost_of
-from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, file_entry, read_manifest
+from overcrank.engines.manifest import (
+    MANIFEST,
+    EngineKey,
+    Manifest,
+    ShapeEntry,
+    file_entry,
+    read_manifest,
+    require_label,
+)
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store
 from overcrank.engines.targets import Target
@@ -118,6 +126,7 @@ def key_of(request: Request, store: Store) -> str:
 
 
 def _planned(request: Request, store: Store) -> _Bundle:
+    require_label(request.variant.name)
     version = require_flavour(request.flavour)
     bundle = _Bundle(request)
     digests: dict[str, tuple[str, tuple[Path, ...]]] = {}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
 from overcrank.engines.plan import UNKNOWN, PlanCounts
-from overcrank.errors import IntegrityError, OutdatedBundle
+from overcrank.errors import IntegrityError, OutdatedBundle, UserError
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import families
-from overcrank.units import CONTROLS
+from overcrank.units import CONTROLS, safe_text
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 SCHEMA = 2
@@ -44,6 +44,14 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Dim = Annotated[int, Field(ge=0, le=2**40)]
 Dims = Annotated[list[Dim], Field(max_length=16)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+def require_label(name: str) -> None:
+    """Raise UserError for a model's name that no manifest may have, before anything is built for it."""
+    if len(name) > 255 or CONTROLS.search(name):
+        raise UserError(
+            f"the model's name '{safe_text(name)[:80]}' is too long or holds control characters; rename its folder."
+        )
 
 
 def _bounded(config: dict[str, object]) -> dict[str, object]:

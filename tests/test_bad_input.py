@@ -190,3 +190,11 @@ def test_a_bundle_that_is_none(tmp_path: Path, run: Any) -> None:
     result = run("overcrank", "engines", "show", bundle)
     assert result.exit_code == 1
     assert "rebuild the bundle" in result.output
+
+
+def test_a_folder_whose_name_no_manifest_may_have(checkpoint: Path, tmp_path: Path, run: Any) -> None:
+    """Said before an hour of building, and without the name's own escape."""
+    folder = shutil.copytree(checkpoint, tmp_path / "a\x1b[31mname")
+    result = run("build-engine", "--model", folder, "--gpu", "sm_89", *SMALL, "--store", tmp_path / "store")
+    refused(result, r"the model's name 'a\x1b[31mname' is too long or holds control characters", tmp_path / "store")
+    assert "\x1b" not in result.output

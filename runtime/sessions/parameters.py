@@ -22,6 +22,7 @@ PACKED_TYPES = {
     "int8": "int8",
     "bfloat16": "bfloat16",
     "float16": "float16",
+    "float": "float32",
     "float4e2m1": "uint8",
 }
 """ONNX's names of what packs hold → PyTorch's."""
