@@ -12,17 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.engines import remote
+from overcrank.engines import download, remote
 from overcrank.engines.build import Built, Progress
 from overcrank.engines.build import build as build_requests
 from overcrank.engines.lint import lint_bundle
+from overcrank.engines.place import Remote
 from overcrank.engines.plan import PlanReport
 from overcrank.engines.request import BuildOptions, request_notes, requests_for
 from overcrank.engines.store import Store
 from overcrank.engines.targets import precision_for, targets_for
 from overcrank.engines.trust import Keyring
 from overcrank.engines.workers import LocalWorkers
-from overcrank.errors import UserError
+from overcrank.errors import StoreError, UserError
 from overcrank.models import hub_folder, local_folder, resolve
 from overcrank.models.hub import Watch, progress_bar
 from overcrank.options import merged, option
@@ -89,7 +90,7 @@ def plan_report(bundle: Path | str, *, store: Place = None) -> dict[str, PlanRep
 
 def push(
     url: str,
-    bundles: Sequence[Path | str],
+    bundles: Sequence[Path | str] | None,
     key: str,
     *,
     store: Place = None,
@@ -97,12 +98,17 @@ def push(
 ) -> list[remote.Listed]:
     """Sign bundles and publish them at `url`: a folder, s3://, gs://, hf:// or what else fsspec writes to.
 
-    `key`: name of a key of one's own (overcrank keys new). Raises IntegrityError for a bundle whose files are not
+    `bundles`: their paths or names in the store; None for every one there. `key`: name of a key of one's own
+    (overcrank keys new). Raises IntegrityError for a bundle whose files are not
     what its manifest says, StoreError where `url` cannot be written.
     """
     where = Store(store)
+    if bundles is None:
+        bundles = [path for path, _ in where.list()]
+        if not bundles:
+            raise StoreError(f"There are no bundles in {where.bundles} to push.")
     paths = [where.resolve(str(bundle)) for bundle in bundles]
-    return remote.push(remote.Remote(url), paths, key, Keyring(), progress)
+    return remote.push(Remote(url), paths, key, Keyring(), progress)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,8 @@ class PullOptions:
     """auto, fp16, bf16, fp8, int8 or nvfp4."""
     allow_unsigned: bool = False
     """Also what nobody trusted has signed: you vouch for the place."""
+    follow: bool = False
+    """Also where the place redirects to another host."""
 
 
 def pull(
@@ -132,8 +140,21 @@ def pull(
     nearest there is, and IntegrityError for anything that is off.
     """
     asked = merged(PullOptions, options, changes)
-    where, ring, place = Store(store), Keyring(), remote.Remote(url)
-    (target,) = targets_for([asked.gpu], "tensorrt_rtx")
-    index = remote.read_index(place, ring, where, asked.allow_unsigned)
+    where, ring, place = Store(store), Keyring(), Remote(url, asked.follow)
+    targets = targets_for([asked.gpu], "tensorrt_rtx")
+    if len(targets) > 1:
+        names = ", ".join(t.name for t in targets)
+        raise UserError(
+            f"{option('gpu', asked.gpu)} stands for {len(targets)} cards ({names}); a pull is for one of them."
+        )
+    target = targets[0]
+    index = remote.read_index(place, ring, asked.allow_unsigned)
     listed = remote.fitting(index, model, target.name, precision_for(target, asked.precision))
-    return remote.pull(place, listed, where, ring, progress, asked.allow_unsigned)
+    return download.pull(place, listed, where, ring, progress, asked.allow_unsigned)
+
+
+def search(url: str, model: str = "", *, follow: bool = False) -> list[remote.Listed]:
+    """What is published at `url`, of one model or of all; the index must be signed by someone trusted."""
+    index = remote.read_index(Remote(url, follow), Keyring())
+    names = remote.published_names(model) if model else None
+    return [listed for listed in index.bundles.values() if names is None or listed.model in names]

@@ -3,10 +3,12 @@
 #   ./build.sh                                   engines of LTX-Video for an RTX 40 card
 #   ./build.sh --model ltx --gpu rtx5090         passes its arguments to build-engine
 #   ./build.sh render "a blue square moving up"  renders the demo model (more words go to overcrank render)
+#   ./build.sh quick                             runs the tests that build and render nothing
 #   ./build.sh test                              runs the tests
 #   ./build.sh test-all                          runs them for every network, format and pipeline (over an hour)
 #   ./build.sh lint                              ruff and mypy
-#   ./build.sh docs                              writes docs/models.md, docs/recipes.md and docs/published.md
+#   ./build.sh pages                             writes docs/models.md, recipes.md, published.md and the demo's graphs
+#   ./build.sh docs                              builds the documentation site: site/index.html
 #   ./build.sh bench                             repeats the benchmark of bench/results
 #   ./build.sh bench-gpu                         measures everything that only a card can say (bench/bench_gpu.py)
 # OVERCRANK_WHEELS=folder installs from wheels in that folder alone, on a machine without a network.
@@ -36,6 +38,7 @@ PATH="$PWD/$VENV/bin:$PATH"
 [ "${VENV#/}" = "$VENV" ] || PATH="$VENV/bin:$PATH"
 
 case "${1:-}" in
+  quick) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" -m 'quick and not heavy and not sweep' "$@" ;;
   test) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" "$@" ;;
   test-all) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" -m '' "$@" ;;
   lint)
@@ -43,10 +46,14 @@ case "${1:-}" in
     ruff format --check .
     mkdir -p .types && ln -sfn .. .types/overcrank
     exec mypy ;;
-  docs)
+  pages)
+    python -m overcrank.export.packaged
     overcrank models --markdown docs/models.notes.md --figures bench/results > docs/models.md
     python -m overcrank.cli.recipes > docs/recipes.md
     exec python bench/published.py > docs/published.md ;;
+  docs)
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+    echo "the site: $PWD/site/index.html" >&2 ;;
   bench-gpu) shift; exec python bench/bench_gpu.py "$@" ;;
   bench) shift; exec python bench/build_ltx.py "$@" ;;
   render)

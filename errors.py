@@ -19,7 +19,7 @@ OvercrankError            exit 1: something failed that the user could not have 
 ├── BuildCancelled        the user pressed Ctrl-C
 └── RenderCancelled       the user pressed Ctrl-C
 
-CannotServe is none of them: it becomes a fallback to eager PyTorch.
+CannotServe (engines/refusals.py) is none of them: it becomes a fallback to eager PyTorch.
 """
 
 from __future__ import annotations
@@ -101,17 +101,6 @@ class BuildCancelled(OvercrankError):
 
 class RenderCancelled(OvercrankError):
     exit_code = 130
-
-
-class CannotServe(Exception):
-    """Why a session is not used, and the command or change that would let it be.
-
-    `lasting` is true when no later call can be served either.
-    """
-
-    def __init__(self, reason: str, fix: str, lasting: bool = True) -> None:
-        super().__init__(f"{reason}; {fix}")
-        self.reason, self.fix, self.lasting = reason, fix, lasting
 
 
 def present(value: T | None, what: str) -> T:

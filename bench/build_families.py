@@ -18,10 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from overcrank.engines.estimates import FILE, costs_of
 from overcrank.models import families, family, resolve
 from overcrank.models.base import Variant
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
+COSTS = Path(__file__).parents[1] / "engines" / FILE
 BUILD = [sys.executable, "-c", "from overcrank.cli import build_engine; build_engine()"]
 TARGETS = "sm_89,sm_120"
 SMALLEST = "modelscope-1.7b"
@@ -53,7 +55,7 @@ def built(variant: Variant, store: Path) -> list[dict[str, Any]]:
                     "compile_s": entry["compile_seconds"],
                     "engine_mb": round(entry["engine"]["bytes"] / 1e6, 1),
                     "activation_gb": round((entry["activation_bytes"] or 0) / 1e9, 3),
-                    "lint": entry["lint"],
+                    "plan": entry["plan"],
                     "build_s": manifest["build_seconds"],
                     "peak_ram_gb": round(manifest["peak_ram_bytes"] / 1e9, 2),
                     "date": datetime.now(UTC).date().isoformat(),
@@ -63,8 +65,15 @@ def built(variant: Variant, store: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def shipped() -> str:
+    """What the package carries of these figures, by which builds are estimated."""
+    quantized = json.loads((RESULTS.parent / "quantized-builds.json").read_text("utf-8"))
+    costs = costs_of(json.loads(RESULTS.read_text("utf-8"))["rows"], quantized)
+    return json.dumps(costs, indent=1) + "\n"
+
+
 def main() -> None:
-    names = sys.argv[1:] or [*(family(f).DEFAULT for f in families()), *MORE]
+    names = sys.argv[1:] or [*(family(f).default for f in families()), *MORE]
     known = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.is_file() else []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
@@ -72,6 +81,7 @@ def main() -> None:
         known = [r for r in known if r["variant"] != name] + rows
         table = {"command": "python bench/build_families.py", "rows": known}
         RESULTS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+        COSTS.write_text(shipped(), "utf-8")
         worst = max(rows, key=lambda r: r["compile_s"])
         print(name, f"{rows[0]['build_s']} s, {rows[0]['peak_ram_gb']} GB; slowest {worst['component']}", flush=True)
 

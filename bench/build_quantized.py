@@ -57,7 +57,7 @@ def built(variant: Variant, target: str, way: tuple[str, str], store: Path) -> d
         "weights_gb": round(sum(math.prod(s) * BYTES.get(d, 2.0) for s, d in weights) / 1e9, 3),
         "engine_mb": round(entry["engine"]["bytes"] / 1e6, 1),
         "activation_gb": round((entry["activation_bytes"] or 0) / 1e9, 3),
-        "lint": entry["lint"],
+        "plan": entry["plan"],
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {n: metadata.version(n) for n in ("torch", "diffusers", "tensorrt-rtx")},
     }

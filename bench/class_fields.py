@@ -24,7 +24,7 @@ from tests import fields, without_torchvision
 
 def main() -> None:
     without_torchvision.install()
-    classes = {c.cls for name in families() for v in family(name).VARIANTS for c in family(name).components(v)}
+    classes = {c.cls for name in families() for v in family(name).variants for c in family(name).components(v)}
     defaults = {cls: inspected_fields(cls) for cls in sorted(classes)}
     table = {
         "versions": {name: metadata.version(name) for name in LIBRARIES},

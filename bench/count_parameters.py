@@ -30,7 +30,7 @@ def counted(variant: Variant, known: dict[str, int]) -> dict[str, int]:
 
 def main() -> None:
     known: dict[str, int] = {}
-    table = {v.name: counted(v, known) for name in families() for v in family(name).VARIANTS}
+    table = {v.name: counted(v, known) for name in families() for v in family(name).variants}
     FILE.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_ways import COMPONENTS, Case, Way
-from overcrank.engines.manifest import read_manifest
+from overcrank.engines.manifest import BundledEngine, read_manifest
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
 from overcrank.export.module import part, random_module
@@ -221,7 +221,7 @@ def _session(case: Case, way: Way, component: Component, module: Any, at: Settin
         parameters |= own_parameters(module, component, parameters_of(entry))
         parameters |= packed_parameters(module, entry.formats, {}, compute_of(entry))
     card = card_of(at.device)
-    session = TrtSession(manifest, bundle, entry, parameters, Workspace(), "build again", at.store, card, True)
+    session = TrtSession(BundledEngine(bundle, manifest, entry), parameters, Workspace(), at.store, card, True)
     about = {"build_s": round(seconds, 3), "engine_mb": round(entry.engine.bytes / 1e6, 2), "target": manifest.target}
     about |= {"activation_gb": round((entry.activation_bytes or 0) / 1e9, 3), "engine_key": entry.key.digest()}
     return session, about

@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from accelerate import init_empty_weights
+from overcrank.export.files.identify import TABLE, digest, kinds
 from overcrank.export.module import construct
 from overcrank.models import components, families, family
-from overcrank.models.identify import TABLE, digest, kinds
 
 
 def indexed() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from overcrank.cli.catalogue import variants
 FACTS = Path(__file__).parents[1] / "tests/published"
 HEAD = """# What is known of the published checkpoints
 
-Made by `./build.sh docs` from tests/published, where the values and their sources are; do not edit. The tests make
+Made by `./build.sh pages` from tests/published, where the values and their sources are; do not edit. The tests make
 every variant's small checkpoint from these files, and compare the product's own data with them field by field.
 *Seen*: the file itself, or a copy of it, was read. *Derived*: what the script writes that converted the checkpoint, or
 the file of the model it was made of. *Unknown*: neither could be had; no engine and no default of a render hangs on

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
+from overcrank.export.expected import component_files
+from overcrank.export.headers import weight_files, weights_digest
 from overcrank.export.module import DTYPES, abstract_module
 from overcrank.export.quantization.linear import layout_in, quantize
 from overcrank.export.quantization.pack import Part, write_pack
 from overcrank.export.quantization.recipe import ComponentRecipe, LayerFormat, Recipe, recipe_of
-from overcrank.export.weights import Parameter, checkpoint_values, weight_files, weights_digest
+from overcrank.export.weights import Parameter, checkpoint_values
 from overcrank.files import atomic_write
-from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.pipeline.checkpoint import require_calibrated_on
 from overcrank.runtime.pipeline.lora import Lora
@@ -82,7 +84,7 @@ def _part(
     model, parameters = _graph(component, compute, store)
     layout = layout_in(model, recipe)
     weights = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
-    values = checkpoint_values(weight_files(folder) if layout else (), weights.values())
+    values = checkpoint_values(component_files(component, folder) if layout else (), weights.values())
     _, packed = quantize(model, parameters, layout)
 
     def read(layer: str) -> Tensor:
@@ -135,4 +137,4 @@ def _loras(variant: Variant, folder: Path, arguments: Sequence[str]) -> list[Lor
             there = [part for part in (component.subfolder, *component.also_serves) if (folder / part).is_dir()]
             known |= dict.fromkeys(there, module)
     pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
-    return read_loras(asked, pipeline, known, hook(variant, "PART_WORDS"))
+    return read_loras(asked, pipeline, known, family(variant.family).part_words)

@@ -192,7 +192,7 @@ def _requests(options: CalibrationOptions, variant: Variant, store: Store) -> li
     else:
         pictures = _pictures(options.images)
         if not pictures and "text-to-video" not in variant.tasks:
-            pictures = _photographs(store)
+            pictures = photographs(store)
         lines = prompts_of(options.prompts, variant)
         jobs = []
         for i in range(max(len(lines), len(pictures))):
@@ -212,7 +212,7 @@ def _pictures(folder: Path | None) -> list[Path]:
     return found
 
 
-def _photographs(store: Store) -> list[Path]:
+def photographs(store: Store) -> list[Path]:
     """First frames for who gives none: colour photographs that scikit-image brings, written to the store."""
     from PIL import Image
     from skimage import data

@@ -194,6 +194,7 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
     cls=Command,
     examples=(
         'overcrank render "a red circle moving right"',
+        'overcrank render "a yellow square growing on a black background" -o square.gif',
         'overcrank render "a fox in the snow" --model wan-2.2-t2v-a14b --preset lightx2v-4step -o fox.mp4',
     ),
 )
@@ -230,8 +231,11 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
 @click.option("--height", type=int, help="Pixels [default: the model's native].")
 @click.option("--width", type=int, help="Pixels [default: the model's native].")
 @click.option("--frames", type=int, help="How many [default: the model's native].")
+@click.option("--seconds", type=float, help="In place of --frames: as many as come next to it.")
+@click.option("--fit", is_flag=True, help="A size the model cannot make is rounded up, and cropped back.")
 @click.option("--fps", type=float, help="Frames a second of the file [default: the model's].")
 @click.option("--formats", default="", help="Of mp4, gif, png, sheet, latents [default: OUT's suffix and sheet].")
+@click.option("--overwrite", is_flag=True, help="Replace a result of this name, with all its files.")
 def render(**options: Any) -> None:
     """Render one video: an MP4, its contact sheet, and a JSON sidecar that reproduces it."""
     from overcrank.cli.render import render_one

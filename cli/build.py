@@ -73,7 +73,7 @@ def build_engine(**options: Any) -> None:
     """Build TensorRT engines of MODEL for GPU, on any machine: no GPU, no weights needed."""
     from overcrank.api import build
     from overcrank.cli import build_report as report
-    from overcrank.cli.display import downloading
+    from overcrank.cli.display import building, downloading
     from overcrank.engines.request import BuildOptions
     from overcrank.engines.store import Store
 
@@ -82,7 +82,7 @@ def build_engine(**options: Any) -> None:
     options["components"] = options["components"].replace(",", " ").split()
     asked = BuildOptions(**{field.name: options[field.name] for field in fields(BuildOptions)})
     store = Store(options["store"], options["out"])
-    with report.progress_display(quiet) as progress:
+    with building(quiet) as progress:
         built = build(
             options["model"],
             options["gpus"],

@@ -1,95 +1,20 @@
-"""Progress and summaries of builds, for people and for programs."""
+"""Summaries of builds, for people."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 from overcrank.engines.build import Built
 from overcrank.engines.manifest import profile_line
 from overcrank.units import human_bytes
 
-Show = Callable[[str, str], None]
-
-
-@contextmanager
-def progress_display(quiet: bool) -> Iterator[Show]:
-    """A rich progress bar per job on a terminal, a line per stage elsewhere, nothing if quiet."""
-    if quiet:
-        yield lambda title, doing: None
-    elif sys.stderr.isatty():
-        with _bars() as show:
-            yield show
-    else:
-        yield _lines()
-
-
-@contextmanager
-def _bars() -> Iterator[Show]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.fields[title]:<22}"),
-        BarColumn(20),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(title: str, doing: str) -> None:
-            if title not in tasks:
-                tasks[title] = bars.add_task(doing, total=None, title=title)
-            bars.update(tasks[title], description=doing)
-            if doing.startswith("done"):
-                bars.update(tasks[title], total=1.0, completed=1.0)
-
-        yield show
-
-
-@contextmanager
-def transfer_display() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each file on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(name: str, there: int, size: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=size)
-            bars.update(tasks[name], completed=there)
-
-        yield show
-
-
-def _lines() -> Show:
-    started = time.monotonic()
-    last: dict[str, str] = {}
-
-    def show(title: str, doing: str) -> None:
-        stage = doing.partition(" · ")[0]
-        if last.get(title) != stage:
-            last[title] = stage
-            print(f"[{time.monotonic() - started:6.1f} s] {title}: {stage}", file=sys.stderr, flush=True)
-
-    return show
-
 
 def summary(built: list[Built], seconds: float) -> None:
     """The table a person reads after a build, and the command to type next."""
-    from rich.console import Console
+    from overcrank.cli.terminal import SafeConsole
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
     for bundle in built:
         manifest = bundle.manifest
         table = Table(
@@ -108,7 +33,7 @@ def summary(built: list[Built], seconds: float) -> None:
         console.print(table)
         console.print(f"profile  {profile_line(manifest)}; activation memory is at its largest shape", highlight=False)
         for entry in manifest.components:
-            console.print(f"plan     {entry.name}: {entry.lint}", highlight=False, soft_wrap=True)
+            console.print(f"plan     {entry.name}: {entry.verdict}", highlight=False, soft_wrap=True)
         how = (
             f"cache hit (built {manifest.created} in {manifest.build_seconds:.0f} s)"
             if bundle.cached

@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.lint import Comparison, compared, lint_bundle, profile_of
 from overcrank.engines.maintenance import Item
 from overcrank.engines.manifest import Manifest, check_files, profile_line, read_manifest
 from overcrank.engines.remote import Listed
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
-from overcrank.engines.trust import PULLED, Keyring, fingerprint
+from overcrank.engines.trust import Keyring, fingerprint, is_unsigned
 from overcrank.errors import IntegrityError
 from overcrank.models import components, variant_from_manifest
 from overcrank.models.base import Component
-from overcrank.units import human_bytes
-from rich.console import Console
+from overcrank.units import human_bytes, safe_text
 
 
 def listed(store: Store) -> list[dict[str, Any]]:
@@ -50,24 +50,25 @@ def published(bundle: Listed) -> dict[str, Any]:
 
 
 def print_list(store: Store) -> None:
-    from rich.table import Table
-
+    """Each bundle's name on a line of its own, unbroken for pasting, and what it is below."""
     found = store.list()
-    console = Console(soft_wrap=True)
+    console = SafeConsole()
     if not found:
         console.print(f"no bundles in {store.bundles}; build one: build-engine --model ltx --gpu sm_89")
         return
-    table = Table(title=str(store.bundles))
-    for column in ("bundle", "GPU", "precision", "profile", "engines", "TensorRT"):
-        table.add_column(column, overflow="fold")
+    console.print(str(store.bundles))
     for path, manifest in found:
-        if isinstance(manifest, Manifest):
-            size = human_bytes(sum(c.engine.bytes for c in manifest.components))
-            version = f"{manifest.flavour} {manifest.flavour_version}"
-            table.add_row(path.name, manifest.target, manifest.precision, profile_line(manifest), size, version)
-        else:
-            table.add_row(path.name, "", "", f"unreadable: {manifest}", "", "")
-    console.print(table)
+        console.print(f"\n{path.name}")
+        for line in _about(manifest):
+            console.print(f"  {line}")
+
+
+def _about(manifest: Manifest | IntegrityError) -> tuple[str, ...]:
+    if not isinstance(manifest, Manifest):
+        return (f"unreadable: {manifest}",)
+    size = human_bytes(sum(c.engine.bytes for c in manifest.components))
+    engines = f"engines of {size} by {manifest.flavour} {manifest.flavour_version}"
+    return f"{manifest.target}, {manifest.precision}, {engines}", profile_line(manifest)
 
 
 def print_bundle(bundle: Path) -> bool:
@@ -75,7 +76,7 @@ def print_bundle(bundle: Path) -> bool:
 
     manifest = read_manifest(bundle)
     wrong = check_files(bundle, manifest)
-    console = Console(soft_wrap=True, highlight=False)
+    console = SafeConsole()
     for label, value in (
         ("bundle", str(bundle)),
         ("model", f"{manifest.model} (family {manifest.family}{', ' + manifest.hub_id if manifest.hub_id else ''})"),
@@ -98,14 +99,14 @@ def print_bundle(bundle: Path) -> bool:
         console.print(f"  graph       {human_bytes(entry.graph.bytes)}, sha256 {entry.graph.sha256}")
         console.print(f"  activation  {human_bytes(entry.activation_bytes)} at the largest shape")
         console.print(f"  parameters  {len(entry.parameters)} ({values / 1e9:.2f} billion values)")
-        console.print(f"  plan        {entry.lint}")
+        console.print(f"  plan        {entry.verdict}")
         for tensor in entry.inputs:
             shapes = f"{tensor.min} … {tensor.opt} … {tensor.max}" if tensor.min else str(tensor.dims)
-            console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}", markup=False)
+            console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}")
         for tensor in entry.outputs:
-            console.print(f"  output      {tensor.name} {tensor.dtype} {tensor.dims}", markup=False)
+            console.print(f"  output      {tensor.name} {tensor.dtype} {tensor.dims}")
     for problem in wrong:
-        console.print(f"\nWRONG {problem}")
+        console.print(f"\nWRONG {safe_text(problem)}")
     console.print("\nfiles do NOT match the manifest" if wrong else "\nevery file matches its SHA-256")
     return not wrong
 
@@ -114,9 +115,9 @@ def signed(bundle: Path) -> str:
     try:
         who = Keyring().check(bundle)
     except IntegrityError as error:
-        return f"NOT VALID: {error}"
+        return f"NOT VALID: {safe_text(error)}"
     if who is None:
-        return "not asked for; pulled with --allow-unsigned" if (bundle / PULLED).exists() else "no; it was built here"
+        return "not asked for; pulled with --allow-unsigned" if is_unsigned(bundle) else "no; it was built here"
     return f"by {who.name}, {fingerprint(who.public)[:16]}"
 
 
@@ -128,10 +129,10 @@ def _product(shape: list[int]) -> int:
 
 
 def print_items(items: Sequence[Item], store: Store) -> None:
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = SafeConsole()
     for item in items:
         shown = item.path.relative_to(store.root) if item.path.is_relative_to(store.root) else item.path
-        console.print(f"{human_bytes(item.bytes):>10}  {shown}: {item.why}")
+        console.print(f"{human_bytes(item.bytes):>10}  {safe_text(shown)}: {safe_text(item.why)}")
 
 
 def lint_report(bundle: Path, compare: bool) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _comparisons(bundle: Path) -> Iterator[tuple[Component, Comparison]]:
 
 
 def print_lint(bundle: Path, compare: bool) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = SafeConsole()
     for name, report in lint_bundle(bundle):
         console.print(f"{name}: {report.verdict()}")
         for epilogue, count in report.epilogues.most_common():

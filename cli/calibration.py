@@ -11,6 +11,7 @@ from overcrank.calibration.pack import pack
 from overcrank.calibration.quality import markdown, quality_report
 from overcrank.calibration.sensitivity import QualityTarget, SearchResult
 from overcrank.cli.display import downloading
+from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.manifest import read_manifest
 from overcrank.errors import UserError
 from overcrank.export.quantization.recipe import Recipe
@@ -23,7 +24,7 @@ from rich.markdown import Markdown
 def print_recipe(recipe: Recipe, out: Path, seconds: float) -> None:
     """What a person reads at the end."""
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = SafeConsole()
     for name, component in recipe.components.items():
         for part, ranges in component.ranges.items():
             widest = max(ranges, key=lambda layer: ranges[layer].amax)
@@ -39,7 +40,7 @@ def print_recipe(recipe: Recipe, out: Path, seconds: float) -> None:
 def print_search(found: SearchResult, target: QualityTarget) -> None:
     """What a person reads of the search."""
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = SafeConsole()
     for block, effect in list(found.effects.items())[: max(5, len(found.kept))]:
         console.print(
             f"{'16 bit ' if block in found.kept else found.recipe.precision:<8} {effect:8.3%} of the output  {block}"

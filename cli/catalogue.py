@@ -19,8 +19,8 @@ from overcrank.units import human_bytes
 def variants() -> Iterator[Variant]:
     """Of every family, its default first."""
     for name in families():
-        module = family(name)
-        yield from sorted(module.VARIANTS, key=lambda v: v.name != module.DEFAULT)
+        own = family(name)
+        yield from sorted(own.variants, key=lambda v: v.name != own.default)
 
 
 def described(variant: Variant) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def print_models(as_json: bool) -> None:
     for row in rows:
         if row["family"] != shown:
             shown = row["family"]
-            click.echo(f"\n{family(shown).TITLE} ({shown}): {', '.join(row['default_components'])}")
+            click.echo(f"\n{family(shown).title} ({shown}): {', '.join(row['default_components'])}")
         cells = f"{_billions(row['parameters']):>8}  {row['native']:>12} at {row['fps']:>2} fps"
         click.echo(f"  {row['name']:<{width}}  {cells}  {', '.join(row['tasks'])}")
     click.echo("\nA family's name alone means its first variant. Precisions built for each target:")
@@ -89,14 +89,14 @@ def explained(name: str) -> dict[str, Any]:
 
 def print_model(name: str) -> None:
     """One variant: its networks with their sizes and inputs, what it renders, and the command that builds it."""
-    from rich.console import Console
+    from overcrank.cli.terminal import SafeConsole
 
     variant = resolve(name)
     row, counts = described(variant), parameter_counts(variant)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{row['title']}[/bold] ({row['name']}, family {row['family']})")
+    console = SafeConsole()
+    console.print(f"{row['title']} ({row['name']}, family {row['family']})", style="bold")
     for line in _checkpoint(variant):
-        console.print(line, markup=False)
+        console.print(line)
     console.print(
         f"native       {row['native']} at {row['fps']} fps, {row['steps']} steps, guidance {row['guidance']:g}"
     )
@@ -109,15 +109,15 @@ def print_model(name: str) -> None:
     for component in family(variant.family).components(variant):
         size = f"{_billions(counts[component.name])} parameters" if component.name in counts else ""
         built = "" if component.default else " (built with --components)"
-        console.print(f"[bold]{component.name}[/bold]{built}  {component.cls}  {size}", markup=True)
+        console.print(f"{component.name}{built}  {component.cls}  {size}", style="bold")
         for tensor in component.inputs[:8]:
-            console.print(f"    {tensor.name} [{', '.join(map(str, tensor.dims))}]", markup=False)
+            console.print(f"    {tensor.name} [{', '.join(map(str, tensor.dims))}]")
         if len(component.inputs) > 8:
             console.print(f"    and {len(component.inputs) - 8} more inputs")
     for preset in presets(variant):
         for line in _preset_lines(variant, preset):
-            console.print(line, markup=False)
-    console.print(f"\nbuild-engine --model {row['name']} --gpu rtx4090", markup=False)
+            console.print(line)
+    console.print(f"\nbuild-engine --model {row['name']} --gpu rtx4090")
 
 
 def _preset_lines(variant: Variant, preset: Preset) -> list[str]:
@@ -166,7 +166,7 @@ def markdown(figures: Path | None, notes: str) -> str:
     rows = []
     for variant in variants():
         row = described(variant)
-        mark = " (default)" if variant.name == family(variant.family).DEFAULT else ""
+        mark = " (default)" if variant.name == family(variant.family).default else ""
         tasks = ", ".join(f"{t} ({p})" for t, p in row["tasks"].items())
         cells = [f"`{row['name']}`{mark}", _billions(row["parameters"]), row["native"], row["fps"], tasks]
         rows.append([*cells, ", ".join(row["components"])])

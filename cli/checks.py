@@ -7,18 +7,18 @@ import shutil
 from collections.abc import Iterator
 
 from overcrank import __version__
+from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.store import Store
 from overcrank.runtime.doctor import every_finding
 from overcrank.runtime.verify import Check
 from overcrank.units import human_bytes
-from rich.console import Console
 
 
 def print_checks(checks: Iterator[Check], tolerance: float) -> bool:
     """Print each check as it ends; returns whether all are within `tolerance`."""
     import onnxruntime as ort
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = SafeConsole()
     console.print(
         f"graph in ONNX Runtime {ort.__version__} (CPU, 16-bit types widened to fp32) against the eager module in fp32"
     )
@@ -42,7 +42,7 @@ def print_checks(checks: Iterator[Check], tolerance: float) -> bool:
 def print_doctor(store: Store, quick: bool) -> bool:
     """Print every finding; returns whether none is bad. `quick` leaves the self-test out."""
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = SafeConsole()
     disk = shutil.disk_usage(next(p for p in (store.root, *store.root.parents) if p.exists()))
     console.print(f"overcrank {__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"store {store.root}, {human_bytes(disk.free)} free on its disk")

@@ -21,7 +21,7 @@ class Named(click.types.StringParamType):
 def _models(_: click.Context) -> list[str]:
     from overcrank.models import families, family
 
-    return [name for f in families() for name in (f, *(v.name for v in family(f).VARIANTS))]
+    return [name for f in families() for name in (f, *(v.name for v in family(f).variants))]
 
 
 def _cards(_: click.Context) -> list[str]:

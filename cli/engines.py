@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from overcrank.cli.completion import BUNDLE, CARD, MODEL
 from overcrank.cli.json_output import json_option, print_json
-from overcrank.cli.options import SOME_FAILED, Command, Group, ray_option, store_option
+from overcrank.cli.options import SOME_FAILED, Command, Group, echo, ray_option, store_option
 from overcrank.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def engines_list(as_json: bool, store: Path | None) -> None:
 @store_option
 def engines_build(**options: Any) -> None:
     """Build every possible combination of MODELS, GPUS and PRECISIONS; the same command resumes."""
-    from overcrank.cli import build_report as report
+    from overcrank.cli.display import building
     from overcrank.engines import matrix
     from overcrank.engines.store import Store
 
@@ -68,7 +68,7 @@ def engines_build(**options: Any) -> None:
             click.echo(line, err=True)
         if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
             return
-        progress = stack.enter_context(report.progress_display(options["as_json"]))
+        progress = stack.enter_context(building(options["as_json"]))
         result = matrix.run(wanted, store, progress, hire)
     if options["index"] is not None:
         matrix.write_index(options["index"], result)
@@ -119,9 +119,9 @@ def engines_rm(bundles: tuple[str, ...], store: Path | None) -> None:
     from overcrank.engines.store import Store
 
     where = Store(store)
-    for path in [where.resolve(b) for b in bundles]:
-        where.remove(path)
-        click.echo(f"removed {path}")
+    for paths in [where.removal(b) for b in bundles]:
+        where.remove(paths)
+        click.echo(f"removed {paths[0]}")
 
 
 @engines.command("lint", cls=Command)
@@ -156,13 +156,13 @@ def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
     found = list(find_problems(where))
     if as_json:
         items = described(found)
-        print_json("engines fsck", problems=items, removed=remove(found) if repair else 0)
+        print_json("engines fsck", problems=items, removed=remove(found, where) if repair else 0)
         sys.exit(1 if found and not repair else 0)
     print_items(found, where)
     if not found:
         click.echo(f"OK: {len(where.list())} bundles and their caches in {where.root} verified")
     elif repair:
-        click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
+        click.echo(f"removed {len(found)}, {human_bytes(remove(found, where))}")
     else:
         click.echo(f"{len(found)} items are damaged or left over; --repair deletes them", err=True)
         sys.exit(1)
@@ -174,34 +174,42 @@ def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
     "--max-size", metavar="SIZE", help="Also the longest unused, until the store is no larger than this, such as 50GB."
 )
 @click.option("--other-versions", is_flag=True, help="Also bundles made by another TensorRT than the installed one.")
+@click.option(
+    "--gone-host",
+    "gone_hosts",
+    multiple=True,
+    metavar="HOST",
+    help="Also unfinished work of this machine, which you know to be gone; repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @store_option
 def engines_gc(
-    older_than: str | None,
-    max_size: str | None,
-    other_versions: bool,
-    dry_run: bool,
-    yes: bool,
-    as_json: bool,
-    store: Path | None,
+    dry_run: bool, yes: bool, as_json: bool, store: Path | None, gone_hosts: tuple[str, ...], **unneeded: Any
 ) -> None:
     """Delete unused files: interrupted downloads and builds, caches of deleted engines, and what the options name."""
     from overcrank.cli.bundles import described, print_items
-    from overcrank.engines.maintenance import removable, remove
+    from overcrank.engines.maintenance import removable, remove, unknown_owners
     from overcrank.engines.store import Store
     from overcrank.units import human_bytes, parse_age, parse_size
 
     where = Store(store)
+    older_than, max_size = unneeded["older_than"], unneeded["max_size"]
     age = parse_age(older_than, "--older-than") if older_than is not None else None
     size = parse_size(max_size, "--max-size") if max_size is not None else None
     if as_json and not (yes or dry_run):
         raise UserError("--json asks nothing: add --yes to remove, or --dry-run to see what would be removed.")
-    found = removable(where, age, size, other_versions)
+    gone = frozenset(gone_hosts)
+    found = removable(where, age, size, unneeded["other_versions"], gone)
+    for host, count in unknown_owners(where).items():
+        if host not in gone_hosts:
+            echo(
+                f"note: {count} unfinished of {host} stay; if no process there works on them: --gone-host {host}", True
+            )
     if as_json:
         items = described(found)
-        print_json("engines gc", items=items, removed=0 if dry_run else remove(found))
+        print_json("engines gc", items=items, removed=0 if dry_run else remove(found, where, gone))
         return
     print_items(found, where)
     total = human_bytes(sum(item.bytes for item in found))
@@ -211,7 +219,7 @@ def engines_gc(
     if not yes and not click.confirm(f"remove {len(found)} items, {total}?"):
         click.echo("nothing was removed")
         return
-    click.echo(f"removed {len(found)}, {human_bytes(remove(found))}")
+    click.echo(f"removed {len(found)}, {human_bytes(remove(found, where, gone))}")
 
 
 @engines.command("sign", cls=Command)
@@ -229,30 +237,33 @@ def engines_sign(bundles: tuple[str, ...], key: str, store: Path | None) -> None
     for path in [where.resolve(b) for b in bundles]:
         if wrong := check_files(path, read_manifest(path)):
             raise IntegrityError(f"{path.name} is not signed: {wrong[0]}; rebuild it.")
-        made = Keyring().sign(path, key)
-        click.echo(f"signed {path.name} by {made.name}, {made.key[:16]}")
+        echo(f"signed {path.name} by {key}, {Keyring().sign(path, key)[:16]}")
 
 
 @engines.command("push", cls=Command)
 @click.argument("url")
-@click.argument("bundles", type=BUNDLE, nargs=-1, required=True)
+@click.argument("bundles", type=BUNDLE, nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Every bundle in the store, in place of BUNDLES.")
 @click.option("--key", required=True, help="Name of a key of one's own (overcrank keys new).")
 @json_option
 @store_option
-def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, store: Path | None) -> None:
+def engines_push(url: str, bundles: tuple[str, ...], every: bool, key: str, as_json: bool, store: Path | None) -> None:
     """Sign BUNDLES and publish them at URL: a folder, s3://, gs://, hf:// or what else fsspec writes to."""
     from overcrank.api import push
-    from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
+    from overcrank.cli.display import transferring
+    from overcrank.engines.place import shown
     from overcrank.units import human_bytes
 
-    with report.transfer_display() as progress:
-        entries = push(url, bundles, key, store=store, progress=progress)
+    if every == bool(bundles):
+        raise UserError("push takes either BUNDLES, by name or a part of it, or --all.")
+    with transferring() as progress:
+        entries = push(url, None if every else bundles, key, store=store, progress=progress)
     if as_json:
-        print_json("engines push", url=url, bundles=[published(listed) for listed in entries])
+        print_json("engines push", url=shown(url), bundles=[published(listed) for listed in entries])
         return
     for listed in entries:
-        click.echo(f"published {listed.name}, {human_bytes(listed.bytes)}")
+        echo(f"published {listed.name}, {human_bytes(listed.bytes)}")
 
 
 @engines.command("pull", cls=Command)
@@ -263,42 +274,43 @@ def engines_push(url: str, bundles: tuple[str, ...], key: str, as_json: bool, st
 )
 @click.option("--precision", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4.")
 @click.option("--allow-unsigned", is_flag=True, help="Also what nobody trusted has signed: you vouch for URL.")
+@click.option("--follow", is_flag=True, help="Also where URL redirects to another host.")
 @json_option
 @store_option
 def engines_pull(url: str, model: str, as_json: bool, store: Path | None, **asked: Any) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
     from overcrank.api import PullOptions, pull
-    from overcrank.cli import build_report as report
     from overcrank.cli.bundles import published
+    from overcrank.cli.display import transferring
     from overcrank.engines.manifest import read_manifest
+    from overcrank.engines.place import shown
     from overcrank.engines.remote import listed_as
 
-    with report.transfer_display() as progress:
+    with transferring() as progress:
         path = pull(url, model, PullOptions(**asked), store=store, progress=progress)
     if as_json:
-        print_json("engines pull", url=url, path=path, bundle=published(listed_as(path, read_manifest(path))))
+        print_json("engines pull", url=shown(url), path=path, bundle=published(listed_as(path, read_manifest(path))))
     else:
-        click.echo(path)
+        echo(path)
 
 
 @engines.command("search", cls=Command)
 @click.argument("url")
-@click.option("--model", type=MODEL, default="", help="Family or variant [default: all].")
+@click.option("--model", type=MODEL, default="", help="Family or variant, as for build-engine [default: all].")
+@click.option("--follow", is_flag=True, help="Also where URL redirects to another host.")
 @json_option
 @store_option
-def engines_search(url: str, model: str, as_json: bool, store: Path | None) -> None:
+def engines_search(url: str, model: str, follow: bool, as_json: bool, store: Path | None) -> None:
     """What is published at URL."""
+    from overcrank.api import search
     from overcrank.cli.bundles import published
-    from overcrank.engines import remote
-    from overcrank.engines.store import Store
-    from overcrank.engines.trust import Keyring
+    from overcrank.engines.place import shown
     from overcrank.units import human_bytes
 
-    index = remote.read_index(remote.Remote(url), Keyring(), Store(store))
-    found = [listed for listed in index.bundles.values() if model in ("", listed.model, listed.family)]
+    found = search(url, model, follow=follow)
     if as_json:
-        print_json("engines search", url=url, bundles=[published(listed) for listed in found])
+        print_json("engines search", url=shown(url), bundles=[published(listed) for listed in found])
         return
     for listed in found:
         words = (listed.model, listed.target, listed.precision, f"{listed.flavour} {listed.flavour_version}")
-        click.echo(f"{'  '.join(words)}  {human_bytes(listed.bytes)}  {listed.name}")
+        echo(f"{'  '.join(words)}  {human_bytes(listed.bytes)}  {listed.name}")

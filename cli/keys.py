@@ -8,6 +8,9 @@ import click
 from overcrank.cli.json_output import json_option, print_json
 from overcrank.cli.options import Command, Group
 
+LONGEST = 4096
+"""Bytes of a file with a public key that are read."""
+
 
 @click.group(cls=Group)
 def keys() -> None:
@@ -32,10 +35,12 @@ def keys_trust(key: tuple[str, ...]) -> None:
     """Trust a publisher: KEY is the line that `keys new` printed, or a file that holds it."""
     from overcrank.engines.trust import Keyring, fingerprint
 
-    file = Path(key[0])
-    line = file.read_text("utf-8", errors="replace") if len(key) == 1 and file.is_file() else " ".join(key)
-    made = Keyring().trust(line)
-    click.echo(f"trusted {made.name}, {fingerprint(made.public)}")
+    line = " ".join(key)
+    if len(key) == 1 and Path(key[0]).is_file():
+        with Path(key[0]).open("rb") as stream:
+            line = stream.read(LONGEST).decode("utf-8", errors="replace")
+    publisher = Keyring().trust(line)
+    click.echo(f"trusted {publisher.name}, {fingerprint(publisher.public)}")
 
 
 @keys.command("list", cls=Command)

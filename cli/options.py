@@ -10,20 +10,23 @@ from typing import Any
 import click
 from overcrank.cli.completion import BUNDLE, MODEL
 from overcrank.cli.json_output import json_option
+from overcrank.cli.streams import make_streams_safe
 from overcrank.errors import OvercrankError, UserError
 from overcrank.options import named_as_flags
+from overcrank.units import safe_text
 
 SOME_FAILED = 3
 """Exit status: some of the work failed, and the rest is done."""
 SECTIONS = {
     "Input": "prompt negative_prompt image last_image video strength audio prompts images samples",
-    "Size": "height width frames fps batch min_height min_width min_frames max_height max_width max_frames static",
+    "Size": "height width frames seconds fit fps "
+    "batch min_height min_width min_frames max_height max_width max_frames static",
     "Quality and speed": "steps seed guidance guidance_2 guidance_rescale guidance_until scheduler shift sigmas "
     "timesteps preset loras cache method auto quality",
     "Engines": "model models gpus gpu precision precisions activations recipe pack backend bundle pull slow_engines "
     "components flavour weights allow_fallback compute retry_failed",
     "Machine and memory": "device dtype vram lanes ray jobs",
-    "Output": "out formats again preview index report store quiet as_json yes dry_run",
+    "Output": "out formats overwrite again metadata preview index report store quiet as_json yes dry_run",
 }
 """Headings of a long help, and the parameters under each."""
 
@@ -36,6 +39,10 @@ class _Described(click.Command):
         if examples:
             named["epilog"] = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
         super().__init__(*args, **named)
+
+    def main(self, *args: Any, **named: Any) -> Any:
+        make_streams_safe()
+        return super().main(*args, **named)
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         rows = {
@@ -74,8 +81,13 @@ def exit_on_error(call: Callable[[], Any]) -> Any:
         with named_as_flags():
             return call()
     except OvercrankError as error:
-        click.echo(f"error: {error}", err=True)
+        echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         sys.exit(error.exit_code)
+
+
+def echo(text: object, err: bool = False) -> None:
+    """One line that holds data of others."""
+    click.echo(safe_text(text), err=err)
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -145,7 +157,8 @@ _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
         default="auto",
         show_default=True,
-        help="auto: TensorRT, else eager with a warning; tensorrt: an error in place of eager.",
+        help="auto: TensorRT, without a card ONNX Runtime for graphs that are here, else eager with a warning; "
+        "tensorrt: an error in place of eager.",
     ),
     click.option(
         "--bundle", type=BUNDLE, help="Bundle of engines to use [default: the newest for this network and card]."
@@ -191,6 +204,9 @@ _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="fp32, fp16 or bf16, of all parts or one (vae=bf16); repeatable [default: publisher's; fp32 on cpu].",
     ),
     click.option("--preview", is_flag=True, help="Write NAME.preview.png at each denoising step."),
+    click.option(
+        "--metadata/--no-metadata", default=True, help="Write into the MP4 what it was made of [default: do]."
+    ),
     click.option("--quiet", is_flag=True, help="No progress."),
     json_option,
     store_option,

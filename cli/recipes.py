@@ -11,7 +11,7 @@ from overcrank.models.base import Rendering, Variant
 
 HEAD = """# How each model is rendered
 
-Made by `./build.sh docs` from the data that `overcrank render` reads; do not edit. A render does what is written here
+Made by `./build.sh pages` from the data that `overcrank render` reads; do not edit. A render does what is written here
 unless an option says otherwise (docs/rendering.md). Where a publisher's own way and diffusers' differ, the publisher's
 is taken. *Carried* is the scheduler that the checkpoint holds, *laid over* what the publisher changes of it. Sigmas and
 timesteps that are listed are final. Types are those on a card with bf16; on a processor everything is fp32."""

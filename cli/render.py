@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,19 +20,21 @@ from overcrank.cli.options import SOME_FAILED
 from overcrank.engines.store import Store
 from overcrank.engines.types import typed
 from overcrank.errors import RequestError
-from overcrank.models import packaged_model, resolve
+from overcrank.models import packaged_model, prompt_note, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
 from overcrank.runtime.options import RenderOptions
-from overcrank.runtime.render.request import FORMATS, RenderRequest, read_jobs, request_of
+from overcrank.runtime.render.names import check_name, split_suffix
+from overcrank.runtime.render.request import FORMATS, RenderRequest, read_jobs, request_of, require_memory
+from overcrank.runtime.render.results import Replace, prepare_folder, remove_partial_results, require_free
 
 if TYPE_CHECKING:
-    from overcrank.runtime.render.renderer import Outcome, RenderJob, Watcher
+    from overcrank.runtime.render.renderer import Outcome, RenderJob
 
 REQUEST_OPTIONS = (
     *("prompt", "negative_prompt", "image", "last_image", "video", "strength", "audio", "steps", "guidance", "seed"),
     *("guidance_2", "guidance_rescale", "guidance_until", "scheduler", "shift", "sigmas", "timesteps"),
-    *("height", "width", "frames", "fps"),
+    *("height", "width", "frames", "seconds", "fit", "fps"),
 )
 
 
@@ -37,7 +45,8 @@ def render_one(options: dict[str, Any]) -> int:
     stem, formats = _output(options["out"], options["formats"])
     values = {k: options[k] for k in REQUEST_OPTIONS if options[k] is not None}
     request = request_of({**values, "formats": formats, "output": stem.name}).completed(variant)
-    return _run(options, variant, [(request, stem)], again=True, many=False)
+    options["again"] = True
+    return _run(options, variant, [(request, stem)], "all" if options["overwrite"] else "nothing")
 
 
 def render_batch(options: dict[str, Any]) -> int:
@@ -46,72 +55,104 @@ def render_batch(options: dict[str, Any]) -> int:
     variant, _ = with_preset(resolve(options["model"]), options["preset"])
     jobs = read_jobs(options["jobs"], variant)
     folder: Path = options["out"].expanduser().absolute()
-    return _run(options, variant, [(r, folder / r.output) for r in jobs], again=options["again"], many=True)
+    return _run(options, variant, [(r, folder / r.output) for r in jobs], "own")
 
 
 def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
     """Results' path without a suffix, and the formats: those asked for, or what the suffix says and a sheet."""
-    suffix = out.suffix.lower().removeprefix(".")
-    if suffix not in ("mp4", "gif", "png", ""):
-        raise RequestError(f"--out {out}: unknown suffix .{suffix}; use .mp4, .gif, .png (frames), or none.")
+    stem, suffix = split_suffix(out.expanduser().absolute(), ("mp4", "gif", "png"))
     asked = tuple(formats.replace(",", " ").split())
     for name in asked:
         if name not in FORMATS:
             raise RequestError(f"--formats: unknown format '{name}'; use {', '.join(FORMATS)}.")
-    stem = out.expanduser().absolute()
-    stem = stem.with_suffix("") if suffix else stem
     if out.is_dir() or not stem.name:
         raise RequestError(f"--out {out} is a folder; give a file name such as {out / 'out.mp4'}.")
+    check_name(stem.name, "--out")
     if not asked:
         return stem, (suffix or "mp4", "sheet")
     return stem, tuple(dict.fromkeys((suffix, *asked) if suffix else asked))
 
 
-def _run(
-    options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], again: bool, many: bool
-) -> int:
-    from overcrank.runtime.render.output import prepare_folder
-
+def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], over: Replace) -> int:
+    """`over`: what results may take the place of; in a batch ("own") a job that would take more fails alone."""
+    quiet = options["quiet"] or options["as_json"]
+    if not quiet:
+        click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
+        for note in {note for request, _ in work if (note := prompt_note(variant, request.prompt))}:
+            click.echo(f"note: {note}.", err=True)
     typed(options["dtype"])
+    for request, stem in work:
+        remove_partial_results(stem)
+        if over != "own":
+            require_free(stem, request.formats, over)
+        if not options.get("ray"):  # whose machines have their own memory
+            require_memory(request)
     prepare_folder(work[0][1].parent)
     from overcrank.cli import display as show
-    from overcrank.runtime.render.renderer import CANCELLED, FAILED, RenderJob, load_renderer
+    from overcrank.runtime.render.renderer import CANCELLED, FAILED, RenderJob, Terminated
     from overcrank.runtime.render.stepcache import threshold_of
 
     threshold_of(options["cache"], variant)
     names = [field.name for field in fields(RenderOptions) if options.get(field.name) is not None]
     loading = RenderOptions(**{name: options[name] for name in names})
     loading.quantization()
-    quiet = options["quiet"] or options["as_json"]
     if not options.get("ray"):  # each machine of a cluster has its own cache
         from overcrank.runtime.pipeline.load import checkpoint_folder
 
         checkpoint_folder(options["model"], variant, Store(options["store"]), partial(show.downloading, quiet=quiet))
-    jobs = [RenderJob(request, stem) for request, stem in work]
-    if not quiet:
-        click.echo(f"loading {variant.name} …", err=True)
+    jobs = [RenderJob(request, stem, over) for request, stem in work]
     started = time.monotonic()
-    with show.watching(jobs, quiet) as watcher:
-        if options.get("ray"):
-            outcomes = _on_cluster(options["ray"], loading, variant, watcher, jobs, resume=not again)
-        else:
-            outcomes = load_renderer(loading, variant, watcher).run(jobs, resume=not again)
-    _print(outcomes, options["as_json"], many, time.monotonic() - started)
+    try:
+        with _ended_by_signals(), show.Display(quiet) as display, show.watching(display, jobs, quiet) as watcher:
+            outcomes = _outcomes(options, loading, variant, jobs, (display, watcher))
+    except Terminated as stop:
+        sys.stderr.flush()
+        os._exit(stop.exit_code)  # threads may be in the middle of a step
+    _print(outcomes, options["as_json"], over == "own", time.monotonic() - started)
     if any(o.status == CANCELLED for o in outcomes):
         return 130
     failed = [o.exit_code for o in outcomes if o.status == FAILED]
     return SOME_FAILED if 0 < len(failed) < len(outcomes) else max(failed, default=0)
 
 
-def _on_cluster(
-    address: str, options: RenderOptions, variant: Variant, watcher: Watcher, jobs: list[RenderJob], resume: bool
+def _outcomes(
+    options: dict[str, Any], loading: RenderOptions, variant: Variant, jobs: list[RenderJob], shown: Any
 ) -> list[Outcome]:
+    """`shown`: the display and the watcher that draws on it."""
+    display, watcher = shown
+    resume = not options["again"]
+    if not options.get("ray"):
+        from overcrank.runtime.render.renderer import load_renderer
+
+        with display.stage(f"loading {variant.name}"):
+            renderer = load_renderer(loading, variant, watcher)
+        return renderer.run(jobs, resume)
     from overcrank.engines.cluster import connected
     from overcrank.runtime.render.cluster import ClusterRenderer
 
-    with connected(address) as ray:
-        here = replace(options, store=Store(options.store).root)  # which this machine's environment names
+    with connected(options["ray"]) as ray:
+        here = replace(loading, store=Store(loading.store).root)  # which this machine's environment names
         return ClusterRenderer(ray, here, variant, watcher).run(jobs, resume)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as a second Ctrl-C does; one that nohup had ignored stays so."""
+    from overcrank.runtime.render.renderer import Terminated
+
+    def end(number: int, _: Any) -> None:
+        raise Terminated(128 + number)
+
+    former = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL and current_thread() is main_thread():
+            former[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _print(outcomes: list[Any], as_json: bool, many: bool, seconds: float) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from overcrank import __version__
-from overcrank.engines.manifest import MANIFEST, EngineKey, Manifest, ShapeEntry, file_entry, read_manifest
+from overcrank.engines.compile import FLAGS
+from overcrank.engines.estimates import Forecast, cost_of
+from overcrank.engines.manifest import (
+    MANIFEST,
+    EngineKey,
+    Manifest,
+    ShapeEntry,
+    file_entry,
+    read_manifest,
+    require_label,
+)
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store
 from overcrank.engines.targets import Target
@@ -24,17 +34,20 @@ from overcrank.engines.worker import BuildJob, compile_component, export_compone
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import BuildCancelled, OvercrankError, UserError
 from overcrank.export.cache import exporter_versions, graph_digest
+from overcrank.export.expected import component_files
+from overcrank.export.headers import weights_digest
 from overcrank.export.quantization.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
-from overcrank.export.weights import weight_files, weights_digest
 from overcrank.files import atomic_write, sync_folder, write_errors
 from overcrank.models import components
 from overcrank.models.base import Component, Variant, VideoShape
+from overcrank.units import human_bytes, human_seconds
 
 RECIPE = "recipe.json"
-FLAGS = "strongly_typed,decomposable_attention,no_auxiliary_streams,user_allocation"
 
 Progress = Callable[[str, str], None]
-"""Called with a job's title and what it does."""
+"""Called with a job's title and what it does; what follows a " · " changes often. ALL is the title of the whole."""
+ALL = "all"
+EXPORT, COMPILE = "export", "compile"
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,7 @@ def key_of(request: Request, store: Store) -> str:
 
 
 def _planned(request: Request, store: Store) -> _Bundle:
+    require_label(request.variant.name)
     version = require_flavour(request.flavour)
     bundle = _Bundle(request)
     digests: dict[str, tuple[str, tuple[Path, ...]]] = {}
@@ -143,6 +157,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
             variant=request.variant,
             key=key,
             compute=compute,
+            precision=request.precision,
             recipe=recipe,
             target=request.target.narrowed(request.precision),
             profile=request.profile,
@@ -161,7 +176,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
 def _weights(request: Request, component: Component) -> tuple[str, tuple[Path, ...]]:
     if request.checkpoint is None:
         return "inputs", ()
-    files = weight_files(request.checkpoint / component.subfolder)
+    files = component_files(component, request.checkpoint / component.subfolder)
     return f"embedded:{weights_digest(files)}", files
 
 
@@ -175,6 +190,7 @@ class _Run:
         self._exporting: dict[Future[None], list[BuildJob]] = {}
         self._compiling: dict[Future[None], BuildJob] = {}
         self._started, self._peak = time.monotonic(), 0
+        self._forecast, self._told = Forecast({}, 1), ""
 
     def go(self, hire: Callable[[], Workers]) -> None:
         todo = self._unfinished()
@@ -186,6 +202,7 @@ class _Run:
                 self._submit(todo, workers)
                 while self._exporting or self._compiling:
                     self._watch(workers)
+            self.progress(ALL, "done")
         except KeyboardInterrupt as error:
             raise BuildCancelled("Cancelled; finished components are kept and the same command resumes.") from error
         finally:
@@ -215,8 +232,10 @@ class _Run:
         by_graph: dict[Path, list[BuildJob]] = {}
         for job in jobs:
             by_graph.setdefault(job.graph_folder, []).append(job)
+        lacking = [same[0] for same in by_graph.values() if not has_graph(same[0])]
+        self._expect(jobs, lacking, workers.count)
         for same in by_graph.values():
-            if has_graph(same[0]):
+            if same[0] not in lacking:
                 self._compile(same, workers)
             else:
                 self._exporting[workers.submit(export_component, same[0])] = same
@@ -228,8 +247,10 @@ class _Run:
     def _watch(self, workers: Workers) -> None:
         """Wait a moment, and take up what has ended."""
         done, _ = wait([*self._exporting, *self._compiling], timeout=0.25, return_when=FIRST_COMPLETED)
-        for message in workers.said():
-            self.progress(*message)
+        for title, doing in workers.said():
+            self.progress(title, doing)
+            self._note(title, doing)
+        self._tell()
         self._peak = max(self._peak, workers.ram())
         for future in done:
             waiting, job = self._exporting.pop(future, []), self._compiling.pop(future, None)
@@ -246,10 +267,35 @@ class _Run:
                 if not self._left[job.staging]:
                     self._publish(job.staging)
 
+    def _expect(self, jobs: list[BuildJob], exports: list[BuildJob], workers: int) -> None:
+        costs = {job.title: cost_of(job.variant, job.key.component, job.precision) for job in jobs}
+        tasks: dict[Hashable, float] = {(job.title, EXPORT): costs[job.title].export_seconds for job in exports}
+        tasks |= {(title, COMPILE): cost.compile_seconds for title, cost in costs.items()}
+        self._forecast = Forecast(tasks, workers)
+        size = human_bytes(int(sum(cost.engine_bytes for cost in costs.values())))
+        cost = f"about {human_seconds(self._forecast.left())}, {size}"
+        self.progress(ALL, f"{len(jobs)} engines, {len(exports)} graphs to export, {workers} at a time: {cost}")
+
+    def _note(self, title: str, doing: str) -> None:
+        """For the forecast: by what a job reports, one of its tasks begins or ends."""
+        task = title, EXPORT if doing.startswith("export") else COMPILE
+        if doing in ("exported", "done"):
+            self._forecast.finished(task)
+        else:
+            self._forecast.started(task)
+
+    def _tell(self) -> None:
+        left = human_seconds(self._forecast.left())
+        if left != self._told:
+            self._told = left
+            self.progress(ALL, f"building · about {left} left")
+
     def _failed(self, jobs: list[BuildJob], error: OvercrankError) -> None:
         for job in jobs:
             self.failures.setdefault(job.staging, error)
             self.progress(job.title, "done, failed")
+            for task in (EXPORT, COMPILE):
+                self._forecast.finished((job.title, task))
 
     def _publish(self, staging: Path) -> None:
         (bundle,) = (b for b in self.bundles if b.staging == staging)

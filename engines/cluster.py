@@ -77,7 +77,8 @@ class RayWorkers:
         self._task = ray.remote(
             num_cpus=1, memory=RAM_PER_WORKER, max_calls=1, max_retries=RETRIES, retry_exceptions=False
         )(_in_task)
-        self._threads = ThreadPoolExecutor(count or int(there["CPU"]), "build")
+        self.count = count or int(there["CPU"])
+        self._threads = ThreadPoolExecutor(self.count, "build")
         self._lock, self._refs, self._stopped = threading.Lock(), set[Any](), False
 
     def submit(self, work: Work, job: BuildJob) -> Future[None]:

@@ -44,17 +44,17 @@ def engine_from_graph(
     trt = load_flavour(flavour)
     log = logger_of(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(
+        sum(1 << int(getattr(trt.NetworkDefinitionCreationFlag, n)) for n in NETWORK_FLAGS)
+    )
     progress("parsing")
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         what = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise CompileError(f"{graph.name}: the compiler cannot read the graph: {what[:500]}")
-    _make_attention_decomposable(trt, network)
     config = builder.create_builder_config()
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # nothing is allocated while a call is captured
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    config.max_aux_streams = 0  # what runs side by side cannot share memory; a large network fills the card anyway
+    for set_flag in SETTINGS.values():
+        set_flag(trt, network, config)
     if flavour == "tensorrt_rtx" and target is not None:
         config.num_compute_capabilities = len(target.compute_capabilities)
         for i, name in enumerate(target.compute_capabilities):
@@ -122,7 +122,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def _make_attention_decomposable(trt: Any, network: Any) -> None:
+def _decomposable_attention(trt: Any, network: Any, config: Any) -> None:
     """Head sizes without a dedicated kernel compile as matrix products instead of failing."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for i in range(network.num_layers):
@@ -130,6 +130,27 @@ def _make_attention_decomposable(trt: Any, network: Any) -> None:
         if kind is not None and layer.type == kind:
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
+
+
+def _no_auxiliary_streams(trt: Any, network: Any, config: Any) -> None:
+    """What runs side by side cannot share memory; a large network fills the card anyway."""
+    config.max_aux_streams = 0
+
+
+def _user_allocation(trt: Any, network: Any, config: Any) -> None:
+    """Nothing is allocated while a call is captured."""
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+NETWORK_FLAGS = ("STRONGLY_TYPED",)
+SETTINGS = {
+    "decomposable_attention": _decomposable_attention,
+    "no_auxiliary_streams": _no_auxiliary_streams,
+    "user_allocation": _user_allocation,
+}
+"""By the name that stands for each in an engine's key: another name for what is set otherwise."""
+FLAGS = ",".join((*map(str.lower, NETWORK_FLAGS), *SETTINGS))
 
 
 def _add_profile(builder: Any, network: Any, config: Any, ranges: Mapping[str, ShapeRange]) -> None:

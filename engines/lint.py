@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overcrank.engines.compile import engine_from_graph
-from overcrank.engines.manifest import Manifest, read_manifest
+from overcrank.engines.manifest import Manifest
 from overcrank.engines.plan import PlanReport, read_plan
 from overcrank.engines.profiles import Profile
 from overcrank.engines.targets import Target
+from overcrank.engines.trust import Keyring
 from overcrank.models.base import Component, VideoShape
 
 
@@ -25,7 +26,7 @@ class Comparison:
 
 def lint_bundle(bundle: Path) -> Iterator[tuple[str, PlanReport]]:
     """(component, what its plan does) for each engine of a bundle."""
-    manifest = read_manifest(bundle)
+    manifest = Keyring().whole(bundle)
     for entry in manifest.components:
         names = [p.input for p in entry.parameters] if manifest.weights == "inputs" else []
         yield entry.name, read_plan(bundle / entry.engine.name, names)

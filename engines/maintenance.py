@@ -6,22 +6,20 @@ caches, measurements. "Last used" is the latest access or change of any file, as
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from overcrank.engines.kernel_cache import kept_caches
 from overcrank.engines.manifest import Manifest, check_files
 from overcrank.engines.store import Store
 from overcrank.engines.tensorrt import flavour_version
 from overcrank.errors import IntegrityError
 from overcrank.export.cache import load_cached
-from overcrank.files import write_errors
+from overcrank.files import REMOVING, remove_tree, write_errors
+from overcrank.owners import is_abandoned, owner_in
 
 DAY = 86_400.0
 UNFINISHED = 1 * DAY
@@ -62,21 +60,34 @@ def find_problems(store: Store) -> Iterator[Item]:
     yield from stale_files(store)
 
 
-def stale_files(store: Store) -> Iterator[Item]:
-    """What a killed process left: nothing of it is ever read."""
-    for path in store.bundles.glob(".removing-*"):
+def stale_files(store: Store, gone_hosts: frozenset[str] = frozenset()) -> Iterator[Item]:
+    """What a killed process left: nothing of it is ever read. What another machine may be writing is no such thing."""
+    for path in store.bundles.glob(f"{REMOVING}*"):
         yield Item(path, "its removal was interrupted")
+    for part in _parts(store):
+        if not _is_written(store, part, gone_hosts):
+            yield Item(part, "the process that wrote it is gone")
+
+
+def _parts(store: Store) -> Iterator[Path]:
     for folder in {store.bundles, *_folders(store.root)}:  # bundles may be elsewhere
-        for part in folder.glob(".*.part"):
-            if not _is_written(store, part):
-                yield Item(part, "the process that wrote it is gone")
+        yield from folder.glob(".*.part")
 
 
-def _is_written(store: Store, part: Path) -> bool:
-    import psutil
+def _is_written(store: Store, part: Path, gone_hosts: frozenset[str]) -> bool:
+    if owner_in(part.name) is not None:
+        return not is_abandoned(part, part.name, gone_hosts)
+    if part.parent == store.graphs:
+        return store.is_worked_on(part, gone_hosts)
+    return time.time() - _last_used(part) < UNFINISHED  # of a version of overcrank that noted no owner
 
-    owner = re.search(r"\.(\d+)\.part$", part.name)
-    return bool(psutil.pid_exists(int(owner[1]))) if owner else _locked(store, part)
+
+def unknown_owners(store: Store) -> dict[str, int]:
+    """Machine → how many unfinished files of its processes are here, of which nothing can be told from this one."""
+    tags = [part.name for part in _parts(store)]
+    tags += [file.read_text("ascii", "replace") for file in (store.root / "locks").glob("*.owner")]
+    owners = [owner for owner in map(owner_in, tags) if owner is not None and owner.gone() is None]
+    return dict(Counter(owner.host for owner in owners))
 
 
 def _parses(read: Callable[[Path], None], file: Path) -> bool:
@@ -112,15 +123,20 @@ def _files(folder: Path, suffix: str) -> list[Path]:
 
 
 def removable(
-    store: Store, older: float | None = None, size: int | None = None, other_versions: bool = False
+    store: Store,
+    older: float | None = None,
+    size: int | None = None,
+    other_versions: bool = False,
+    gone_hosts: frozenset[str] = frozenset(),
 ) -> list[Item]:
     """Leavings, caches of engines that are gone, builds nobody resumed; and what the options name.
 
     `older`: seconds since it was last used; `size`: bytes that the store may keep, the longest unused going
-    first; `other_versions`: bundles that another TensorRT than the installed one made.
+    first; `other_versions`: bundles that another TensorRT than the installed one made; `gone_hosts`: machines whose
+    unfinished work may go, as the user knows that they work no more. Never what a process works on.
     """
     now = time.time()
-    found = {item.path: item for item in stale_files(store)}
+    found = {item.path: item for item in stale_files(store, gone_hosts)}
     for path in [*store.bundles.glob(".building-*"), *store.bundles.glob(".pulling-*")]:
         if now - _last_used(path) > UNFINISHED:
             found[path] = Item(path, "a build or a download that nobody resumed for a day")
@@ -144,7 +160,7 @@ def removable(
                 break
             total -= item.bytes
             found[item.path] = item
-    return [item for item in found.values() if not _locked(store, item.path)]
+    return [item for item in found.values() if not store.is_worked_on(item.path, gone_hosts)]
 
 
 def _kept(store: Store) -> list[Path]:
@@ -157,34 +173,20 @@ def _last_used(path: Path) -> float:
     return max(max(f.stat().st_mtime, f.stat().st_atime if f.is_file() else 0.0) for f in files)
 
 
-def _locked(store: Store, path: Path) -> bool:
-    """Whether a process builds, exports or packs it now."""
-    key = path.name.rpartition("-")[2]  # of a bundle, finished or not
-    if path.parent == store.graphs:
-        key = f"graph-{path.name.removeprefix('.').removesuffix('.part')}"
-    elif path.suffix == ".safetensors":
-        key = f"pack-{path.stem}"
-    lock = store.root / "locks" / f"{key}.lock"
-    if not lock.is_file():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
+def remove(items: Sequence[Item], store: Store, gone_hosts: frozenset[str] = frozenset()) -> int:
+    """Bytes that are free now; a folder goes out of sight before it is deleted.
 
-
-def remove(items: Sequence[Item]) -> int:
-    """Bytes that are free now; a folder goes out of sight before it is deleted."""
+    What a process began to work on since it was listed, which may be a while ago, stays.
+    """
     freed = 0
     for item in items:
+        if store.is_worked_on(item.path, gone_hosts):
+            continue
         size = item.bytes
         with write_errors(item.path):
-            if item.path.is_file():
+            if item.path.is_dir() and not item.path.is_symlink():
+                remove_tree(item.path)
+            else:
                 item.path.unlink(missing_ok=True)
-            elif item.path.exists():
-                gone = item.path.with_name(f".removing-{os.getpid()}-{item.path.name.lstrip('.')}")
-                item.path.rename(gone)
-                shutil.rmtree(gone)
         freed += size
     return freed

@@ -7,12 +7,13 @@ reason; one that fails does not stop the rest, and is remembered for `--retry-fa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from overcrank.engines.build import Built, Progress, Request, build_each, key_of
+from overcrank.engines.estimates import Forecast, cost_of
 from overcrank.engines.manifest import profile_line
 from overcrank.engines.profiles import profile_for
 from overcrank.engines.store import Store
@@ -23,10 +24,7 @@ from overcrank.errors import TargetError, UserError
 from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat
 from overcrank.files import atomic_write
 from overcrank.models import components, resolve
-from overcrank.units import human_bytes
-
-EXPORT_SECONDS, COMPILE_SECONDS, ENGINE_BYTES = 14.0, 2.6, 12_000_000
-"""Medians of the full-size components in bench/results/families.json, on one core."""
+from overcrank.units import human_bytes, human_seconds
 
 
 class Cell(NamedTuple):
@@ -126,15 +124,19 @@ def plan_lines(matrix: Matrix, store: Store, workers: int) -> Iterator[str]:
     for note in dict.fromkeys(n for r in matrix.requests.values() for n in notes(r.variant, r.target, r.precision)):
         yield f"note     {note}"
     todo = [r for r in matrix.requests.values() if store.find(key_of(r, store)) is None]
-    engines = sum(len(components(r.variant)) for r in todo)
-    graphs = {(r.variant.name, c.name, r.precision == "fp16") for r in todo for c in components(r.variant)}
-    seconds = (len(graphs) * EXPORT_SECONDS + engines * COMPILE_SECONDS) / workers
     yield f"plan     {len(matrix.requests)} bundles, {len(matrix.requests) - len(todo)} of them in the store already"
     if todo:
-        size = human_bytes(engines * ENGINE_BYTES)
+        tasks: dict[Hashable, float] = {}
+        size, engines = 0.0, [(r, c.name) for r in todo for c in components(r.variant)]
+        for request, name in engines:
+            cost = cost_of(request.variant, name, request.precision)
+            tasks[request.variant.name, name, request.precision == "fp16"] = cost.export_seconds
+            tasks[request.variant.name, name, request.target.name, request.precision] = cost.compile_seconds
+            size += cost.engine_bytes
+        graphs, time = len(tasks) - len(engines), human_seconds(Forecast(tasks, workers).left())
         yield (
-            f"         {engines} engines of {len(graphs)} graphs on {workers} workers: about {seconds / 60:.0f} min, "
-            f"{size}, 1.5 GB of RAM a worker; large networks take longer"
+            f"         {len(engines)} engines of {graphs} graphs on {workers} workers: about {time}, "
+            f"{human_bytes(int(size))}, 1.5 GB of RAM a worker"
         )
 
 

@@ -11,12 +11,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from overcrank.engines.refusals import CannotServe, Slower
 from overcrank.engines.store import Store
-from overcrank.errors import CannotServe
 from overcrank.files import atomic_write, write_errors
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-
-OVERRIDE = "--slow-engines"
 
 
 class Measurement(BaseModel):
@@ -70,8 +68,4 @@ def require_not_slower(store: Store, card: str, driver: str, engine: str) -> Non
     """Raise CannotServe for an engine that was measured, with kernels made for its shape, to lose on this card."""
     found = measurements(store, card, driver).get(engine)
     if found is not None and found.lost:
-        raise CannotServe(
-            f"the engine of {found.component} took {found.engine_ms:.1f} ms a call on this card and eager PyTorch "
-            f"{found.eager_ms:.1f} ms ({found.shape}, {found.date})",
-            f"measure again with ./build.sh bench-gpu, or add {OVERRIDE}",
-        )
+        raise CannotServe(Slower(found.component, found.engine_ms, found.eager_ms, found.shape, found.date))

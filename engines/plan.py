@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,40 @@ _MOVES = {"Tran", "Move", "Cast", "Resh", "Copy", "Repl"}
 _LAYERS = re.compile(rb'layers="([^"]*)"')
 _FORMATS = {b"fp8_e4m3": "fp8", b"int8": "int8", b"fp4_e2m1": "nvfp4"}
 _INTERNAL = ("proxy__", "__mye", "__myln", "__scratch")
+
+
+UNKNOWN = "plan not in a form this reader knows; nothing is claimed about its kernels"
+
+
+@dataclass(frozen=True)
+class PlanCounts:
+    """How often a plan does what, in a call."""
+
+    kernels: int  # generated ones; GEMMs, convolutions and attentions come on top
+    gemms: int
+    fused_gemms: int  # of them, those with a fused epilogue
+    convolutions: int
+    attentions: int
+    gemm_formats: dict[str, int]  # "fp8", "int8", "nvfp4" → GEMMs in it
+    weight_formats: dict[str, int]  # the same → GEMMs in 16 bit on weights in it
+    attention_formats: dict[str, int]  # other than 16 bit
+    weights_moved: dict[str, int]  # "transposed", "cast", "copied" → weights, at every call
+
+    def verdict(self) -> str:
+        """One line for people."""
+        parts = [f"{self.kernels} generated kernels"]
+        if self.gemms:
+            plain = self.gemms - self.fused_gemms
+            parts.append(f"{self.gemms} GEMMs ({self.fused_gemms} with fused epilogue, {plain} without)")
+        if self.convolutions:
+            parts.append(f"{self.convolutions} convolutions")
+        if self.attentions:
+            parts.append(f"{self.attentions} fused attentions")
+        parts += [f"{count} GEMMs in {name}" for name, count in self.gemm_formats.items()]
+        parts += [f"{count} GEMMs in 16 bit on {name} weights" for name, count in self.weight_formats.items()]
+        parts += [f"{count} attentions in {name}" for name, count in self.attention_formats.items()]
+        moved = ", ".join(f"{count} weights {kind} at every call" for kind, count in self.weights_moved.items())
+        return f"{', '.join(parts)}; {moved or 'no weight transposed, cast or moved'}"
 
 
 @dataclass(frozen=True)
@@ -46,27 +80,27 @@ class PlanReport:
     attention_formats: Counter[str] = field(default_factory=Counter)  # other than 16 bit
     attended: dict[str, str] = field(default_factory=dict)  # graph node inside such an attention → its format
 
+    def counts(self) -> PlanCounts | None:
+        """None for a plan that is not known."""
+        if not self.known:
+            return None
+        multiplied = self.formats.keys() - self.dequantized
+        return PlanCounts(
+            kernels=self.kernels,
+            gemms=self.gemms,
+            fused_gemms=self.epilogues.total(),
+            convolutions=self.convolutions,
+            attentions=self.attentions,
+            gemm_formats=_sorted(self.formats[n] for n in multiplied),
+            weight_formats=_sorted(self.formats[n] for n in self.dequantized),
+            attention_formats=_sorted(self.attention_formats.elements()),
+            weights_moved=_sorted(_kind(kernel) for kernel, _ in self.weight_moves),
+        )
+
     def verdict(self) -> str:
         """One line for people."""
-        if not self.known:
-            return "plan not in a form this reader knows; nothing is claimed about its kernels"
-        parts = [f"{self.kernels} generated kernels"]
-        if self.gemms:
-            fused = self.epilogues.total()
-            parts.append(f"{self.gemms} GEMMs ({fused} with fused epilogue, {self.gemms - fused} without)")
-        if self.convolutions:
-            parts.append(f"{self.convolutions} convolutions")
-        if self.attentions:
-            parts.append(f"{self.attentions} fused attentions")
-        for name, count in Counter(self.formats[n] for n in self.formats.keys() - self.dequantized).items():
-            parts.append(f"{count} GEMMs in {name}")
-        for name, count in Counter(self.formats[n] for n in self.dequantized).items():
-            parts.append(f"{count} GEMMs in 16 bit on {name} weights")
-        for name, count in self.attention_formats.items():
-            parts.append(f"{count} attentions in {name}")
-        kinds = Counter(_kind(kernel) for kernel, _ in self.weight_moves)
-        moved = ", ".join(f"{n} weights {kind} at every call" for kind, n in kinds.items())
-        return ", ".join(parts) + ("; " + moved if moved else "; no weight transposed, cast or moved")
+        counts = self.counts()
+        return counts.verdict() if counts else UNKNOWN
 
     def lost(self, embedded: PlanReport) -> Counter[str]:
         """GEMM epilogues that the embedded plan fuses and this one does not."""
@@ -164,6 +198,10 @@ def _reads(rest: bytes) -> list[str]:
     match = _READS.search(rest)
     names = [n.decode() for n in _NAME.findall(match[1])] if match else []
     return [re.sub(r"\.\d+$", "", n) for n in names if not n.startswith(_INTERNAL)]
+
+
+def _sorted(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
 
 
 def _kind(kernel: str) -> str:

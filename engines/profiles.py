@@ -44,35 +44,48 @@ class Profile:
         }
 
 
+@dataclass(frozen=True)
+class PartialShape:
+    """A video shape of which some is asked for; None is left to the model."""
+
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    batch: int | None = None
+
+    def over(self, shape: VideoShape) -> VideoShape:
+        return replace(shape, **{axis: length for axis, length in vars(self).items() if length is not None})
+
+
+ANY = PartialShape()
+
+
 def profile_for(
     variant: Variant,
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
-    batch: int | None = None,
+    best: PartialShape = ANY,
     *,
-    minimum: dict[str, int] | None = None,
-    maximum: dict[str, int] | None = None,
+    minimum: PartialShape = ANY,
+    maximum: PartialShape = ANY,
     static: bool = False,
 ) -> Profile:
     """The profile of a build; every shape is checked by the variant's family.
 
-    Unset bounds come from the variant and widen to include what was asked for.
+    Unset bounds come from the variant and widen to include what was asked for; batches of 1 and 2 are always
+    among them. Raises ShapeError for a shape that the model cannot make, and for bounds of a static profile.
     """
     from overcrank.models import check_shape
 
-    native = variant.native
-    opt = VideoShape(height or native.height, width or native.width, frames or native.frames, batch or 2)
+    opt = best.over(replace(variant.native, batch=2))
     check_shape(variant, opt)
     if static:
-        if minimum or maximum:
+        if (minimum, maximum) != (ANY, ANY):
             raise ShapeError("--static fixes every shape; drop the --min-… and --max-… options.")
         return Profile(opt, opt, opt)
     axes = ("height", "width", "frames")
-    low = {a: min(getattr(variant.minimum, a), getattr(opt, a)) for a in axes} | (minimum or {})
-    high = {a: max(getattr(variant.maximum, a), getattr(opt, a)) for a in axes} | (maximum or {})
-    bottom = VideoShape(**low, batch=1)
-    top = VideoShape(**high, batch=max(2, opt.batch))
+    low = {a: min(getattr(variant.minimum, a), getattr(opt, a)) for a in axes}
+    high = {a: max(getattr(variant.maximum, a), getattr(opt, a)) for a in axes}
+    bottom = minimum.over(VideoShape(**low, batch=1))
+    top = maximum.over(VideoShape(**high, batch=max(2, opt.batch)))
     check_shape(variant, bottom)
     check_shape(variant, top)
     return Profile(bottom, opt, top)

@@ -1,41 +1,51 @@
-"""Bundles that others have built: `overcrank engines push | pull | search` on any fsspec URL.
+"""Bundles that others have built: `overcrank engines push | search`, and the index, on any fsspec URL.
 
     URL/blobs/ab/abcdef…      files by SHA-256, so that none is there twice
     URL/entries/BUNDLE.json   one bundle's files: written once, never changed
     URL/index.json            all entries, signed, with a number that only grows
 
 Every push writes its blobs, then its entry, then the index of all entries that are listed, and looks
-again: two at a time end with an index that has both. Pulling checks the index's signature and that it
-is no older than one seen before, each file's size and SHA-256 and the bundle's own signature, all in a
-folder that nothing reads; then the folder gets its name. API: fsspec's AbstractFileSystem.
+again: two at a time end with an index that has both. download.py fetches what is published.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+import logging
 import shlex
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from overcrank.engines.manifest import LARGEST, MANIFEST, File, Manifest, check_files, file_entry, read_manifest
-from overcrank.engines.store import Store
+from overcrank.engines import envelope
+from overcrank.engines.envelope import Signed, read_index_envelope
+from overcrank.engines.manifest import (
+    LARGEST,
+    MANIFEST,
+    SIGNATURE,
+    Count,
+    File,
+    FileName,
+    Label,
+    Manifest,
+    check_files,
+    file_entry,
+    first_of,
+    read_manifest,
+)
+from overcrank.engines.place import SILENCE, SLOWEST, Remote, said
 from overcrank.engines.targets import serves
 from overcrank.engines.tensorrt import flavour_version
-from overcrank.engines.trust import PULLED, SIGNATURE, Keyring, Signature
-from overcrank.errors import IntegrityError, StoreError, UserError
-from overcrank.files import atomic_write, write_errors
-from pydantic import BaseModel, ConfigDict, ValidationError
+from overcrank.engines.trust import Keyring
+from overcrank.errors import IntegrityError, ModelError, StoreError, UserError
+from overcrank.models import resolve
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-CHUNK = 1_000_000
-PURPOSE = b"overcrank index 1\n"
+log = logging.getLogger("overcrank")
+ENTRY_BYTES = 1_000_000
 ROUNDS = 20
 """Attempts at an index that has every entry."""
 PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -45,123 +55,58 @@ Progress = Callable[[str, int, int], None]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Listed(_Model):
     """A bundle as the index has it; `files` are all of it, manifest and signature among them."""
 
-    name: str
-    model: str
-    family: str
-    target: str
-    precision: str
-    flavour: str
-    flavour_version: str
-    created: str
-    files: list[File]
+    name: FileName
+    model: Label
+    family: Label
+    target: Label
+    precision: Label
+    flavour: Label
+    flavour_version: Label
+    created: Label
+    files: Annotated[list[File], Field(max_length=200)]
 
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
+    def file(self, name: str) -> File:
+        """Raises IntegrityError for one that is not there."""
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise IntegrityError(f"{self.name} in the index has no {name}.")
+
 
 class Index(_Model):
     schema_version: Literal[1] = 1
-    serial: int
-    updated: str
-    bundles: dict[str, Listed]
+    serial: Count
+    updated: Label
+    bundles: dict[FileName, Listed]
 
 
-class _Envelope(_Model):
-    """Payload and signature in one file, so that no reader sees one without the other."""
-
-    payload: str
-    signature: Signature
-
-
-@dataclass
-class Remote:
-    """A place where bundles are published."""
-
-    url: str
-
-    def __post_init__(self) -> None:
-        import fsspec
-
-        try:
-            self.fs, root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            raise UserError(
-                f"{self.url}: {error}; file, http(s), s3, gs and hf URLs need their fsspec package."
-            ) from error
-        self.root = root.rstrip("/")
-
-    def path(self, *parts: str) -> str:
-        return "/".join((self.root, *parts))
-
-    def read(self, *parts: str) -> bytes | None:
-        """A small file; None if there is none."""
-        path = self.path(*parts)
-        try:
-            with self.fs.open(path, "rb") as stream:
-                content: bytes = stream.read(LARGEST + 1)
-        except FileNotFoundError as error:
-            if isinstance(error.__cause__, OSError):  # as fsspec calls a server that does not answer
-                raise StoreError(f"{self.url} cannot be read: {error.__cause__}.") from error
-            return None
-        except Exception as error:  # every file system has its own
-            raise StoreError(f"{self.url} cannot be read: {type(error).__name__}: {error}.") from error
-        if len(content) > LARGEST:
-            raise IntegrityError(f"{path} has more bytes than any such file; it is not what it should be.")
-        return content
-
-    def write(self, content: bytes | Path, *parts: str) -> None:
-        """Whole or not at all: object stores write so, other file systems rename."""
-        path, part = self.path(*parts), self.path(*parts[:-1], f".{parts[-1]}.{_token()}.part")
-        try:
-            self.fs.makedirs(self.path(*parts[:-1]), exist_ok=True)
-            if isinstance(content, Path):
-                self.fs.put_file(str(content), part)
-            else:
-                self.fs.pipe_file(part, content)
-            self.fs.mv(part, path, recursive=False)
-        except Exception as error:
-            with suppress(Exception):  # the disk may be full, and should not stay so
-                self.fs.rm_file(part)
-            raise StoreError(f"{self.url} cannot be written: {type(error).__name__}: {error}.") from error
-
-    def size(self, *parts: str) -> int | None:
-        try:
-            found = self.fs.info(self.path(*parts)).get("size")
-        except (FileNotFoundError, OSError):
-            return None
-        return None if found is None else int(found)
-
-    def chunks(self, start: int, *parts: str) -> Iterator[bytes]:
-        """A file's bytes from `start` on."""
-        with self.fs.open(self.path(*parts), "rb", block_size=CHUNK) as stream:
-            if start:
-                stream.seek(start)
-            while content := stream.read(CHUNK):
-                yield content
-
-
-def _token() -> str:
-    import secrets
-
-    return secrets.token_hex(4)
-
-
-def _blob(file: File) -> tuple[str, ...]:
+def blob_path(file: File) -> tuple[str, ...]:
     return ("blobs", file.sha256[:2], file.sha256)
+
+
+def patience(size: int) -> float:
+    """Seconds that so many bytes may take."""
+    return 2 * SILENCE + size / SLOWEST
 
 
 # ── publish ──────────────────────────────────────────────────────────────────────────
 
 
 def push(remote: Remote, bundles: Sequence[Path], key: str, ring: Keyring, progress: Progress) -> list[Listed]:
-    """Sign and publish bundles; raises IntegrityError for one whose files are not what its manifest says."""
+    """Sign and publish bundles; raises IntegrityError for one whose files are not what its manifest says.
+
+    What is there already is read, and replaced where its SHA-256 is another.
+    """
     published = []
     for bundle in bundles:
         manifest = read_manifest(bundle)
@@ -170,8 +115,8 @@ def push(remote: Remote, bundles: Sequence[Path], key: str, ring: Keyring, progr
         ring.sign(bundle, key)
         listed = listed_as(bundle, manifest)
         for file in listed.files:
-            if remote.size(*_blob(file)) != file.bytes:
-                remote.write(bundle / file.name, *_blob(file))
+            if not _is_whole(remote, file):
+                remote.write(bundle / file.name, *blob_path(file))
             progress(f"{bundle.name}/{file.name}", file.bytes, file.bytes)
         remote.write(listed.model_dump_json(indent=1).encode(), "entries", f"{bundle.name}.json")
         published.append(listed)
@@ -179,12 +124,33 @@ def push(remote: Remote, bundles: Sequence[Path], key: str, ring: Keyring, progr
     return published
 
 
-def listed_as(bundle: Path, manifest: Manifest) -> Listed:
-    files = [file for entry in manifest.components for file in (entry.engine, entry.graph)]
-    files += [manifest.recipe] if manifest.recipe else []
-    files += [file_entry(bundle / name) for name in (MANIFEST, SIGNATURE)]
+def _is_whole(remote: Remote, file: File) -> bool:
+    """Whether a blob is there, byte for byte."""
+    if remote.size(*blob_path(file)) != file.bytes:
+        return False
+    digest = hashlib.sha256()
+    try:
+        for content in remote.open(0, file.bytes, patience(file.bytes), *blob_path(file)).chunks:
+            digest.update(content)
+    except Exception as error:  # every file system has its own
+        log.warning("%s: a blob cannot be read, and is written anew: %s", remote.url, said(error))
+        return False
+    return digest.hexdigest() == file.sha256
+
+
+def listed_as(bundle: Path, manifest: Manifest, name: str = "") -> Listed:
+    """As an index lists the bundle in a folder, under the folder's name or another.
+
+    Raises UserError for a bundle whose name is none that can be published.
+    """
+    files = [*manifest.files(), *(file_entry(bundle / name) for name in (MANIFEST, SIGNATURE))]
     about = ("model", "family", "target", "precision", "flavour", "flavour_version", "created")
-    return Listed(name=bundle.name, files=files, **{name: getattr(manifest, name) for name in about})
+    try:
+        return Listed(name=name or bundle.name, files=files, **{field: getattr(manifest, field) for field in about})
+    except ValidationError as error:
+        raise UserError(
+            f"{bundle.name} cannot be published: {first_of(error)}; give its folder a name of ASCII letters and digits."
+        ) from error
 
 
 def _write_index(remote: Remote, key: str, ring: Keyring) -> None:
@@ -193,9 +159,8 @@ def _write_index(remote: Remote, key: str, ring: Keyring) -> None:
         known = _settled_index(remote)
         before = known.serial if known else 0
         index = Index(serial=before + 1, updated=datetime.now(UTC).isoformat(timespec="seconds"), bundles=entries)
-        payload = index.model_dump_json()
-        envelope = _Envelope(payload=payload, signature=ring.signature_of(PURPOSE + payload.encode(), key))
-        remote.write(envelope.model_dump_json(indent=1).encode(), "index.json")
+        sealed, _keyid = ring.seal(envelope.INDEX, index.model_dump_json().encode(), key)
+        remote.write(sealed, "index.json")
         written = _settled_index(remote)
         if written and set(written.bundles) >= set(_entries(remote)):
             return
@@ -206,8 +171,8 @@ def _settled_index(remote: Remote) -> Index | None:
     """The index, whoever signed it; on a store that does not replace a file at once, when it is whole again."""
     for pause in PAUSES:
         try:
-            envelope = _read_envelope(remote)
-            return Index.model_validate_json(envelope.payload) if envelope else None
+            signed = _read_index(remote)
+            return Index.model_validate_json(signed.payload) if signed else None
         except (IntegrityError, ValidationError):
             time.sleep(pause)
     raise IntegrityError(f"{remote.url}/index.json is no index of bundles; remove it, and the next push makes it anew.")
@@ -220,55 +185,50 @@ def _entries(remote: Remote) -> dict[str, Listed]:
         paths = remote.fs.ls(remote.path("entries"), detail=False)
     except FileNotFoundError:
         return {}
-    found = {}
+    entries = {}
     for path in sorted(paths):
         name = path.rpartition("/")[2]
-        content = remote.read("entries", name) if name.endswith(".json") and not name.startswith(".") else None
-        try:
-            listed = Listed.model_validate_json(content or b"")
-        except ValidationError:
+        if not name.endswith(".json") or name.startswith("."):
             continue
-        found[listed.name] = listed
-    return found
+        with suppress(IntegrityError, ValidationError):
+            listed = Listed.model_validate_json(remote.read(ENTRY_BYTES, "entries", name) or b"")
+            entries[listed.name] = listed
+    return entries
 
 
-def _read_envelope(remote: Remote) -> _Envelope | None:
-    content = remote.read("index.json")
-    try:
-        return _Envelope.model_validate_json(content) if content is not None else None
-    except ValidationError as error:
-        raise IntegrityError(f"{remote.url}/index.json is no index of bundles.") from error
+def _read_index(remote: Remote) -> Signed | None:
+    content = remote.read(LARGEST, "index.json")
+    return None if content is None else read_index_envelope(content, f"{remote.url}/index.json")
 
 
 # ── find and fetch ───────────────────────────────────────────────────────────────────
 
 
-def read_index(remote: Remote, ring: Keyring, store: Store, unsigned: bool = False) -> Index:
+def read_index(remote: Remote, ring: Keyring, unsigned: bool = False) -> Index:
     """The index, signed by a trusted publisher (not if `unsigned`) and no older than one that was seen before."""
-    envelope = _read_envelope(remote)
-    if envelope is None:
+    signed = _read_index(remote)
+    if signed is None:
         raise StoreError(f"{remote.url} has no index.json: nothing is published there.")
     if not unsigned:
-        ring.who_signed(PURPOSE + envelope.payload.encode(), envelope.signature, f"the index of {remote.url}")
+        ring.who_signed(signed, f"the index of {remote.url}")
     try:
-        index = Index.model_validate_json(envelope.payload)
+        index = Index.model_validate_json(signed.payload)
     except ValidationError as error:
-        raise IntegrityError(f"{remote.url}/index.json is signed and is no index; tell its publisher.") from error
-    name = hashlib.sha256(remote.url.rstrip("/").encode()).hexdigest()[:32]
-    seen = store.root / "remotes" / name
-    store.prepare()
-    with write_errors(seen.parent):
-        seen.parent.mkdir(exist_ok=True)
-    with store.lock(f"remote-{name}"):
-        newest = int(seen.read_text()) if seen.is_file() else 0
-        if index.serial < newest:
-            raise IntegrityError(
-                f"the index of {remote.url} is number {index.serial} and number {newest} was seen before: someone "
-                f"shows an old one, or it was made anew; remove {seen} if its publisher says so."
-            )
-        with atomic_write(seen) as part:
-            part.write_text(str(index.serial), "utf-8")
+        who = "is" if unsigned else "is signed and is"
+        raise IntegrityError(
+            f"{remote.url}/index.json {who} no index ({first_of(error)}); tell its publisher."
+        ) from error
+    ring.require_newer(remote.place, index.serial, remember=not unsigned)
     return index
+
+
+def published_names(model: str) -> set[str]:
+    """What `--model` means, as everywhere: the variant that a family's or a variant's name, a folder or an id stands
+    for; a name that is none of them is a publisher's own."""
+    try:
+        return {resolve(model).name}
+    except ModelError:
+        return {model}
 
 
 def fitting(index: Index, model: str, card: str, precision: str) -> Listed:
@@ -277,10 +237,11 @@ def fitting(index: Index, model: str, card: str, precision: str) -> Listed:
     Raises UserError with the nearest there is, and the command that builds one.
     """
     build = f"build-engine --model {shlex.quote(model)} --gpu {card} --precision {precision}"
-    alike = [b for b in index.bundles.values() if model in (b.model, b.family)]
+    names = published_names(model)
+    alike = [b for b in index.bundles.values() if b.model in names]
     if not alike:
         have = ", ".join(sorted({b.model for b in index.bundles.values()})) or "nothing"
-        raise UserError(f"no engine of {model} is published there, but {have}; build it: {build}")
+        raise UserError(f"no engine of {' '.join(names)} is published there, but {have}; build it: {build}")
     here = [b for b in alike if serves(b.target, b.precision, card) and b.precision == precision]
     if not here:
         have = ", ".join(sorted({f"{b.target} {b.precision}" for b in alike}))
@@ -290,89 +251,3 @@ def fitting(index: Index, model: str, card: str, precision: str) -> Listed:
         have = ", ".join(sorted({f"{b.flavour} {b.flavour_version}" for b in here}))
         raise UserError(f"{model} for {card} is published for {have}, which is not installed here; build it: {build}")
     return max(usable, key=lambda b: (b.target == card, b.created))
-
-
-def pull(
-    remote: Remote, listed: Listed, store: Store, ring: Keyring, progress: Progress, unsigned: bool = False
-) -> Path:
-    """The bundle in the store, downloaded as far as it is not there; raises IntegrityError for anything that is off.
-
-    `unsigned`: the store's user vouches for the place, and takes what nobody trusted has signed.
-    """
-    _check_listed(listed)
-    store.prepare()
-    path = store.bundles / listed.name
-    with store.lock(f"pull-{hashlib.sha256(listed.name.encode()).hexdigest()[:16]}"):
-        if (path / MANIFEST).is_file():
-            return path
-        staging = store.bundles / f".pulling-{listed.name}"
-        with write_errors(staging):
-            staging.mkdir(exist_ok=True)
-            for file in listed.files:
-                _download(remote, file, staging, lambda there, f=file: progress(f.name, there, f.bytes))  # type: ignore[misc]
-            with atomic_write(staging / PULLED) as part:
-                part.write_text(json.dumps({"url": remote.url} | ({"unsigned": True} if unsigned else {})), "utf-8")
-        try:
-            manifest = read_manifest(staging)
-            wrong = check_files(staging, manifest)
-            ring.check(staging)
-            if wrong or listed_as(staging, manifest).model_copy(update={"name": listed.name}) != listed:
-                raise IntegrityError(f"{listed.name}: {wrong[0] if wrong else 'the index describes another bundle'}.")
-        except IntegrityError:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        with write_errors(store.bundles):
-            staging.rename(path)
-    return path
-
-
-def _check_listed(listed: Listed) -> None:
-    names = [listed.name, *(file.name for file in listed.files)]
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}", name):
-            raise IntegrityError(f"the index has a name that is not allowed: '{name[:80]}'.")
-    if len(set(names)) != len(names) or not {MANIFEST, SIGNATURE} <= set(names):
-        raise IntegrityError(f"{listed.name} in the index lacks its manifest or signature, or has a file twice.")
-    for file in listed.files:
-        if not re.fullmatch(r"[0-9a-f]{64}", file.sha256) or file.bytes < 0:
-            raise IntegrityError(f"{listed.name}: {file.name} has no SHA-256 or size in the index.")
-
-
-def _download(remote: Remote, file: File, folder: Path, progress: Callable[[int], None]) -> None:
-    """A file by its SHA-256, going on where an earlier try ended; never more bytes than the index says."""
-    whole, part = folder / file.name, folder / f".{file.sha256}.part"
-    if whole.is_file() and file_entry(whole) == file:
-        progress(file.bytes)
-        return
-    if not part.is_file() or part.stat().st_size > file.bytes:
-        part.write_bytes(b"")
-    free = shutil.disk_usage(folder).free
-    if free < file.bytes - part.stat().st_size:
-        raise StoreError(
-            f"{folder.parent} has {free:,} bytes free and {file.name} has {file.bytes:,}; free some space."
-        )
-    try:
-        with part.open("ab") as stream:
-            there = stream.tell()
-            chunks = remote.chunks(there, *_blob(file)) if there < file.bytes else iter(())
-            for content in chunks:
-                there += len(content)
-                if there > file.bytes:
-                    raise IntegrityError(f"{file.name} is longer than the index says.")
-                stream.write(content)
-                progress(there)
-    except IntegrityError:
-        part.unlink()
-        raise
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{remote.url} lacks {file.name}, which its index lists; tell its publisher.") from error
-    except Exception as error:  # every file system has its own
-        raise StoreError(
-            f"{file.name}: {type(error).__name__}: {error}; the same command goes on from there."
-        ) from error
-    if there < file.bytes:
-        raise StoreError(f"{file.name} ended early; the same command goes on from there.")
-    if file_entry(part).sha256 != file.sha256:
-        part.unlink()
-        raise IntegrityError(f"{file.name} from {remote.url} does not match its SHA-256.")
-    part.rename(whole)

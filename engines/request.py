@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overcrank.engines.build import Request
-from overcrank.engines.profiles import profile_for
+from overcrank.engines.profiles import PartialShape, profile_for
 from overcrank.engines.targets import gpu_names, precision_for, targets_for
 from overcrank.engines.tensorrt import driver_notes
 from overcrank.engines.types import notes, own_precision, typed
@@ -19,8 +19,6 @@ from overcrank.options import option
 
 if TYPE_CHECKING:
     from overcrank.export.quantization.recipe import Recipe
-
-AXES = ("height", "width", "frames")
 
 
 @dataclass(frozen=True)
@@ -40,18 +38,19 @@ class BuildOptions:
     weights: str = "inputs"
     """Weights as "inputs" of the engine, or "embedded" in it."""
     height: int | None = None
+    """Best-served height [default: the model's native], and so for `width` and `frames`."""
     width: int | None = None
     frames: int | None = None
-    """Best-served size [default: the model's native]."""
     batch: int | None = None
     """Best-served batch; 1 and 2 (classifier-free guidance) always work [default: 2]."""
     min_height: int | None = None
+    """Smallest height of the profile [default: the model's], and so for `min_width` and `min_frames`."""
     min_width: int | None = None
     min_frames: int | None = None
     max_height: int | None = None
+    """Largest height of the profile [default: the model's], and so for `max_width` and `max_frames`."""
     max_width: int | None = None
     max_frames: int | None = None
-    """Bounds of the optimization profile [default: the model's]."""
     static: bool = False
     """Serve the best-served shape only."""
     components: Sequence[str] = ()
@@ -61,9 +60,14 @@ class BuildOptions:
     jobs: int | None = None
     """Worker processes [default: by cores and RAM]."""
 
-    def bounds(self, side: str) -> dict[str, int]:
-        """Axis → pixels or frames, of those that were given; `side` is "min" or "max"."""
-        return {axis: size for axis in AXES if (size := getattr(self, f"{side}_{axis}")) is not None}
+    def best(self) -> PartialShape:
+        return PartialShape(self.height, self.width, self.frames, self.batch)
+
+    def smallest(self) -> PartialShape:
+        return PartialShape(self.min_height, self.min_width, self.min_frames)
+
+    def largest(self) -> PartialShape:
+        return PartialShape(self.max_height, self.max_width, self.max_frames)
 
 
 def requests_for(
@@ -80,13 +84,8 @@ def requests_for(
     recipe, layers = layers_of(options.precision, options.activations, options.recipe)
     names = tuple(options.components)
     components(variant, names)
-    profile = profile_for(
-        variant,
-        *(getattr(options, axis) for axis in (*AXES, "batch")),
-        minimum=options.bounds("min"),
-        maximum=options.bounds("max"),
-        static=options.static,
-    )
+    shapes = {"minimum": options.smallest(), "maximum": options.largest()}
+    profile = profile_for(variant, options.best(), **shapes, static=options.static)
     return [
         Request(
             variant=variant,

@@ -1,20 +1,25 @@
-"""Where bundles and cached graphs live, and how files come into being: whole or not at all."""
+"""Where bundles and cached graphs live, and who works on them."""
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
 import os
-import shutil
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from overcrank.engines.manifest import MANIFEST, Manifest, read_manifest
 from overcrank.errors import IntegrityError, StoreError
 from overcrank.export.cache import CachedGraph, cached_graph, graph_digest
-from overcrank.files import write_errors
+from overcrank.files import REMOVING, remove_tree, write_errors
 from overcrank.models.base import Component
+from overcrank.owners import is_abandoned, this_process
+
+PULLING = ".pulling-"
 
 
 def default_root() -> Path:
@@ -49,8 +54,46 @@ class Store:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        with FileLock(self.root / "locks" / f"{name}.lock"):
-            yield
+        """Held by one process at a time, which is noted beside it for machines that do not see its lock."""
+        with FileLock(self._lock_file(name)):
+            owner = self._owner_file(name)
+            with write_errors(owner):
+                owner.write_text(this_process().tag(), "ascii")
+            try:
+                yield
+            finally:
+                owner.unlink(missing_ok=True)
+
+    def _lock_file(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.lock"
+
+    def _owner_file(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.owner"
+
+    def is_worked_on(self, path: Path, gone_hosts: frozenset[str] = frozenset()) -> bool:
+        """Whether a process builds, exports, packs or pulls it, or may do so on another machine.
+
+        `gone_hosts`: machines of which the user says that they are gone.
+        """
+        name = self._lock_of(path)
+        lock, owner = self._lock_file(name), self._owner_file(name)
+        try:
+            text = owner.read_text("ascii", errors="replace")
+        except FileNotFoundError:
+            text = ""
+        if text and not is_abandoned(lock, text, gone_hosts):
+            return True
+        return lock.is_file() and _is_held(lock)
+
+    def _lock_of(self, path: Path) -> str:
+        """Name of the lock under which something in the store comes into being."""
+        if path.name.startswith(PULLING):
+            return pull_lock(path.name.removeprefix(PULLING))
+        if path.parent == self.graphs:
+            return f"graph-{path.name.removeprefix('.').removesuffix('.part')}"
+        if path.suffix == ".safetensors":
+            return f"pack-{path.stem}"
+        return path.name.rpartition("-")[2]  # of a bundle, finished or not
 
     def graph(self, component: Component, precision: str) -> CachedGraph:
         """The component's graph from the cache, exported into it the first time."""
@@ -63,6 +106,10 @@ class Store:
         """Work in progress of one bundle; survives a kill, so the next run resumes from it."""
         return self.bundles / f".building-{key[:16]}"
 
+    def pulling(self, name: str) -> Path:
+        """As `staging`, of a download."""
+        return self.bundles / f"{PULLING}{name}"
+
     def find(self, key: str) -> Path | None:
         for path in self.bundles.glob(f"*-{key[:16]}"):
             if (path / MANIFEST).is_file():
@@ -70,33 +117,81 @@ class Store:
         return None
 
     def list(self) -> list[tuple[Path, Manifest | IntegrityError]]:
-        """Every bundle with its manifest, or with what is wrong with it."""
-        found: list[tuple[Path, Manifest | IntegrityError]] = []
-        for path in sorted(p.parent for p in self.bundles.glob(f"[!.]*/{MANIFEST}")):
+        """Every bundle with its manifest, or with what is wrong with it.
+
+        Raises StoreError for a store whose bundles this user may not look at.
+        """
+        listed: list[tuple[Path, Manifest | IntegrityError]] = []
+        for path in self._bundle_folders():
             try:
-                found.append((path, read_manifest(path)))
+                listed.append((path, read_manifest(path)))
             except IntegrityError as error:
-                found.append((path, error))
-        return found
+                listed.append((path, error))
+        return listed
+
+    def _bundle_folders(self) -> Iterator[Path]:
+        try:
+            names = sorted(os.listdir(self.bundles))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise StoreError(f"{self.bundles} cannot be read ({error.strerror}); give another --store.") from error
+        for path in (self.bundles / name for name in names if not name.startswith(".")):
+            try:
+                (path / MANIFEST).lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:  # which reading the manifest will name
+                pass
+            yield path
 
     def resolve(self, name: str) -> Path:
-        """A bundle by path, by name, or by a part of its name that only one bundle has."""
+        """A bundle by path, by name, or by a part of its name or a pattern (*, ?) that only one bundle fits."""
         path = Path(name).expanduser()
-        if (path / MANIFEST).is_file():
+        if _is_file(path / MANIFEST):
             return path
-        if path.is_dir() and os.sep in name:
+        if os.sep in name and path.is_dir():
             raise StoreError(f"{path} is not a bundle: it has no {MANIFEST}.")
-        hits = [p for p, _ in self.list() if name in p.name]
+        hits = [p for p, _ in self.list() if name in p.name or fnmatch.fnmatchcase(p.name, name)]
         exact = [p for p in hits if p.name == name]
         if len(exact or hits) == 1:
             return (exact or hits)[0]
         what = "several bundles match" if hits else "no bundle matches"
         listed = ", ".join(p.name for p in hits) if hits else "'overcrank engines list' shows what there is"
-        raise StoreError(f"{what} '{name}' in {self.bundles}: {listed}.")
+        raise StoreError(f"{what} '{name[:200]}' in {self.bundles}: {listed}.")
 
-    def remove(self, bundle: Path) -> None:
-        """Out of sight first, then deleted: a killed removal leaves no half bundle."""
-        with write_errors(bundle):
-            gone = bundle.with_name(f".removing-{bundle.name}")
-            bundle.rename(gone)
-            shutil.rmtree(gone)
+    def removal(self, name: str) -> Sequence[Path]:
+        """A bundle, as `resolve` names it, which may be gone; then what killed removals left of that very name.
+
+        Raises StoreError where there is neither.
+        """
+        hidden = re.compile(rf"{re.escape(REMOVING)}([0-9a-f]{{8}}-|\d+-)?{re.escape(name)}")
+        left = [p for p in self.bundles.glob(f"{REMOVING}*") if hidden.fullmatch(p.name)]
+        bundle = self.bundles / name
+        return [bundle if left and not _is_file(bundle / MANIFEST) else self.resolve(name), *left]
+
+    def remove(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            with write_errors(path):
+                if os.path.lexists(path):
+                    remove_tree(path)
+
+
+def pull_lock(name: str) -> str:
+    """Name of the lock under which a bundle is pulled."""
+    return f"pull-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long for one, or that its user may not look at
+        return False

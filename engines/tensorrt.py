@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from overcrank.engines.cards import installed_cards
+from overcrank.engines.refusals import OldDriver
 from overcrank.engines.targets import FLAVOUR_TITLES, Target
 from overcrank.errors import TargetError
 
@@ -60,19 +61,15 @@ def needed_driver(flavour: str) -> str:
     return ""
 
 
-def too_old(flavour: str, driver: str) -> tuple[str, str] | None:
-    """Why this driver does not run the flavour, and what to do; None if it does, or nobody can tell.
+def too_old(flavour: str, driver: str) -> OldDriver | None:
+    """Why this driver does not run the flavour; None if it does, or nobody can tell.
 
     `driver`: as nvidia-smi names it, such as "580.95.05".
     """
     needed, major = needed_driver(flavour), driver.partition(".")[0]
     if not needed or not major.isdigit() or int(major) >= int(needed):
         return None
-    title = FLAVOUR_TITLES[flavour]
-    return (
-        f"driver {driver} is installed, and {title} {flavour_version(flavour)} needs {needed} or newer",
-        "install a newer driver from nvidia.com/drivers (under WSL: that of Windows)",
-    )
+    return OldDriver(driver, FLAVOUR_TITLES[flavour], flavour_version(flavour) or "", needed)
 
 
 def driver_notes(flavour: str, targets: Iterable[Target]) -> list[str]:
@@ -83,4 +80,5 @@ def driver_notes(flavour: str, targets: Iterable[Target]) -> list[str]:
     except TargetError:
         return []
     found = [(name, reason) for driver, name in drivers.items() if (reason := too_old(flavour, driver))]
-    return [f"{what}: the engines will not run on the {name} here; {fix}." for name, (what, fix) in found]
+    words = [(name, *reason.words()) for name, reason in found]
+    return [f"{what}: the engines will not run on the {name} here; {fix}." for name, what, fix in words]

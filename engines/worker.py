@@ -11,8 +11,8 @@ from typing import Any
 
 from overcrank.engines.compile import engine_from_graph
 from overcrank.engines.manifest import ComponentEntry, EngineKey, PackedEntry, ParameterEntry, TensorEntry, file_entry
-from overcrank.engines.plan import PlanReport, read_plan
-from overcrank.engines.profiles import Profile
+from overcrank.engines.plan import PlanCounts, PlanReport, read_plan
+from overcrank.engines.profiles import Profile, ShapeRange
 from overcrank.engines.store import Store
 from overcrank.engines.targets import Target
 from overcrank.errors import CompileError
@@ -39,6 +39,7 @@ class BuildJob:
     variant: Variant
     key: EngineKey
     compute: str  # type of the exported graph: "fp16", "bf16" or "fp32"
+    precision: str  # of the bundle
     recipe: ComponentRecipe
     target: Target
     profile: Profile
@@ -49,8 +50,8 @@ class BuildJob:
     allow_fallback: bool = False
     title: str = ""  # for people
 
-    @property
-    def component(self) -> Component:
+    def make_component(self) -> Component:
+        """Made in the worker: its functions cannot be pickled into one, as the variant and the name can."""
         return components(self.variant, (self.key.component,))[0]
 
     @property
@@ -80,7 +81,7 @@ def export_component(job: BuildJob, report: Report) -> None:
     """Put the component's graph into the store's cache; needs torch, and no TensorRT."""
     report("exporting")
     with job.store.lock(f"graph-{job.graph_folder.name}"), write_errors(job.store.graphs):
-        cached_graph(job.component, job.compute, job.graph_folder)
+        cached_graph(job.make_component(), job.compute, job.graph_folder)
     report("exported")
 
 
@@ -88,6 +89,8 @@ def export_component(job: BuildJob, report: Report) -> None:
 class _Graph:
     """The graph as it goes into the bundle, and who fills its inputs."""
 
+    component: Component
+    ranges: dict[str, ShapeRange]
     onnx: Path
     seconds: float  # of its export
     parameters: tuple[Parameter, ...]
@@ -101,14 +104,14 @@ def compile_component(job: BuildJob, report: Report) -> None:
 
     Raises CompileError when the plan multiplies in 16 bit what the recipe quantizes.
     """
-    component = job.component
     graph = _staged_graph(job)
+    component = graph.component
     start = time.monotonic()
     with _with_weights(job, graph) as source:
         compiled = engine_from_graph(
             source,
             job.target,
-            job.profile.ranges(component),
+            graph.ranges,
             flavour=job.flavour,
             progress=lambda phase: report(f"compiling · {phase}"),
         )
@@ -124,7 +127,7 @@ def compile_component(job: BuildJob, report: Report) -> None:
     engine = job.staging / f"{component.name}.engine"
     with atomic_write(engine) as part:
         part.write_bytes(memoryview(compiled.plan))
-    entry = _entry(job, graph, engine, compiled.activation_bytes, seconds, plan.verdict())
+    entry = _entry(job, graph, engine, compiled.activation_bytes, seconds, plan.counts())
     with atomic_write(job.done) as part:
         part.write_text(entry.model_dump_json(), "utf-8")
     report("done")
@@ -151,6 +154,8 @@ def _staged_graph(job: BuildJob) -> _Graph:
     cached = load_cached(job.graph_folder)
     if cached is None:
         raise CompileError(f"{job.graph_folder} vanished during the build; run the same command again.")
+    component = job.make_component()
+    ranges = job.profile.ranges(component)
     onnx = job.staging / f"{job.key.component}.onnx"
     parameters, layout = cached.parameters, dict[str, LayerFormat]()
     packed: tuple[Packed, ...] = ()
@@ -158,18 +163,18 @@ def _staged_graph(job: BuildJob) -> _Graph:
     if not job.target.fp32_products:
         products_in_fp16(model)
     if job.recipe.rules:
-        layout = layout_in(model, job.recipe, job.profile.ranges(job.component))
+        layout = layout_in(model, job.recipe, ranges)
         parameters, packed = quantize(model, cached.parameters, layout)
     with atomic_write(onnx) as part:
         ir.save(model, part)
     weights = {p.input.removesuffix(".weight"): p for p in cached.parameters}
     replaced = {layer: weights[layer] for layer in layout if layer in weights}
-    return _Graph(onnx, cached.seconds, parameters, packed, layout, replaced)
+    return _Graph(component, ranges, onnx, cached.seconds, parameters, packed, layout, replaced)
 
 
 def _part(job: BuildJob, graph: _Graph, read: Callable[[str], Any]) -> Part:
     """The quantized layers, for a pack of their tensors."""
-    component = job.component
+    component = graph.component
     return Part(
         name=component.subfolder,
         component=component.name,
@@ -211,9 +216,9 @@ def _with_weights(job: BuildJob, graph: _Graph) -> Iterator[Path]:
 
 
 def _entry(
-    job: BuildJob, graph: _Graph, engine: Path, activation: int | None, seconds: float, lint: str
+    job: BuildJob, graph: _Graph, engine: Path, activation: int | None, seconds: float, plan: PlanCounts | None
 ) -> ComponentEntry:
-    component, ranges = job.component, job.profile.ranges(job.component)
+    component, ranges = graph.component, graph.ranges
     dtypes = {"compute": job.compute}
 
     def tensors(specs: tuple[TensorSpec, ...]) -> list[TensorEntry]:
@@ -248,7 +253,7 @@ def _entry(
         activation_bytes=activation,
         export_seconds=round(graph.seconds, 2),
         compile_seconds=round(seconds, 2),
-        lint=lint,
+        plan=plan,
         packed=[
             PackedEntry(input=p.input, layer=p.layer, role=p.role, dtype=p.dtype, shape=list(p.shape))
             for p in graph.packed

@@ -21,6 +21,9 @@ Work = Callable[[BuildJob, Report], None]
 
 
 class Workers(Protocol):
+    count: int
+    """How much is done at a time."""
+
     def submit(self, work: Work, job: BuildJob) -> Future[None]:
         """Do it somewhere; the future raises what the work raised, CompileError if its worker died."""
 
@@ -52,7 +55,8 @@ class LocalWorkers:
     def __init__(self, count: int | None = None) -> None:
         import psutil
 
-        self._threads = ThreadPoolExecutor(count or default_workers(), "build")
+        self.count = count or default_workers()
+        self._threads = ThreadPoolExecutor(self.count, "build")
         self._context = multiprocessing.get_context("spawn")
         self._messages = self._context.Queue()
         self._lock, self._pools, self._stopped = threading.Lock(), set[ProcessPoolExecutor](), False

@@ -11,11 +11,15 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overcrank.export.weights import Parameter
+from overcrank.files import commit
 from overcrank.models.base import Component
 from overcrank.models.network import network
+
+if TYPE_CHECKING:
+    from overcrank.export.graph import Exported
 
 EXPORTERS = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "accelerate")
 
@@ -85,12 +89,17 @@ def cached_graph(component: Component, precision: str, folder: Path) -> CachedGr
     found = load_cached(folder)
     if found is not None:
         return found
-    import onnx_ir as ir
     from overcrank.export.graph import onnx_from_component
 
     start = time.monotonic()
     exported = onnx_from_component(component, precision)
-    seconds = time.monotonic() - start
+    return save_graph(exported, folder, time.monotonic() - start)
+
+
+def save_graph(exported: Exported, folder: Path, seconds: float = 0.0) -> CachedGraph:
+    """Write a graph and its parameters as `load_cached` reads them, in the place of what was in `folder`."""
+    import onnx_ir as ir
+
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -99,7 +108,7 @@ def cached_graph(component: Component, precision: str, folder: Path) -> CachedGr
         table = {"seconds": seconds, "parameters": [asdict(p) for p in exported.parameters]}
         (part / "graph.json").write_text(json.dumps(table), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        commit(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return CachedGraph(folder / "graph.onnx", exported.parameters, seconds)

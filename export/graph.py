@@ -70,8 +70,8 @@ def _traced(component: Component, config: Config, precision: str, repeats: tuple
     except Exception as error:
         first = str(error).strip().splitlines()[:1]
         raise ExportError(f"{component.name}: {stage} failed: {' '.join(first)}") from error
-    for node in model.graph:
-        node.metadata_props.clear()
+    for owner in (model.graph, *model.graph):
+        owner.metadata_props.clear()  # notes of torch.export, in no fixed order
     return model
 
 

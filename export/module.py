@@ -36,7 +36,7 @@ def abstract_module(component: Component, config: Config, precision: str) -> nn.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with init_empty_weights(include_buffers=False):
-        whole = construct(component, config)
+        whole = construct(component.cls, config, f"{component.subfolder}/config.json")
     cast_like_diffusers(whole, torch_dtype(precision))
     module = part(whole, component)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -58,7 +58,7 @@ def random_module(component: Component, config: Config, precision: str, seed: in
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        whole = construct(component, config)
+        whole = construct(component.cls, config, f"{component.subfolder}/config.json")
         for value in whole.parameters():
             if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
                 value.add_(torch.randn(value.shape, generator=generator) * 0.1)
@@ -86,14 +86,14 @@ def _as_json_has_it(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _construct_transformers(component: Component, config: Config) -> nn.Module:
+def _construct_transformers(cls: str, config: Config) -> nn.Module:
     """A transformers model, such as an image encoder; its configuration keeps what it does not know."""
     import transformers
 
-    cls: Any = getattr(transformers, component.cls)
-    settings = cls.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})
+    model: Any = getattr(transformers, cls)
+    settings = model.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})
     settings._attn_implementation = "sdpa"
-    module: nn.Module = cls(settings)
+    module: nn.Module = model(settings)
     return module
 
 
@@ -101,21 +101,23 @@ def part(whole: nn.Module, component: Component) -> nn.Module:
     return whole.get_submodule(component.attribute) if component.attribute else whole
 
 
-def construct(component: Component, config: Config) -> nn.Module:
+def construct(cls: str, config: Config, file: str) -> nn.Module:
+    """The module of a class of diffusers (dotted where it is not at the top), else of transformers.
+
+    Raises ModelError, naming `file`, for a configuration that it is not built from.
+    """
     import diffusers
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    where, _, name = component.cls.rpartition(".")
-    cls: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
-    if cls is None:
-        return _construct_transformers(component, config)
-    known = inspect.signature(cls.__init__).parameters  # others are left out, as from_pretrained does
+    where, _, name = cls.rpartition(".")
+    found: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            module: nn.Module = cls(**{k: _as_json_has_it(v) for k, v in config.items() if k in known})
+            if found is None:
+                return _construct_transformers(cls, config)
+            known = inspect.signature(found.__init__).parameters  # others are left out, as from_pretrained does
+            module: nn.Module = found(**{k: _as_json_has_it(v) for k, v in config.items() if k in known})
         except Exception as error:
-            raise ModelError(
-                f"{component.cls} cannot be built from {component.subfolder}/config.json: {error}"
-            ) from error
+            raise ModelError(f"{cls} cannot be built from {file}: {error}") from error
     return module

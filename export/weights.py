@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CheckpointError
+from overcrank.export.headers import Entry, tensors_in
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
@@ -26,61 +24,6 @@ class Parameter:
     dtype: str
     shape: tuple[int, ...]
     module_shape: tuple[int, ...]
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of one component folder, complete ones only; a twin such as .fp16 if it lies there alone.
-
-    Raises CheckpointError for a missing, truncated or unreadable file.
-    """
-    plain = [folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"]
-    others = sorted((*folder.glob(f"{STEM}.safetensors.index.*.json"), *folder.glob(f"{STEM}.*.safetensors")))
-    first = next((file for file in (*plain, *others) if file.is_file()), None)
-    if first is not None and first.suffix == ".json":
-        try:
-            names = sorted(set(json.loads(first.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{first} is no index of safetensors files; download it again.") from error
-        files = tuple(folder / name for name in names)
-    else:
-        files = (first,) if first else ()
-    if not files:
-        raise CheckpointError(
-            f"{folder} has no {STEM}.safetensors, whose weights are needed here; download the whole checkpoint."
-        )
-    for file in files:
-        _check_complete(file)
-    return files
-
-
-def _check_complete(file: Path) -> None:
-    """safetensors: 8 bytes of header length, a JSON header, then exactly the bytes it lists."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; download the checkpoint again.")
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size:
-                raise ValueError("the header is cut off")
-            header: dict[str, Any] = json.loads(stream.read(length))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}); download it again.") from error
-    for name, entry in header.items():
-        if name != "__metadata__" and 8 + length + entry["data_offsets"][1] > size:
-            raise CheckpointError(
-                f"{file} is truncated: tensor '{name}' ends at byte {8 + length + entry['data_offsets'][1]:,} "
-                f"of {size:,}; download it again."
-            )
-
-
-def weights_digest(files: Iterable[Path]) -> str:
-    """SHA-256 over the content of the files, in order."""
-    whole = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
-    return whole.hexdigest()
 
 
 def embed(model: ir.Model, parameters: Iterable[Parameter], values: Callable[[str], Any]) -> None:
@@ -104,53 +47,97 @@ def embed(model: ir.Model, parameters: Iterable[Parameter], values: Callable[[st
         model.graph.register_initializer(value)
 
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
-
-
-def mapped_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Any]]]:
-    """Name → shape and a reader of every floating tensor in a safetensors file.
-
-    Each reading maps its own bytes and no more, so that memory in use is that of the tensors
-    alive; safetensors' own mapping keeps every page that was touched.
-    """
-    import numpy as np
-
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(length))
-
-    def reader(entry: dict[str, Any]) -> Callable[[], Any]:
-        def read() -> Any:
-            import torch
-
-            start, end = entry["data_offsets"]
-            raw = np.memmap(file, np.uint8, "c", offset=8 + length + start, shape=(end - start,))
-            return torch.from_numpy(raw).view(getattr(torch, _DTYPES[entry["dtype"]])).reshape(entry["shape"])
-
-        return read
-
-    known = {n: e for n, e in header.items() if n != "__metadata__" and e["dtype"] in _DTYPES}
-    return {n: (tuple(e["shape"]), reader(e)) for n, e in known.items()}
+TORCH = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
+"""safetensors' name of a type whose values are a parameter's own → torch's."""
 
 
 def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) -> Callable[[str], Any]:
     """A reader of the checkpoint's tensors, after checking that it has every parameter.
 
-    Raises CheckpointError naming the first tensor that is missing or of another shape.
+    Each reading maps its own bytes and no more, so that memory in use is that of the tensors alive; safetensors' own
+    mapping keeps every page that was touched. Raises CheckpointError naming the first tensor that is missing, of
+    another shape, or quantized, as the reader does for one that holds NaN.
     """
-    homes: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {}
+    import numpy as np
+
     listed = list(files)
-    for file in listed:
-        homes |= mapped_tensors(file)
-    for parameter in parameters:
-        if parameter.name not in homes:
+    tensors = tensors_in(listed)
+    wanted = {p.name: p.module_shape for p in parameters}
+    if wanted:
+        require_values(listed[0].parent, wanted, tensors)
+
+    def read(name: str) -> Any:
+        import torch
+
+        entry = tensors[name]
+        raw = np.memmap(entry.file, np.uint8, "c", offset=entry.start, shape=(entry.end - entry.start,))
+        tensor = torch.from_numpy(raw).view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
+        if not bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all()):
+            raise CheckpointError(f"{entry.file}: tensor '{name}' holds NaN or infinities; download it again.")
+        return tensor
+
+    return read
+
+
+def require_values(folder: Path, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError naming the first of the `wanted` tensors, by shape, that the files do not hold as it is."""
+    for name, needed in wanted.items():
+        entry = tensors.get(name)
+        if entry is None:
+            more = sum(other not in tensors for other in wanted) - 1
+            others = f" nor {more} others" if more else ""
             raise CheckpointError(
-                f"{listed[0].parent} has no tensor '{parameter.name}'; it is of another architecture."
+                f"{folder} has no tensor '{name}'{others}, which its config.json asks for; it is of another "
+                f"architecture, or was not saved whole{_prefixed(wanted, tensors)}."
             )
-        shape = homes[parameter.name][0]
-        if shape != parameter.module_shape:
+        if entry.dtype not in TORCH:
+            raise CheckpointError(_quantized(folder, name, entry.dtype, ""))
+        if entry.shape != tuple(needed):
             raise CheckpointError(
-                f"{listed[0].parent}: tensor '{parameter.name}' is {list(shape)}, the architecture needs "
-                f"{list(parameter.module_shape)}; check config.json."
+                f"{folder}: tensor '{name}' is {list(entry.shape)}, the architecture needs {list(needed)}; check "
+                f"config.json."
             )
-    return lambda name: homes[name][1]()
+    require_unscaled(folder, wanted, tensors)
+
+
+def require_unscaled(folder: Path, wanted: Iterable[str], tensors: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError for a quantized tensor whose scale lies beside it: its values are not the weight's."""
+    known = dict.fromkeys(wanted)
+    layers = {n.rpartition(".")[0]: n for n in known if n in tensors and tensors[n].dtype.startswith("F8")}
+    for name in tensors:
+        if name in known or not layers:
+            continue
+        beside = next((layers[layer] for layer in _owners(name) if layer in layers), "")
+        if beside or _SCALES.search(name):
+            weight = beside or next(iter(layers.values()))
+            raise CheckpointError(_quantized(folder, weight, tensors[weight].dtype, name))
+
+
+def _owners(name: str) -> tuple[str, ...]:
+    """Layers that a tensor of this name may be about: a.b.scale_weight and a.b.weight.scale are of a.b."""
+    layer = name.rpartition(".")[0]
+    return (layer, layer.rpartition(".")[0]) if layer.endswith(".weight") else (layer,)
+
+
+_SCALES = re.compile(r"(^|[._])scaled?([._]|$)|quant|absmax|zero_?point")
+
+
+def _quantized(folder: Path, name: str, dtype: str, scale: str) -> str:
+    scaled = f", with its scale in '{scale}'" if scale else ""
+    return (
+        f"{folder}: tensor '{name}' is quantized ({dtype}{scaled}); such checkpoints are not read here: take the one "
+        f"in bf16 or fp16, and let engines quantize it."
+    )
+
+
+def _prefixed(wanted: Iterable[str], tensors: Iterable[str]) -> str:
+    """What is the matter where all names begin with something more, as a trainer or another program writes them."""
+    here, names = set(tensors), list(wanted)
+    longer = (n.removesuffix(names[0]) for n in here if n.endswith(f".{names[0]}"))
+    prefix = next((p for p in longer if all(f"{p}{name}" in here for name in names)), "")
+    if not prefix:
+        return ""
+    return f": all its names begin with '{prefix}'; save it again without that, or with diffusers (save_pretrained)"

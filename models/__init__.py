@@ -13,7 +13,7 @@ from overcrank.models._hub_files import INDEX
 from overcrank.models.base import Config, Repository, Variant, VideoShape
 from overcrank.models.hub import hub_folder, hub_json, read_json
 from overcrank.models.matching import completed_variant, variant_from_configs, variant_from_manifest
-from overcrank.models.registry import components, families, family, hook, main_part, published
+from overcrank.models.registry import components, families, family, main_part, published, variant_named
 
 __all__ = [
     "check_shape",
@@ -21,12 +21,12 @@ __all__ = [
     "components",
     "families",
     "family",
-    "hook",
     "hub_folder",
     "local_folder",
     "main_part",
     "packaged_model",
     "parameter_counts",
+    "prompt_note",
     "resolve",
     "variant_from_configs",
     "variant_from_manifest",
@@ -63,25 +63,27 @@ def resolve(model: str) -> Variant:
     Raises ModelError with the nearest names, or with what the folder lacks.
     """
     names = families()
-    known = published()
-    if model in names or model in known:
-        return completed_variant(known[family(model).DEFAULT if model in names else model])
+    known = variant_named(family(model).default if model in names else model)
+    if known is not None:
+        return completed_variant(known)
     path = Path(model).expanduser()
     if path.exists():
         return _from_folder(path)
-    by_hub = _known_repository(model, known)
+    if path.is_symlink():
+        raise ModelError(f"{path} is a link to {path.readlink()}, which is not there.")
+    by_hub = _known_repository(model)
     if by_hub is not None:
         return completed_variant(by_hub)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_hub(model)
-    close = difflib.get_close_matches(model, [*names, *known], n=3, cutoff=0.4)
+    close = difflib.get_close_matches(model, [*names, *published()], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}."
     raise ModelError(f"Unknown model '{model}' (not a family, a variant, a folder or a hub id like owner/name): {hint}")
 
 
-def _known_repository(model: str, known: Mapping[str, Variant]) -> Variant | None:
+def _known_repository(model: str) -> Variant | None:
     """The published variant of a hub id; ids that differ only in case, and former ones, are the same model's."""
-    for variant in known.values():
+    for variant in published().values():
         source = variant.sources[0] if variant.sources and not variant.hub_file else None
         if source is not None and model.lower() in (name.lower() for name in (source.id, *source.former)):
             return variant
@@ -89,6 +91,11 @@ def _known_repository(model: str, known: Mapping[str, Variant]) -> Variant | Non
 
 
 def _from_folder(path: Path) -> Variant:
+    if path.suffix in (".safetensors", ".gguf", ".ckpt"):
+        raise ModelError(
+            f"{path} is a checkpoint in one file; convert it with diffusers (from_single_file, save_pretrained) and "
+            f"give the folder as --model."
+        )
     if not path.is_dir():
         raise ModelError(
             f"{path} is a file; --model takes a diffusers folder (with model_index.json), a family or a variant."
@@ -98,7 +105,7 @@ def _from_folder(path: Path) -> Variant:
             f"{path} is not a diffusers checkpoint: it has no model_index.json. Save one with "
             f"pipe.save_pretrained(folder), or name a family: --model ltx needs no files."
         )
-    index = read_json(path / "model_index.json")
+    index = _with_classes(read_json(path / INDEX), str(path))
     configs = {
         sub.name: read_json(file)
         for sub in sorted(path.iterdir())
@@ -118,6 +125,15 @@ def _from_index(name: str, where: str, index: Config, configs: Mapping[str, Conf
     return variant_from_configs(name, str(index[part][1]), configs, str(index.get("_class_name", "")), sources)
 
 
+def _with_classes(index: Config, where: str) -> Config:
+    """The index; raises ModelError for a part that is not [library, class], or [null, null]."""
+    for part, entry in index.items():
+        kinds = [type(word) for word in entry] if isinstance(entry, list) else [str, str]
+        if kinds not in ([str, str], [type(None)] * 2):
+            raise ModelError(f"{where}/{INDEX}: {part} is {str(entry)[:80]}, not a library and a class; correct it.")
+    return index
+
+
 def _main_part(index: Config) -> str | None:
     """`main_part` of a model_index.json."""
     return main_part({part: str(entry[1]) for part, entry in index.items() if isinstance(entry, list)})
@@ -126,7 +142,7 @@ def _main_part(index: Config) -> str | None:
 def _from_hub(hub_id: str) -> Variant:
     """Only the configuration files are fetched, from the local hub cache or the network."""
     source = Repository(hub_id)
-    index = hub_json(source, INDEX)
+    index = _with_classes(hub_json(source, INDEX), hub_id)
     engines = {part for variant in published().values() for part in variant.configs if part != "scheduler"}
     parts = [p for p, entry in index.items() if p in engines and isinstance(entry, list) and entry[0]]
     configs = {p: hub_json(source, f"{p}/config.json") for p in parts}
@@ -138,9 +154,16 @@ def packaged_model() -> str:
     return next(v.name for v in published().values() if v.packaged)
 
 
+def prompt_note(variant: Variant, prompt: str) -> str:
+    """What a model in this package knows, when the prompt asks for something else; empty for other models."""
+    from overcrank.models.demo import captions
+
+    return captions.note(prompt) if variant.packaged else ""
+
+
 def local_folder(model: str) -> Path | None:
     """The diffusers folder that `model` names: one on disk, or one that ships with this package."""
-    known = published().get(model)
+    known = variant_named(model)
     if known is not None and known.packaged:
         return Path(__file__).parent / known.packaged
     path = Path(model).expanduser()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import ShapeError
 from overcrank.models import _streaming
-from overcrank.models.base import Call, Component, Config, TensorSpec, VideoShape
+from overcrank.models.base import Call, Component, Config, LatentOf, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -29,7 +29,7 @@ FRAMES = {  # (part, kind of call) → frames that come in
 }
 
 
-def components(vae: Config, latent: Any) -> tuple[Component, ...]:
+def components(vae: Config, latent: LatentOf) -> tuple[Component, ...]:
     """Decoder and encoder, for the first and the following frames; the encoder also for a picture."""
     return tuple(_component(vae, latent, part, kind) for part, kind in FRAMES)
 
@@ -65,7 +65,7 @@ def _encoder_caches(vae: Config) -> Iterator[Cache]:
     yield "conv_out", widths[-1], 2, scale
 
 
-def _component(vae: Config, latent: Any, part: str, kind: str) -> Component:
+def _component(vae: Config, latent: LatentOf, part: str, kind: str) -> Component:
     decodes = part == "decoder"
     caches = _caches(vae, part)
     sides = sorted({c[3] for c in caches})

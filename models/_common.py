@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from overcrank.errors import ShapeError
-from overcrank.models.base import Arguments, Call, Media, Preset, Sizes, TensorSpec, Variant, VideoShape
+from overcrank.models.base import Call, Config, Latents, Repeat, Sizes, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -17,6 +17,44 @@ if TYPE_CHECKING:
 
 Patch = tuple[int, int, int]
 """(frames, height, width) of the latent patch that is one token."""
+TRACED_BLOCKS = 3
+_BLOCKS = {"num_layers": "transformer_blocks"}
+
+# ── what a component says ────────────────────────────────────────────────────────────
+
+
+class Depth(TypedDict):
+    """How deep a `Component` is traced."""
+
+    traced_config: Config
+    repeats: tuple[Repeat, ...]
+
+
+def shallow(config: Config, chains: Mapping[str, str] = _BLOCKS, after: int = 0) -> Depth:
+    """Chains of blocks are traced three deep and repeated; `chains` maps the field that counts one to its path.
+
+    `after` of the counted blocks are the last ones, which are of another kind (Repeat.after).
+    """
+    deep = {field: path for field, path in chains.items() if config.get(field, 0) > TRACED_BLOCKS + after}
+    return {
+        "traced_config": config | dict.fromkeys(deep, TRACED_BLOCKS + after) if deep else {},
+        "repeats": tuple(Repeat(path, TRACED_BLOCKS, config[field] - after, after) for field, path in deep.items()),
+    }
+
+
+def token_count(latents: Latents, patch: Patch = (1, 1, 1)) -> int:
+    """Tokens of a latent video."""
+    return prod(n // p for n, p in zip(latents, patch, strict=True))
+
+
+def token_sizes(latents: Latents, patch: Patch, **more: int) -> Sizes:
+    """Axis lengths of a transformer of patches; the latents' sides, of no input, are what `sample` makes latents of."""
+    return {
+        "tokens": token_count(latents, patch),
+        **dict(zip(("frames", "height", "width"), latents, strict=True)),
+        **more,
+    }
+
 
 # ── while tracing ────────────────────────────────────────────────────────────────────
 
@@ -115,7 +153,7 @@ def unpatched(tokens: T, like: T, patch: Patch) -> T:
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def unpatched_first(tokens: T, like: T, patch: tuple[int, int, int]) -> T:
+def unpatched_first(tokens: T, like: T, patch: Patch) -> T:
     """[B, S, C · patch] of the latents' size in `like` → [B, C, F, H, W]."""
     t, h, w = (n // p for n, p in zip(like.shape[2:], patch, strict=True))
     x = tokens.reshape(like.shape[0], t, h, w, -1, *patch)
@@ -178,11 +216,6 @@ def random_call(
     return {t.name: torch.randn(t.shape(sizes), generator=generator) for t in specs} | more
 
 
-def token_count(latents: tuple[int, int, int], patch: Patch = (1, 1, 1)) -> int:
-    """Tokens of a latent video."""
-    return (latents[0] // patch[0]) * (latents[1] // patch[1]) * (latents[2] // patch[2])
-
-
 class PerOwnerCache:
     """What is the same from step to step, kept for as long as its owner, a module or a tensor, lives."""
 
@@ -203,59 +236,3 @@ class PerOwnerCache:
 def state_of(tensors: Iterable[T]) -> tuple[tuple[int, int], ...]:
     """Changes when tensors that something was made of are written, replaced or moved."""
     return tuple((t.data_ptr(), t._version) for t in tensors)
-
-
-# ── what a family may leave out ──────────────────────────────────────────────────────
-
-
-def encode(pipe: Any, variant: Variant, prompt: str, negative_prompt: str, guided: bool) -> dict[str, Any]:
-    """Text arguments of the pipelines' calls: the pipeline encodes them itself."""
-    return {"prompt": prompt, "negative_prompt": negative_prompt}
-
-
-def prepare(pipe: Any, variant: Variant) -> None:
-    """Called once when a checkpoint is loaded."""
-
-
-def join(folder: Path) -> None:
-    """Called when a checkpoint was put together of several repositories: a folder of links to their parts."""
-
-
-def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the video that is made of a picture, where its pipeline takes no other (Rendering.sized)."""
-    return height, width
-
-
-def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
-    """How many frames of a given video are used, and whether its last ones in place of its first."""
-    return shape.frames, False
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls; `arguments` are those that all share."""
-    return arguments | ({"image": media.images[0]} if media.images else {})
-
-
-def results(pipe: Any, result: Any) -> tuple[Any, tuple[Any, int] | None]:
-    """Frames [F, H, W, 3] in [0, 1], and the sound [channels, samples] with its rate, if there is one."""
-    return result.frames[0], None
-
-
-def rounds(variant: Variant, shape: VideoShape) -> int:
-    """How often the pipeline runs through its steps for one video."""
-    return 1
-
-
-def cache_levels(variant: Variant) -> dict[str, float]:
-    """Thresholds of the step cache by name; these are not measured with this family."""
-    return {"safe": 0.05, "fast": 0.1}
-
-
-PRESETS: tuple[Preset, ...] = ()
-"""Published ways to render in few steps."""
-PART_WORDS: Mapping[str, str] = {}
-"""What people call the parts of the pipeline that share one architecture, and write in the names of files."""
-guides_apart = False
-"""Whether the pipelines call the denoiser once more for guidance, at each step in which it is on."""
-preview = None
-"""`preview(pipe, latents, grid)` → RGB [3, H, W] in [0, 1] of the middle latent frame."""

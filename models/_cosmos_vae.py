@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.models import _video_vae
 from overcrank.models._common import patched
-from overcrank.models.base import Component, Config
+from overcrank.models.base import Component, Config, LatentOf
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CLS = "AutoencoderKLCosmos"
 
 
-def components(vae: Config, latent: Any) -> tuple[Component, ...]:
+def components(vae: Config, latent: LatentOf) -> tuple[Component, ...]:
     """Decoder and encoder of whole videos; `latent(shape)` gives latent (frames, height, width)."""
     strides = (vae["spatial_compression_ratio"], vae["temporal_compression_ratio"])
     sizes = _video_vae.whole(latent)

@@ -1,4 +1,4 @@
-"""Published ways to render in few steps: the `PRESETS` of the families.
+"""Published ways to render in few steps: the `presets` of the families.
 
 Explicit sigmas are those that the scheduler counts with: shifted already, so the scheduler's own shift is 1. In Wan's
 and LTX's own schedules a sigma is a timestep of 1000 and a shift s makes s·t / (1 + (s - 1)·t) of it.

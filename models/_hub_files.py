@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from overcrank.errors import ModelError
@@ -18,6 +19,11 @@ NAMES = (
     ("pytorch_model", "bin"),
 )
 """Of weight files, as diffusers and transformers look for them; the first that is there is read."""
+VOCABULARIES = (
+    *(("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",)),
+    *((f"*.{ending}",) for ending in ("model", "spm", "vocab", "tiktoken")),
+)
+"""File names, each row enough for a tokenizer."""
 OPTIONAL = ("safety_checker",)  # every pipeline that has one goes without it
 _WEIGHT_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$|\.[\w-]+\.index\.json$")
 
@@ -46,13 +52,19 @@ def part_files(where: str, files: Iterable[str], part: str, folder: str, variant
             f"{where} lacks the part '{part}', which its pipeline needs; it is not whole, or holds another layout: "
             f"give a diffusers folder as --model."
         )
+    worded = part.startswith("tokenizer") or "tokenizer_config.json" in here
+    if worded and not any(_matches(kind, here) for kind in VOCABULARIES) and not _of_bytes(here, prefix, read):
+        raise ModelError(
+            f"{where} lacks the vocabulary of '{part}': {prefix} holds neither tokenizer.json nor another file that "
+            f"words are read from; download it again, or give a whole diffusers folder as --model."
+        )
     weights: tuple[str, ...] = ()
     if "config.json" in here and "tokenizer_config.json" not in here:
         weights = weight_names(here, variant, lambda name: read(prefix + name))
         if not weights:
             raise ModelError(
-                f"{where} lacks the weights of '{part}': {prefix or 'its top '}holds neither {NAMES[0][0]}.safetensors "
-                f"nor another name that diffusers reads; give a diffusers folder as --model."
+                f"{where} lacks the weights of '{part}': {prefix or 'its top'} holds neither {NAMES[0][0]}.safetensors "
+                f"nor another name that diffusers reads{_instead(here)}; give a diffusers folder as --model."
             )
     missing = [n for n in weights if n not in here]
     if missing:
@@ -68,7 +80,41 @@ def weight_names(here: set[str], variant: str, read: Read) -> tuple[str, ...]:
             indices = (f"{stem}{wanted}.{ending}.index.json", f"{stem}.{ending}.index{wanted}.json")
             index = next((n for n in indices if n in here), None)
             if index is not None and (single not in here or stem == NAMES[0][0]):  # what each library looks for first
-                return (index, *sorted(set(read(index).get("weight_map", {}).values())))
+                return (index, *_mapped(index, read(index)))
             if single in here:
                 return (single,)
     return ()
+
+
+def _mapped(index: str, content: Mapping[str, Any]) -> list[str]:
+    """The files that an index of shards names; raises ModelError for a name that leads out of its folder."""
+    files = content.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ModelError(f"{index} is no index of weight files: it has no weight_map of file names.")
+    for file in files.values():
+        if "/" in file or "\\" in file or file in ("", ".", "..") or "\0" in file:
+            raise ModelError(f"{index} names {file!r}, which is no file beside it; its files are not read.")
+    return sorted(set(files.values()))
+
+
+def _of_bytes(names: set[str], prefix: str, read: Read) -> bool:
+    """Whether a tokenizer has no vocabulary, as ByT5's, whose words are bytes."""
+    file = "tokenizer_config.json"
+    return file in names and str(read(prefix + file).get("tokenizer_class")).startswith(("ByT5", "Canine", "Perceiver"))
+
+
+def _matches(patterns: tuple[str, ...], names: set[str]) -> bool:
+    return all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns)
+
+
+def _instead(names: Iterable[str]) -> str:
+    """What lies there in the place of weights under their own name."""
+    for name in sorted(names):
+        if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name):
+            index = re.sub(r"-\d+-of-\d+(\.\w+)$", r"\1.index.json", name)
+            return f" ({name} is one of several files, whose index {index} is not there: download it too)"
+        if name.endswith(".gguf"):
+            return f" ({name} is GGUF, whose quantized weights are not read here)"
+        if name.endswith((".safetensors", ".bin")):
+            return f" ({name} may be it under another name: rename it)"
+    return ""

@@ -14,6 +14,7 @@ from typing import Any
 from overcrank.errors import ModelError, StoreError
 from overcrank.models._hub_files import INDEX
 from overcrank.models.base import Repository, Variant
+from overcrank.models.registry import family
 
 FORM = 2  # of what is written here; raise it when that changes
 
@@ -42,15 +43,13 @@ def joined(variant: Variant, snapshots: Mapping[Path, tuple[Repository, tuple[st
 
 
 def _write(work: Path, variant: Variant, snapshots: Mapping[Path, tuple[Repository, tuple[str, ...]]]) -> None:
-    from overcrank.models import hook
-
     entries: dict[str, Any] = {}
     for folder, (source, parts) in snapshots.items():
         for part in parts:
             (work / part).symlink_to(folder if part == source.top else folder / part, target_is_directory=True)
         if (folder / INDEX).is_file():
             entries |= {k: v for k, v in _json(folder / INDEX).items() if k in parts}
-    hook(variant, "join")(work)
+    family(variant.family).join(work)
     index: dict[str, Any] = {"_class_name": variant.rendering().pipeline}
     networks = _networks(variant)  # a part's own file may name its author's class, and `join` makes another of one
     for part in sorted(os.listdir(work)):
@@ -76,8 +75,6 @@ _PLACES = (
 
 def _networks(variant: Variant) -> dict[str, list[str]]:
     """[library, class] of the parts that become engines."""
-    from overcrank.models import family
-
     every = family(variant.family).components(variant)
     return {c.subfolder: [c.cls.rpartition(".")[0] or "diffusers", c.cls.rpartition(".")[2]] for c in every}
 

@@ -6,12 +6,14 @@ counts for nothing), and rotary tables come from outside. Batch is 1, as the pip
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import OtherKind, ShapeError
 from overcrank.models._common import (
+    Patch,
     PerOwnerCache,
     attend,
     embedded,
@@ -20,9 +22,10 @@ from overcrank.models._common import (
     patches,
     rotated,
     sample_output,
+    shallow,
     unpatched_first,
 )
-from overcrank.models.base import Call, Config, TensorSpec
+from overcrank.models.base import Call, Component, Config, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -34,16 +37,45 @@ PROJECTIONS = dict(zip(CLEAN, ("proj", "proj_2x", "proj_4x"), strict=True))
 IMAGE_TOKENS = 729  # of the SigLIP image encoder
 
 
-def patch_of(config: Config) -> tuple[int, int, int]:
+def patch_of(config: Config) -> Patch:
     return (config["patch_size_t"], config["patch_size"], config["patch_size"])
 
 
-def inputs_of(config: Config, *, framepack: bool = False, newer: bool = False) -> tuple[TensorSpec, ...]:
-    """The graph's inputs; `newer` is HunyuanVideo 1.5."""
-    t, h, w = patch_of(config)
+def is_newer(config: Config) -> bool:
+    """Whether it is HunyuanVideo 1.5."""
+    return "text_embed_2_dim" in config
+
+
+def component(
+    cls: str, config: Config, sizes: Callable[[VideoShape], Sizes], traced: Sizes, *, framepack: bool = False
+) -> Component:
+    """The transformer as a component; `traced` are lengths of the axes that not every kind has, while tracing."""
+    newer, patch = is_newer(config), patch_of(config)
+    inputs = _inputs(config, framepack, newer)
+    names = tuple(t.name for t in inputs)
+    chains = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
+    return Component(
+        name="denoiser",
+        cls=cls,
+        subfolder="transformer",
+        config=config,
+        **shallow(config, chains),
+        inputs=inputs,
+        outputs=(TensorSpec("sample", (1, "tokens", config["out_channels"] * prod(patch))),),
+        forward=partial(newer_denoiser if newer else denoiser, names=names),
+        adapt=partial(adapt, names=names, config=config),
+        returns=partial(output, patch=patch),
+        sample=partial(sample, names=names),
+        sizes=sizes,
+        trace_sizes={"tokens": 24, "text": 12, **traced},
+        free_axes={"text": 1} | ({"text_2": 1} if newer else {}),
+    )
+
+
+def _inputs(config: Config, framepack: bool, newer: bool) -> tuple[TensorSpec, ...]:
     half = sum(config["rope_axes_dim"]) // 2
     inputs = [
-        TensorSpec("hidden_states", (1, "tokens", config["in_channels"] * t * h * w)),
+        TensorSpec("hidden_states", (1, "tokens", config["in_channels"] * prod(patch_of(config)))),
         TensorSpec("timestep", (1,), "float32"),
         TensorSpec("encoder_hidden_states", (1, "text", config["text_embed_dim"])),
         TensorSpec("rope_cos", (1, "tokens", half), "float32"),
@@ -65,8 +97,7 @@ def inputs_of(config: Config, *, framepack: bool = False, newer: bool = False) -
     if framepack:
         inputs.append(TensorSpec("image_embeds", (1, IMAGE_TOKENS, config["image_proj_dim"])))
         for name, patch in CLEAN.items():
-            features = config["in_channels"] * patch[0] * patch[1] * patch[2]
-            inputs.append(TensorSpec(name, (1, name, features)))
+            inputs.append(TensorSpec(name, (1, name, config["in_channels"] * prod(patch))))
             inputs += [TensorSpec(f"{name}_{part}", (1, name, half), "float32") for part in ("cos", "sin")]
     return tuple(inputs)
 
@@ -314,7 +345,7 @@ def _history(m: Any, call: Mapping[str, Any]) -> dict[str, T]:
     return made
 
 
-def output(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, int, int]) -> Any:
+def output(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: Patch) -> Any:
     return sample_output(unpatched_first(outputs["sample"], call["hidden_states"], patch), call)
 
 

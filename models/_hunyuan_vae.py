@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from overcrank.models import _video_vae
 from overcrank.models._common import patched, scaled_norm
-from overcrank.models.base import Component, Config, Sizes, VideoShape
+from overcrank.models.base import Component, Config, LatentOf, Sizes, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -23,7 +23,7 @@ TILE = 256  # pixels: diffusers' tile_sample_min_height and width of both
 TILE_FRAMES = 16  # tile_sample_min_num_frames; 1.5 has no tiles in time
 
 
-def components(vae: Config, latent: Any, cls: str = "AutoencoderKLHunyuanVideo") -> tuple[Component, ...]:
+def components(vae: Config, latent: LatentOf, cls: str = "AutoencoderKLHunyuanVideo") -> tuple[Component, ...]:
     """`latent(shape)` gives latent (frames, height, width)."""
     newer = cls.endswith("15")
     stride, temporal = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
@@ -47,11 +47,6 @@ def components(vae: Config, latent: Any, cls: str = "AutoencoderKLHunyuanVideo")
         strides=(stride, temporal),
         shortest=3,  # two are no special case of the graph: compared in the tests
     )
-
-
-def prepare(pipe: Any) -> None:
-    """What a pipeline of these VAEs needs on any card."""
-    pipe.vae.enable_tiling()
 
 
 def _traced(module: nn.Module, hidden_states: T) -> T:

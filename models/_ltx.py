@@ -5,18 +5,41 @@ The other half of ltx.py, which describes the family and calls these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from overcrank.errors import ShapeError
-from overcrank.models._common import first_of_equal, flat, forwards, given, modulations, one_time
-from overcrank.models.base import Call, Sizes, TensorSpec, Variant
+from overcrank.models._common import (
+    PerOwnerCache,
+    attend,
+    first_of_equal,
+    flat,
+    forwards,
+    given,
+    modulations,
+    one_time,
+    patched,
+    rotated,
+)
+from overcrank.models.base import Call, Config, Latents, Sizes, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor as T
     from torch import nn
+
+
+def strides(vae: Config) -> tuple[int, int]:
+    """(spatial, temporal) compression, patches included; a configuration without them leaves them to the class."""
+    scaling = vae["spatio_temporal_scaling"]
+    halved = 2 ** sum(scaling if isinstance(scaling, (list, tuple)) else (scaling,))
+    return (
+        int(vae.get("spatial_compression_ratio") or vae["patch_size"] * halved),
+        int(vae.get("temporal_compression_ratio") or vae["patch_size_t"] * halved),
+    )
+
+
+# ── what is traced ───────────────────────────────────────────────────────────────────
 
 
 def denoiser(
@@ -51,26 +74,13 @@ def denoiser(
     return out.reshape(batch, -1, out.shape[-1])
 
 
-def _rotate(x: T, cos: T, sin: T) -> T:
-    """Rotary embedding on interleaved pairs, in fp32: x [B, S, inner], cos and sin [1, S, inner / 2, 1]."""
-    import torch
-
-    real, imag = x.unflatten(2, (-1, 2)).float().chunk(2, dim=-1)
-    turned = torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
-    return turned.flatten(2).to(x.dtype)
-
-
 def _attention(attn: Any, x: T, context: T, rope: tuple[T, T] | None, bias: T) -> Any:
     """x [1, B·S, C] attends to context [1, B·L, D]; bias [B, 1, 1, L] carries the batch size."""
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
-
     q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(context)), attn.to_v(context)
     q, k, v = (t.reshape(bias.shape[0], -1, t.shape[-1]) for t in (q, k, v))
     if rope is not None:
-        q, k = _rotate(q, *rope), _rotate(k, *rope)
-    q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
-    out = sdpa(q, k, v, attn_mask=None if rope else bias)
-    return attn.to_out[0](flat(out.transpose(1, 2).flatten(2)))
+        q, k = rotated(q, *rope), rotated(k, *rope)
+    return attn.to_out[0](flat(attend(q, k, v, attn.heads, None if rope else bias)))
 
 
 def _block(block: Any, x: T, text: T, temb: tuple[T, ...], rope: tuple[T, T], bias: T, per_token: bool) -> T:
@@ -90,26 +100,17 @@ def _block(block: Any, x: T, text: T, temb: tuple[T, ...], rope: tuple[T, T], bi
 
 
 def vae_decoder(module: nn.Module, hidden_states: T, temb: T | None = None, *noise: T) -> T:
-    planes = iter([plane for block in noise for plane in block.unbind(0)])
-    with _vae_forwards(module, planes):
-        out: T = module(hidden_states, temb)
-    return out
+    return _coded(module, iter([plane for block in noise for plane in block.unbind(0)]), hidden_states, temb)
 
 
 def vae_encoder(module: nn.Module, hidden_states: T) -> T:
-    with _vae_forwards(module, iter(())):
-        out: T = module(hidden_states)
+    return _coded(module, iter(()), hidden_states)
+
+
+def _coded(module: nn.Module, noise: Iterator[T], *inputs: T | None) -> T:
+    with patched(module, {"LTXVideoCausalConv3d": _conv, "LTXVideoResnetBlock3d": partial(_resnet, noise=noise)}):
+        out: T = module(*inputs)
     return out
-
-
-@contextmanager
-def _vae_forwards(module: nn.Module, noise: Iterator[T]) -> Iterator[None]:
-    kinds = {"LTXVideoCausalConv3d": (_conv,), "LTXVideoResnetBlock3d": (_resnet, noise)}
-    with ExitStack() as stack:
-        for cls, (forward, *more) in kinds.items():
-            named = [m for m in module.modules() if type(m).__name__ == cls]
-            stack.enter_context(forwards(named, forward, *more))
-        yield
 
 
 def _conv(conv: Any, x: T) -> T:
@@ -122,7 +123,7 @@ def _conv(conv: Any, x: T) -> T:
     return out
 
 
-def _resnet(block: Any, noise: Iterator[T], x: T, temb: T | None = None, generator: Any = None) -> T:
+def _resnet(block: Any, x: T, temb: T | None = None, generator: Any = None, *, noise: Iterator[T]) -> T:
     """LTXVideoResnetBlock3d.forward normalizing channels in place of moving them last and back,
     with injected noise read from `noise` (planes [H, W], two a block)."""
     shift1 = scale1 = shift2 = scale2 = None
@@ -174,7 +175,7 @@ def adapt_denoiser(module: nn.Module, call: Call, *, per_token: bool) -> dict[st
     return made
 
 
-_tables: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
+_tables = PerOwnerCache()
 
 
 def _rotary(module: Any, x: T, call: Call) -> tuple[T, T]:
@@ -187,21 +188,13 @@ def _rotary(module: Any, x: T, call: Call) -> tuple[T, T]:
     scale = call.get("rope_interpolation_scale")
     scale = tuple(map(float, scale)) if scale is not None else None
     key = (x.shape[1], x.device, *grid, scale, id(coords), None if coords is None else coords._version)
-    kept = _tables.get(module)
-    if kept is None or kept[0] != key:
+
+    def tables() -> tuple[Any, ...]:
         both = module.rope(x[:1], *grid, scale, None if coords is None else first_of_equal(coords, "coordinates"))
-        halves = (t[..., 0::2].contiguous() for t in both)  # the stock tables hold each value twice
-        kept = _tables[module] = (key, *halves, coords)
-    return kept[1], kept[2]
+        return (*(t[..., 0::2].contiguous() for t in both), coords)  # the stock tables hold each value twice
 
-
-def denoiser_output(outputs: Mapping[str, T], call: Mapping[str, Any]) -> Any:
-    sample = outputs["sample"]
-    if not call.get("return_dict", True):
-        return (sample,)
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=sample)
+    cos, sin, _ = _tables.get(module, key, tables)
+    return cos, sin
 
 
 def sample_denoiser(module: nn.Module, sizes: Sizes, generator: Any, *, per_token: bool) -> dict[str, Any]:
@@ -249,10 +242,6 @@ def sample_vae_decoder(
     return {"hidden_states": torch.randn(shape, generator=generator)} | temb
 
 
-def adapt_vae_encoder(module: nn.Module, call: Call) -> dict[str, T]:
-    return {"hidden_states": call["hidden_states"]}
-
-
 def sample_vae_encoder(module: nn.Module, sizes: Sizes, generator: Any, *, channels: int) -> dict[str, Any]:
     import torch
 
@@ -263,20 +252,7 @@ def sample_vae_encoder(module: nn.Module, sizes: Sizes, generator: Any, *, chann
 # ── around the denoising loop ────────────────────────────────────────────────────────
 
 
-def encode(pipe: Any, variant: Variant, prompt: str, negative_prompt: str, guided: bool) -> dict[str, Any]:
-    """The pipelines' text arguments, encoded ahead of the call."""
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    encoded = pipe.encode_prompt(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        do_classifier_free_guidance=guided,
-        max_sequence_length=variant.text_length,
-        device=pipe._execution_device,
-    )
-    return dict(zip(names, encoded, strict=True))
-
-
-def preview(pipe: Any, latents: T, grid: tuple[int, int, int]) -> T:
+def preview(pipe: Any, latents: T, grid: Latents) -> T:
     """The middle latent frame decoded alone: latents [1, S, C] of `grid` → RGB [3, H, W] in [0, 1].
 
     Tokens of appended conditions come first and are left out.

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from overcrank.models._common import random_call, tensors_named
-from overcrank.models.base import Component, Config, Sizes, TensorSpec, VideoShape
+from overcrank.models.base import Component, Config, LatentOf, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -26,18 +26,12 @@ CONFIG: Config = {
 }
 
 
-def components(config: Config, strides: tuple[int, int], encoder: Component) -> tuple[Component, Component]:
-    """The upsampler, and the VAE's encoder for a video half as wide and high as the one that is made.
-
-    `strides` is the VAE's (spatial, temporal) compression.
-    """
-    spatial, temporal = strides
+def components(config: Config, latent: LatentOf, encoder: Component) -> tuple[Component, Component]:
+    """The upsampler, and the VAE's encoder for a video half as wide and high as the one that is made."""
     x = TensorSpec("hidden_states", (1, config["in_channels"], "frames", "height", "width"))
 
     def sizes(shape: VideoShape) -> Sizes:
-        frames = (shape.frames - 1) // temporal + 1
-        small = halved(shape)
-        return {"frames": frames, "height": small.height // spatial, "width": small.width // spatial}
+        return dict(zip(("frames", "height", "width"), latent(halved(shape)), strict=True))
 
     upsampler = Component(
         name="latent_upsampler",

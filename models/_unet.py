@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import ShapeError
 from overcrank.models import _kl_vae
 from overcrank.models._common import PerOwnerCache, forwards, given, one_time, patched
+from overcrank.models._family import Family, Grid
 from overcrank.models.base import Call, Component, Config, Sizes, TensorSpec, Variant, VideoShape
 
 if TYPE_CHECKING:
@@ -20,16 +21,15 @@ _same = PerOwnerCache()
 DOWN = 8  # of the latents' sides, by three downsamplings
 
 
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
-    step = DOWN * _kl_vae.stride(variant.configs["vae"])
-    return {"height": (step, 0), "width": (step, 0), "frames": (1, 0)}
+class UNetFamily(Family):
+    """A family whose denoiser is a UNet over the latents of an image VAE."""
 
+    def strides(self, variant: Variant) -> tuple[int, int]:
+        return _kl_vae.stride(variant.configs["vae"]), 1
 
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    side = _kl_vae.stride(variant.configs["vae"])
-    return shape.frames, shape.height // side, shape.width // side
+    def grid(self, variant: Variant) -> Grid:
+        step = DOWN * self.strides(variant)[0]
+        return {"height": (step, 0), "width": (step, 0), "frames": (1, 0)}
 
 
 def component(

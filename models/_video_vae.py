@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from overcrank.models._common import random_call, tensors_named
-from overcrank.models.base import Component, Config, Sizes, TensorSpec, VideoShape
+from overcrank.models.base import Component, Config, LatentOf, Sizes, TensorSpec, VideoShape
 
 SizesOf = Callable[[VideoShape], Sizes]
 
 
-def whole(latent: Callable[[VideoShape], tuple[int, int, int]]) -> tuple[SizesOf, SizesOf]:
+def whole(latent: LatentOf) -> tuple[SizesOf, SizesOf]:
     """`sizes` of a VAE that takes the video in one call; `latent` gives latent frames, height and width."""
     return (
         lambda shape: dict(zip(("frames", "height", "width"), latent(shape), strict=True)),

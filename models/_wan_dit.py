@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import OtherKind, ShapeError
@@ -23,10 +24,11 @@ from overcrank.models._common import (
     one_time,
     patches,
     rotated,
+    shallow,
     state_of,
-    token_count,
+    token_sizes,
 )
-from overcrank.models.base import Call, Component, Config, Repeat, Sizes, TensorSpec, VideoShape
+from overcrank.models.base import Call, Component, Config, LatentOf, Sizes, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -34,18 +36,17 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 512  # beside a picture the stock cross attention tells its tokens from text by this number
 IMAGE_TOKENS = 257  # of the CLIP image encoder
-TRACED_BLOCKS = 3
 
 
 def component(
-    cls: str, config: Config, latent: Any, *, name: str = "denoiser", per_token: bool = False, **more: Any
+    cls: str, config: Config, latent: LatentOf, *, name: str = "denoiser", per_token: bool = False, **more: Any
 ) -> Component:
     """The transformer as a component; `latent(shape)` gives latent (frames, height, width).
 
     With `per_token` every token has its timestep. Without pictures the text may be shorter than usual.
     """
     patch = tuple(config["patch_size"])
-    features = patch[0] * patch[1] * patch[2]
+    features = prod(patch)
     vace = tuple(config.get("vace_layers") or ())
     image = config.get("image_dim")
     images = IMAGE_TOKENS * (2 if config.get("pos_embed_seq_len") else 1)
@@ -64,27 +65,19 @@ def component(
         inputs.append(TensorSpec("control_hidden_states", (1, "tokens", config["vace_in_channels"] * features)))
         inputs.append(TensorSpec("control_hidden_states_scale", (len(vace),)))
     names = tuple(t.name for t in inputs)
-    deep = config["num_layers"] > TRACED_BLOCKS and not vace  # hints differ from block to block
-
-    def sizes(shape: VideoShape) -> Sizes:
-        frames, height, width = latent(shape)
-        sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {"tokens": token_count(latent(shape), patch), "text": TEXT_LENGTH} | sides
-
     return Component(
         name=name,
         cls=cls,
         subfolder="transformer",
         config=config,
-        traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
-        repeats=(Repeat("blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
+        **shallow(config, {} if vace else {"num_layers": "blocks"}),  # VACE's hints differ from block to block
         inputs=tuple(inputs),
         outputs=(TensorSpec("sample", (1, "tokens", config["out_channels"] * features)),),
         forward=partial(denoiser, names=names, per_token=per_token),
         adapt=partial(adapt, names=names, per_token=per_token),
         returns=partial(from_patches, patch=patch),
         sample=partial(sample, names=names, per_token=per_token),
-        sizes=sizes,
+        sizes=lambda shape: token_sizes(latent(shape), patch, text=TEXT_LENGTH),
         trace_sizes={"tokens": 24, "text": 12},
         free_axes={} if image else {"text": 1},
         **more,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import OtherKind
 from overcrank.models import _streaming
 from overcrank.models._common import patched, scaled_norm
-from overcrank.models.base import Call, Component, Config, Sizes, TensorSpec, VideoShape
+from overcrank.models.base import Call, Component, Config, LatentOf, Sizes, TensorSpec, VideoShape
 
 if TYPE_CHECKING:
     from torch import Tensor as T
@@ -28,7 +28,7 @@ Cache = tuple[str, int, int, int]
 """(kind, channels, frames, scale): the scale is of the tensor's sides to the coarsest ones."""
 
 
-def components(vae: Config, latent: Any) -> tuple[Component, ...]:
+def components(vae: Config, latent: LatentOf) -> tuple[Component, ...]:
     """Decoder and encoder, each for the first and for the following frames."""
     made = (_component(vae, latent, part, first) for part in ("decoder", "encoder") for first in (True, False))
     return tuple(made)
@@ -77,7 +77,7 @@ def _encoder_caches(vae: Config) -> Iterator[Cache]:
     yield "conv", dims[-1], 2, scale
 
 
-def _component(vae: Config, latent: Any, part: str, first: bool) -> Component:
+def _component(vae: Config, latent: LatentOf, part: str, first: bool) -> Component:
     caches = _caches(vae, part)
     decodes = part == "decoder"
     coarse = 2 ** (len(vae["dim_mult"]) - 1)  # of the sides the module sees; a patch of the 2.2 VAE lies outside

@@ -28,9 +28,6 @@ from overcrank.models.base import (
 )
 from overcrank.models.hub import read_json
 
-TITLE = "AnimateDiff"
-DEFAULT = "animatediff-sd15-v1.5.3"
-DENOISER_CLASSES = ("UNetMotionModel",)
 CHUNK, TEXT_LENGTH = 16, 77
 
 _SD15: Config = {
@@ -150,69 +147,72 @@ VARIANTS: tuple[Variant, ...] = (
     ),
 )
 
-grid = _unet.grid
-latent = _unet.latent
+
+class AnimateDiff(_unet.UNetFamily):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        unet, vae = variant.configs["unet"], variant.configs["vae"]
+        text = (TEXT_LENGTH, unet["cross_attention_dim"])
+        conditions = [TensorSpec("encoder_hidden_states", ("batch", *text))]
+        sdxl = unet.get("addition_embed_type") == "text_time"
+        if sdxl:
+            pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+            conditions += [TensorSpec("text_embeds", ("batch", pooled)), TensorSpec("time_ids", ("batch", 6))]
+        made = partial(_unet.component, self.denoiser_classes[0], unet, stride=_kl_vae.stride(vae))
+        denoiser, around = made(tuple(conditions)), _kl_vae.components(vae, CHUNK)
+        if sdxl:  # its pipeline has no FreeNoise
+            return (denoiser, *around)
+        by_frame = (TensorSpec("encoder_hidden_states", ("batch", "frames", *text)),)
+        return (_freenoise.unwindowed(denoiser), *around, _freenoise.windowed(made(by_frame)))
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        """FreeNoise is on for a long video, and else off."""
+        frames = len(media.video) or arguments["num_frames"]
+        longest = variant.configs["unet"]["motion_max_seq_length"]
+        if frames > longest:
+            if not hasattr(pipe, "enable_free_noise") or pipe.motion_adapter is None:
+                raise RequestError(
+                    f"frames {frames}: {variant.name} makes at most {longest} at once, and more need FreeNoise, which "
+                    f"{type(pipe).__name__} of a checkpoint without motion_adapter has not; lower --frames."
+                )
+            pipe.enable_free_noise(context_length=_freenoise.LENGTH, context_stride=_freenoise.STRIDE)
+        elif _freenoise.is_on(pipe.unet):
+            pipe.disable_free_noise()
+        if not media.video:
+            return arguments
+        return arguments | {"video": list(media.video), "strength": media.strength}
+
+    def join(self, folder: Path) -> None:
+        """Make `unet` the UNet with the motion module: a configuration, and an index over both repositories' files.
+
+        As diffusers' UNetMotionModel.from_unet2d does, whose tensors are those of both under the same names. Raises
+        ModelError for a part that has no safetensors.
+        """
+        image, motion = (folder / part for part in ("unet", "motion_adapter"))
+        config = _with_motion(self.denoiser_classes[0], *(read_json(f / "config.json") for f in (image, motion)))
+        files = [  # by names without ".fp16": the index that is written here has no such twin
+            (f"{part.name}-{file.stem.replace('.', '-')}.safetensors", file)
+            for part in (image, motion)
+            for file in _weights_in(part.resolve())
+        ]
+        image.unlink()
+        image.mkdir()
+        weights: dict[str, str] = {}
+        for name, file in files:
+            (image / name).symlink_to(file)
+            weights |= dict.fromkeys(_tensors_of(file), name)
+        index = {"metadata": {"total_size": sum(f.stat().st_size for _, f in files)}, "weight_map": weights}
+        (image / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+        (image / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
 
 
-def components(variant: Variant) -> tuple[Component, ...]:
-    unet, vae = variant.configs["unet"], variant.configs["vae"]
-    text = (TEXT_LENGTH, unet["cross_attention_dim"])
-    conditions = [TensorSpec("encoder_hidden_states", ("batch", *text))]
-    sdxl = unet.get("addition_embed_type") == "text_time"
-    if sdxl:
-        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        conditions += [TensorSpec("text_embeds", ("batch", pooled)), TensorSpec("time_ids", ("batch", 6))]
-    made = partial(_unet.component, DENOISER_CLASSES[0], unet, stride=_kl_vae.stride(vae))
-    denoiser, around = made(tuple(conditions)), _kl_vae.components(vae, CHUNK)
-    if sdxl:  # its pipeline has no FreeNoise
-        return (denoiser, *around)
-    by_frame = (TensorSpec("encoder_hidden_states", ("batch", "frames", *text)),)
-    return (_freenoise.unwindowed(denoiser), *around, _freenoise.windowed(made(by_frame)))
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share; FreeNoise is on for a long video, and else off."""
-    frames = len(media.video) or arguments["num_frames"]
-    longest = variant.configs["unet"]["motion_max_seq_length"]
-    if frames > longest:
-        if not hasattr(pipe, "enable_free_noise") or pipe.motion_adapter is None:
-            raise RequestError(
-                f"frames {frames}: {variant.name} makes at most {longest} at once, and more need FreeNoise, which "
-                f"{type(pipe).__name__} of a checkpoint without motion_adapter has not; lower --frames."
-            )
-        pipe.enable_free_noise(context_length=_freenoise.LENGTH, context_stride=_freenoise.STRIDE)
-    elif _freenoise.is_on(pipe.unet):
-        pipe.disable_free_noise()
-    if not media.video:
-        return arguments
-    return arguments | {"video": list(media.video), "strength": media.strength}
-
+FAMILY = AnimateDiff(
+    title="AnimateDiff",
+    default="animatediff-sd15-v1.5.3",
+    denoiser_classes=("UNetMotionModel",),
+    variants=VARIANTS,
+)
 
 # ── motion adapter and image model, joined ───────────────────────────────────────────
-
-
-def join(folder: Path) -> None:
-    """Make `unet` the UNet with the motion module in it: a configuration, and an index over both repositories' files.
-
-    As diffusers' UNetMotionModel.from_unet2d does, whose tensors are those of both under the same names. Raises
-    ModelError for a part that has no safetensors.
-    """
-    image, motion = (folder / part for part in ("unet", "motion_adapter"))
-    config = _with_motion(*(read_json(f / "config.json") for f in (image, motion)))
-    files = [  # by names without ".fp16": the index that is written here has no such twin
-        (f"{part.name}-{file.stem.replace('.', '-')}.safetensors", file)
-        for part in (image, motion)
-        for file in _weights_in(part.resolve())
-    ]
-    image.unlink()
-    image.mkdir()
-    weights: dict[str, str] = {}
-    for name, file in files:
-        (image / name).symlink_to(file)
-        weights |= dict.fromkeys(_tensors_of(file), name)
-    index = {"metadata": {"total_size": sum(f.stat().st_size for _, f in files)}, "weight_map": weights}
-    (image / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    (image / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
 
 
 _SHARED = (  # fields that both kinds of UNet have
@@ -224,9 +224,9 @@ _SHARED = (  # fields that both kinds of UNet have
 )
 
 
-def _with_motion(image: Config, motion: Config) -> Config:
-    """Configuration of the UNet with the motion module."""
-    made = {k: v for k, v in image.items() if k in _SHARED} | {"_class_name": DENOISER_CLASSES[0]}
+def _with_motion(cls: str, image: Config, motion: Config) -> Config:
+    """Configuration of the UNet with the motion module, of class `cls`."""
+    made = {k: v for k, v in image.items() if k in _SHARED} | {"_class_name": cls}
     for side in ("down", "up"):
         cross = ["CrossAttn" * ("CrossAttn" in kind) for kind in image[f"{side}_block_types"]]
         made[f"{side}_block_types"] = [f"{prefix}{side.title()}BlockMotion" for prefix in cross]

@@ -11,6 +11,8 @@ Arguments = dict[str, Any]
 """Of a pipeline's call."""
 Sizes = Mapping[str, int]
 """Axis name → length, for example {"batch": 2, "tokens": 6144, "text": 128}."""
+Latents = tuple[int, int, int]
+"""Frames, height and width of a latent video."""
 
 
 class Call(Mapping[str, Any]):
@@ -60,6 +62,9 @@ class VideoShape:
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.frames}"
+
+
+LatentOf = Callable[[VideoShape], Latents]
 
 
 @dataclass(frozen=True)

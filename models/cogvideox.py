@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from overcrank.models import _cogvideox_vae
@@ -22,17 +23,20 @@ from overcrank.models._common import (
     patches,
     rotated,
     sample_output,
+    shallow,
     state_of,
     token_count,
+    token_sizes,
     unpatched_first,
-)  # fmt: skip
+)
+from overcrank.models._family import Family, Grid
 from overcrank.models.base import (
     Arguments,
     Call,
     Component,
     Config,
+    LatentOf,
     Media,
-    Repeat,
     Repository,
     Sizes,
     TensorSpec,
@@ -45,10 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor as T
     from torch import nn
 
-TITLE = "CogVideoX"
-DEFAULT = "cogvideox-5b"
-DENOISER_CLASSES = ("CogVideoXTransformer3DModel",)
-TRACED_BLOCKS, TEXT_LENGTH = 3, 226
+TEXT_LENGTH = 226
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
@@ -165,32 +166,42 @@ VARIANTS: tuple[Variant, ...] = (
 # ── shapes and components ────────────────────────────────────────────────────────────
 
 
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset); the VAE works on pairs of latent frames after the first."""
-    step = 8 * variant.configs["transformer"]["patch_size"]
-    return {"height": (step, 0), "width": (step, 0), "frames": (8, 1)}
+class CogVideoX(Family):
+    def strides(self, variant: Variant) -> tuple[int, int]:
+        vae = variant.configs["vae"]
+        return 2 ** (len(vae["block_out_channels"]) - 1), vae["temporal_compression_ratio"]
+
+    def grid(self, variant: Variant) -> Grid:
+        """The VAE works on pairs of latent frames after the first."""
+        step = 8 * variant.configs["transformer"]["patch_size"]
+        return {"height": (step, 0), "width": (step, 0), "frames": (8, 1)}
+
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        latent = partial(self.latent, variant)
+        return (
+            _denoiser(variant.configs["transformer"], latent),
+            *_cogvideox_vae.components(variant.configs["vae"], latent),
+        )
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        """Guidance is dynamic on the DPM scheduler."""
+        made = super().call_arguments(pipe, variant, media, arguments)
+        if media.video:
+            made |= {"video": list(media.video), "strength": media.strength}
+        return made | {"use_dynamic_cfg": type(pipe.scheduler).__name__ == _DPM}
 
 
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    side = 2 ** (len(variant.configs["vae"]["block_out_channels"]) - 1)
-    temporal = variant.configs["vae"]["temporal_compression_ratio"]
-    return (shape.frames - 1) // temporal + 1, shape.height // side, shape.width // side
+FAMILY = CogVideoX(
+    title="CogVideoX",
+    default="cogvideox-5b",
+    denoiser_classes=("CogVideoXTransformer3DModel",),
+    variants=VARIANTS,
+)
 
 
-def components(variant: Variant) -> tuple[Component, ...]:
-    vae = _cogvideox_vae.components(variant.configs["vae"], lambda s: latent(variant, s))
-    return (_denoiser(variant), *vae)
-
-
-def _patch(config: Config) -> tuple[int, int, int]:
-    return (config["patch_size_t"] or 1, config["patch_size"], config["patch_size"])
-
-
-def _denoiser(variant: Variant) -> Component:
-    config = variant.configs["transformer"]
-    patch = _patch(config)
-    features = patch[0] * patch[1] * patch[2]
+def _denoiser(config: Config, latent: LatentOf) -> Component:
+    patch = (config["patch_size_t"] or 1, config["patch_size"], config["patch_size"])
+    features = prod(patch)
     inner = config["num_attention_heads"] * config["attention_head_dim"]
     inputs = [
         TensorSpec("hidden_states", ("batch", "tokens", config["in_channels"] * features)),
@@ -207,23 +218,16 @@ def _denoiser(variant: Variant) -> Component:
     names = tuple(t.name for t in inputs)
 
     def sizes(shape: VideoShape) -> Sizes:
-        frames, height, width = latent(variant, shape)
+        frames, height, width = latent(shape)
         frames += -frames % patch[0]  # the 1.5 pipelines round up to whole patches
-        sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {
-            "batch": shape.batch,
-            "tokens": token_count((frames, height, width), patch),
-            "text": TEXT_LENGTH,
-        } | sides
+        return token_sizes((frames, height, width), patch, batch=shape.batch, text=TEXT_LENGTH)
 
-    deep = config["num_layers"] > TRACED_BLOCKS
     return Component(
         name="denoiser",
-        cls=DENOISER_CLASSES[0],
+        cls=FAMILY.denoiser_classes[0],
         subfolder="transformer",
         config=config,
-        traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
-        repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
+        **shallow(config),
         inputs=tuple(inputs),
         outputs=(TensorSpec("sample", ("batch", "tokens", config["out_channels"] * features)),),
         forward=partial(_traced, names=names),
@@ -368,14 +372,3 @@ def _sample(
     if "ofs" in names:
         call["ofs"] = torch.full((1,), 2.0)
     return call
-
-
-# ── rendering ────────────────────────────────────────────────────────────────────────
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share; guidance is dynamic on the DPM scheduler."""
-    made = arguments | ({"image": media.images[0]} if media.images else {})
-    if media.video:
-        made |= {"video": list(media.video), "strength": media.strength}
-    return made | {"use_dynamic_cfg": type(pipe.scheduler).__name__ == _DPM}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RequestError, ShapeError
@@ -21,16 +22,18 @@ from overcrank.models._common import (
     one_time,
     patches,
     sample_output,
+    shallow,
     state_of,
     token_count,
 )
+from overcrank.models._family import Family
 from overcrank.models.base import (
     Arguments,
     Call,
     Component,
     Config,
+    LatentOf,
     Media,
-    Repeat,
     Repository,
     Sizes,
     TensorSpec,
@@ -43,11 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor as T
     from torch import nn
 
-TITLE = "Cosmos"
-DEFAULT = "cosmos-predict2-2b-video2world"
-DENOISER_CLASSES = ("CosmosTransformer3DModel",)
-guides_apart = True
-TRACED_BLOCKS, TEXT_LENGTH = 3, 512
+TEXT_LENGTH = 512
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
@@ -162,36 +161,43 @@ VARIANTS: tuple[Variant, ...] = (
 # ── shapes and components ────────────────────────────────────────────────────────────
 
 
-def _strides(vae: Config) -> tuple[int, int]:
-    if "scale_factor_spatial" in vae:
-        return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
-    return vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
+class Cosmos(Family):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        vae, latent = variant.configs["vae"], partial(self.latent, variant)
+        coded = _wan_vae.components if "scale_factor_spatial" in vae else _cosmos_vae.components
+        return (_denoiser(variant.configs["transformer"], latent), *coded(vae, latent))
+
+    def clip_of(self, variant: Variant, shape: VideoShape) -> tuple[int, bool]:
+        """The last frames, two latent ones: the world goes on from there, as the originals do it."""
+        return self.strides(variant)[1] + 1, True
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        made = super().call_arguments(pipe, variant, media, arguments)
+        if media.video and arguments["num_frames"] <= len(media.video):
+            raise RequestError(
+                f"frames {arguments['num_frames']}: the video begins with the last {len(media.video)} of the one "
+                f"given; ask for more."
+            )
+        if media.video:
+            made["video"] = list(media.video)
+        if not variant.configs["transformer"].get("use_crossattn_projection"):
+            made["fps"] = int(media.fps)
+        return made
 
 
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
-    side, temporal = _strides(variant.configs["vae"])
-    step = side * variant.configs["transformer"]["patch_size"][1]
-    return {"height": (step, 0), "width": (step, 0), "frames": (temporal, 1)}
+FAMILY = Cosmos(
+    title="Cosmos",
+    default="cosmos-predict2-2b-video2world",
+    denoiser_classes=("CosmosTransformer3DModel",),
+    variants=VARIANTS,
+    guides_apart=True,
+)
 
 
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    side, temporal = _strides(variant.configs["vae"])
-    return (shape.frames - 1) // temporal + 1, shape.height // side, shape.width // side
-
-
-def components(variant: Variant) -> tuple[Component, ...]:
-    vae = variant.configs["vae"]
-    made = _wan_vae if "scale_factor_spatial" in vae else _cosmos_vae
-    return (_denoiser(variant), *made.components(vae, lambda s: latent(variant, s)))
-
-
-def _denoiser(variant: Variant) -> Component:
+def _denoiser(config: Config, latent: LatentOf) -> Component:
     """Predict1 has one timestep for all; Predict2 and 2.5 have one for each latent frame."""
-    config = variant.configs["transformer"]
     patch = tuple(config["patch_size"])
-    features = patch[0] * patch[1] * patch[2]
+    features = prod(patch)
     mask = 1 if config["concat_padding_mask"] else 0
     learned = bool(config["extra_pos_embed_type"])
     text = config["crossattn_proj_in_channels"] if config.get("use_crossattn_projection") else config["text_embed_dim"]
@@ -206,22 +212,16 @@ def _denoiser(variant: Variant) -> Component:
     ]
 
     def sizes(shape: VideoShape) -> Sizes:
-        frames, height, width = latent(variant, shape)
-        sides = {"height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {
-            "frames": frames,
-            "pixels": token_count((1, height, width), (1, *patch[1:])),
-            "text": TEXT_LENGTH,
-        } | sides
+        frames, height, width = latent(shape)  # the sides, of no input, are what `sample` makes latents of
+        pixels = token_count((1, height, width), (1, *patch[1:]))
+        return {"frames": frames, "pixels": pixels, "text": TEXT_LENGTH, "height": height, "width": width}
 
-    deep = config["num_layers"] > TRACED_BLOCKS
     return Component(
         name="denoiser",
-        cls=DENOISER_CLASSES[0],
+        cls=FAMILY.denoiser_classes[0],
         subfolder="transformer",
         config=config,
-        traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
-        repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
+        **shallow(config),
         inputs=tuple(inputs),
         outputs=(TensorSpec("sample", ("frames", "pixels", config["out_channels"] * features)),),
         forward=_traced,
@@ -366,26 +366,3 @@ def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, learned: bool, t
     if not learned:
         call["timestep"] = torch.rand(1, 1, frames, 1, 1, generator=generator)
     return call
-
-
-# ── rendering ────────────────────────────────────────────────────────────────────────
-
-
-def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
-    """The last frames of a given video, two latent ones: the world goes on from there, as the originals do it."""
-    return _strides(variant.configs["vae"])[1] + 1, True
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share."""
-    made = arguments | ({"image": media.images[0]} if media.images else {})
-    if media.video and arguments["num_frames"] <= len(media.video):
-        raise RequestError(
-            f"frames {arguments['num_frames']}: the video begins with the last {len(media.video)} of the one given; "
-            f"ask for more."
-        )
-    if media.video:
-        made["video"] = list(media.video)
-    if not variant.configs["transformer"].get("use_crossattn_projection"):
-        made["fps"] = int(media.fps)
-    return made

@@ -12,7 +12,8 @@ from math import ceil
 from typing import Any
 
 from overcrank.models import _hunyuan_dit, _hunyuan_vae, hunyuan_video
-from overcrank.models._common import token_count
+from overcrank.models._common import token_sizes
+from overcrank.models._family import Family
 from overcrank.models.base import (
     Arguments,
     Component,
@@ -20,17 +21,14 @@ from overcrank.models.base import (
     Media,
     Repository,
     Sizes,
-    TensorSpec,
     Variant,
     VideoShape,
     renderings,
 )
 
-TITLE = "FramePack"
-DEFAULT = "framepack-i2v-13b"
-DENOISER_CLASSES = ("HunyuanVideoFramepackTransformer3DModel",)
 WINDOW = 9  # latent frames of a section
 HISTORY = {"latents_clean": (2, 1), "latents_history_2x": (2, 2), "latents_history_4x": (16, 4)}  # (frames, scale)
+TRACED = {"latents_clean": 6, "latents_history_2x": 5, "latents_history_4x": 7}  # tokens of each, while tracing
 
 _DIT: Config = hunyuan_video.DIT | {
     "has_image_proj": True,
@@ -91,67 +89,42 @@ VARIANTS: tuple[Variant, ...] = (
     ),
 )
 
-grid = hunyuan_video.grid
-latent = hunyuan_video.latent
+
+class FramePack(Family):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        """The denoiser sees one section and its history, whatever the length of the video."""
+        dit, latent = variant.configs["transformer"], partial(self.latent, variant)
+        patch = _hunyuan_dit.patch_of(dit)
+
+        def sizes(shape: VideoShape) -> Sizes:
+            _, height, width = latent(shape)
+            history = {
+                name: ceil(frames / scale) * ceil(height / (2 * scale)) * ceil(width / (2 * scale))
+                for name, (frames, scale) in HISTORY.items()
+            }
+            return token_sizes((WINDOW, height, width), patch, text=variant.text_length, **history)
+
+        (cls,) = self.denoiser_classes
+        denoiser = _hunyuan_dit.component(cls, dit, sizes, TRACED, framepack=True)
+        return (denoiser, *_hunyuan_vae.components(variant.configs["vae"], latent))
+
+    def prepare(self, pipe: Any, variant: Variant) -> None:
+        pipe.vae.enable_tiling()
+
+    def rounds(self, variant: Variant, shape: VideoShape) -> int:
+        """Sections of the video; each runs through all the steps."""
+        return max(1, ceil(shape.frames / ((WINDOW - 1) * self.strides(variant)[1] + 1)))
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        made = arguments | {"image": media.images[0]}
+        if len(media.images) > 1:
+            made["last_image"] = media.images[max(media.images)]
+        return made
 
 
-def components(variant: Variant) -> tuple[Component, ...]:
-    """The denoiser sees one section and its history, whatever the length of the video."""
-    return (_denoiser(variant), *_hunyuan_vae.components(variant.configs["vae"], lambda s: latent(variant, s)))
-
-
-def _denoiser(variant: Variant) -> Component:
-    config = variant.configs["transformer"]
-    inputs = _hunyuan_dit.inputs_of(config, framepack=True)
-    names = tuple(t.name for t in inputs)
-    patch = _hunyuan_dit.patch_of(config)
-
-    def sizes(shape: VideoShape) -> Sizes:
-        _, height, width = latent(variant, shape)
-        sides = {"frames": WINDOW, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        history = {
-            name: ceil(frames / scale) * ceil(height / (2 * scale)) * ceil(width / (2 * scale))
-            for name, (frames, scale) in HISTORY.items()
-        }
-        return {"tokens": token_count((WINDOW, height, width), patch), "text": variant.text_length} | history | sides
-
-    features = config["out_channels"] * patch[0] * patch[1] * patch[2]
-    traced, repeats = hunyuan_video.shallow(config)
-    return Component(
-        name="denoiser",
-        cls=DENOISER_CLASSES[0],
-        subfolder="transformer",
-        config=config,
-        traced_config=traced,
-        repeats=repeats,
-        inputs=inputs,
-        outputs=(TensorSpec("sample", (1, "tokens", features)),),
-        forward=partial(_hunyuan_dit.denoiser, names=names),
-        adapt=partial(_hunyuan_dit.adapt, names=names, config=config),
-        returns=partial(_hunyuan_dit.output, patch=patch),
-        sample=partial(_hunyuan_dit.sample, names=names),
-        sizes=sizes,
-        trace_sizes={"tokens": 24, "text": 12, "latents_clean": 6, "latents_history_2x": 5, "latents_history_4x": 7},
-        free_axes={"text": 1},
-    )
-
-
-# ── rendering ────────────────────────────────────────────────────────────────────────
-
-
-def prepare(pipe: Any, variant: Variant) -> None:
-    _hunyuan_vae.prepare(pipe)
-
-
-def rounds(variant: Variant, shape: VideoShape) -> int:
-    """Sections of the video; each runs through all the steps."""
-    temporal: int = variant.configs["vae"]["temporal_compression_ratio"]
-    return max(1, ceil(shape.frames / ((WINDOW - 1) * temporal + 1)))
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipeline's call beyond those all share."""
-    made = arguments | {"image": media.images[0]}
-    if len(media.images) > 1:
-        made["last_image"] = media.images[max(media.images)]
-    return made
+FAMILY = FramePack(
+    title="FramePack",
+    default="framepack-i2v-13b",
+    denoiser_classes=("HunyuanVideoFramepackTransformer3DModel",),
+    variants=VARIANTS,
+)

@@ -21,6 +21,7 @@ from overcrank.models import _hub_joined, _hub_transfer
 from overcrank.models._hub_files import INDEX, OPTIONAL, part_files, parts_in
 from overcrank.models._hub_transfer import Item, cache, storage
 from overcrank.models.base import Repository, Variant
+from overcrank.models.registry import family
 from overcrank.units import human_bytes
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -64,8 +65,6 @@ def hub_folder(variant: Variant, whole: bool = False, *, home: Path, watch: Watc
     several repositories is put together of links under `home`. Raises ModelError for what cannot be found or
     fetched, StoreError for a disk that is too small.
     """
-    from overcrank.models import components
-
     if variant.hub_file:
         raise ModelError(
             f"{variant.name} is published as one file ({variant.hub_id}: {variant.hub_file}); convert it with "
@@ -73,19 +72,13 @@ def hub_folder(variant: Variant, whole: bool = False, *, home: Path, watch: Watc
         )
     if not variant.sources:
         raise ModelError(f"No repository of {variant.name} is known; give its diffusers folder as --model.")
-    every = components(variant, tuple(c.name for c in _all_components(variant))) if not whole else ()
+    every = family(variant.family).components(variant) if not whole else ()
     wanted = {name for c in every for name in (c.subfolder, *c.also_serves)}
     found = [_cached(source, wanted) or _listed(variant, source, wanted) for source in variant.sources]
     _fetch_all(variant, found, watch)
     if not variant.repositories or (len(found) == 1 and not found[0].source.parts):
         return found[0].folder
     return _hub_joined.joined(variant, {s.folder: (s.source, s.parts) for s in found}, home)
-
-
-def _all_components(variant: Variant) -> Any:
-    from overcrank.models import family
-
-    return family(variant.family).components(variant)
 
 
 def hub_json(source: Repository, file: str) -> dict[str, Any]:
@@ -292,8 +285,8 @@ def _without(source: Repository) -> str:
     """What works with no download at all."""
     from overcrank.models import closest_family
 
-    family = closest_family(source.id)
-    return f"To build engines, --model {family} needs no download; to render the demo, leave --model out."
+    nearest = closest_family(source.id)
+    return f"To build engines, --model {nearest} needs no download; to render the demo, leave --model out."
 
 
 def _said(error: Exception, source: Repository, file: str) -> ModelError | StoreError:
@@ -301,6 +294,11 @@ def _said(error: Exception, source: Repository, file: str) -> ModelError | Store
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{source.id}"
+    if _of_token(error):
+        return ModelError(
+            f"The Hugging Face token cannot be used ({_reason(error)}): set HF_TOKEN anew, or log in with "
+            f"`hf auth login`."
+        )
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
             f"{_named(source)} is gated: accept its licence at {page}, log in with `hf auth login`, and run the same "
@@ -324,6 +322,15 @@ def _said(error: Exception, source: Repository, file: str) -> ModelError | Store
         f"{_named(source)} is not in the local hub cache, or not all of it, and cannot be fetched from "
         f"{constants.ENDPOINT} ({_reason(error)}); try again later. {_without(source)}"
     )
+
+
+def _of_token(error: BaseException) -> bool:
+    """Whether the token is what is wrong: not text, not readable, or not one that the hub knows."""
+    from huggingface_hub import constants, errors
+
+    unreadable = isinstance(error, OSError) and str(error.filename) == str(constants.HF_TOKEN_PATH)
+    unknown = "invalid credentials" in str(error).lower() or isinstance(error, errors.LocalTokenNotFoundError)
+    return isinstance(error, UnicodeError) or unreadable or unknown
 
 
 def _reason(error: BaseException) -> str:

@@ -11,25 +11,9 @@ from functools import partial
 from typing import Any
 
 from overcrank.models import _few_steps, _hunyuan_dit, _hunyuan_vae
-from overcrank.models._common import token_count
-from overcrank.models.base import (
-    Arguments,
-    Component,
-    Config,
-    Media,
-    Repeat,
-    Sizes,
-    TensorSpec,
-    Variant,
-    VideoShape,
-    renderings,
-)
-
-TITLE = "HunyuanVideo"
-DEFAULT = "hunyuan-video-13b"
-DENOISER_CLASSES = ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel")
-PRESETS = _few_steps.HUNYUAN_VIDEO
-TRACED_BLOCKS = 3
+from overcrank.models._common import token_sizes
+from overcrank.models._family import Family
+from overcrank.models.base import Arguments, Component, Config, Media, Sizes, Variant, VideoShape, renderings
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
@@ -189,95 +173,50 @@ VARIANTS: tuple[Variant, ...] = (
 )  # fmt: skip
 TEXT_2_LENGTH = 256  # tokens of the byT5 encoder that reads quoted words
 
-# ── shapes and components ────────────────────────────────────────────────────────────
+
+class HunyuanVideo(Family):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        dit, vae, latent = variant.configs["transformer"], variant.configs["vae"], partial(self.latent, variant)
+        newer, patch = _hunyuan_dit.is_newer(dit), _hunyuan_dit.patch_of(dit)
+
+        def sizes(shape: VideoShape) -> Sizes:
+            return token_sizes(latent(shape), patch, text=variant.text_length, text_2=TEXT_2_LENGTH)
+
+        denoiser = _hunyuan_dit.component(self.denoiser_classes[newer], dit, sizes, {"text_2": 7})
+        cls = "AutoencoderKLHunyuanVideo15" if newer else "AutoencoderKLHunyuanVideo"
+        return (denoiser, *_hunyuan_vae.components(vae, latent, cls))
+
+    def prepare(self, pipe: Any, variant: Variant) -> None:
+        pipe.vae.enable_tiling()
+
+    def size_of(self, variant: Variant, height: int, width: int) -> tuple[int, int]:
+        """What 1.5 makes of a picture: of as many patches as a square has, nearest in shape, not longer."""
+        step, target = (
+            variant.configs["vae"]["spatial_compression_ratio"],
+            variant.configs["transformer"]["target_size"],
+        )
+        area, asked = round((target / step) ** 2), height / width
+        sizes: list[tuple[float, int, int]] = []
+        h, w = area, 1
+        while h:  # the largest sizes within the area, from tall to wide
+            if max(h, w) <= 4 * min(h, w):
+                sizes.append((round(h / w, 5), h * step, w * step))
+            h, w = (h, w + 1) if h * (w + 1) <= area else (h - 1, w)
+        able = [size for size in sizes if (size[0] <= asked if asked >= 1 else size[0] >= asked)]
+        _, tall, wide = min(able, key=lambda size: abs(size[0] - asked))
+        return tall, wide
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        """1.5 guides through an object of its own."""
+        if hasattr(pipe, "guider"):
+            pipe.guider = pipe.guider.new(guidance_scale=arguments["guidance_scale"])
+        return super().call_arguments(pipe, variant, media, arguments)
 
 
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
-    vae = variant.configs["vae"]
-    step = vae["spatial_compression_ratio"] * variant.configs["transformer"]["patch_size"]
-    return {"height": (step, 0), "width": (step, 0), "frames": (vae["temporal_compression_ratio"], 1)}
-
-
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    vae = variant.configs["vae"]
-    side = vae["spatial_compression_ratio"]
-    return (shape.frames - 1) // vae["temporal_compression_ratio"] + 1, shape.height // side, shape.width // side
-
-
-def components(variant: Variant) -> tuple[Component, ...]:
-    vae = variant.configs["vae"]
-    newer = "text_embed_2_dim" in variant.configs["transformer"]
-    cls = "AutoencoderKLHunyuanVideo15" if newer else "AutoencoderKLHunyuanVideo"
-    return (_denoiser(variant, newer), *_hunyuan_vae.components(vae, lambda s: latent(variant, s), cls))
-
-
-def _denoiser(variant: Variant, newer: bool) -> Component:
-    config = variant.configs["transformer"]
-    inputs = _hunyuan_dit.inputs_of(config, newer=newer)
-    names = tuple(t.name for t in inputs)
-    patch = _hunyuan_dit.patch_of(config)
-
-    def sizes(shape: VideoShape) -> Sizes:
-        frames, height, width = latent(variant, shape)
-        texts = {"text": variant.text_length, "text_2": TEXT_2_LENGTH}
-        sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        return {"tokens": token_count((frames, height, width), patch)} | texts | sides
-
-    features = config["out_channels"] * patch[0] * patch[1] * patch[2]
-    traced, repeats = shallow(config)
-    return Component(
-        name="denoiser",
-        cls=DENOISER_CLASSES[newer],
-        subfolder="transformer",
-        config=config,
-        traced_config=traced,
-        repeats=repeats,
-        inputs=inputs,
-        outputs=(TensorSpec("sample", (1, "tokens", features)),),
-        forward=partial(_hunyuan_dit.newer_denoiser if newer else _hunyuan_dit.denoiser, names=names),
-        adapt=partial(_hunyuan_dit.adapt, names=names, config=config),
-        returns=partial(_hunyuan_dit.output, patch=patch),
-        sample=partial(_hunyuan_dit.sample, names=names),
-        sizes=sizes,
-        trace_sizes={"tokens": 24, "text": 12, "text_2": 7},
-        free_axes={"text": 1} | ({"text_2": 1} if newer else {}),
-    )
-
-
-def shallow(config: Config) -> tuple[Config, tuple[Repeat, ...]]:
-    """The configuration that is traced, and the chains of it that are repeated."""
-    chains = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
-    deep = {field: path for field, path in chains.items() if config.get(field, 0) > TRACED_BLOCKS}
-    repeats = tuple(Repeat(path, TRACED_BLOCKS, config[field]) for field, path in deep.items())
-    return ({**config, **dict.fromkeys(deep, TRACED_BLOCKS)} if deep else {}), repeats
-
-
-# ── rendering ────────────────────────────────────────────────────────────────────────
-
-
-def size_of(variant: Variant, height: int, width: int) -> tuple[int, int]:
-    """(height, width) that 1.5 makes of a picture: of as many patches as a square has, nearest in shape, not longer."""
-    step, target = variant.configs["vae"]["spatial_compression_ratio"], variant.configs["transformer"]["target_size"]
-    area, asked = round((target / step) ** 2), height / width
-    sizes: list[tuple[float, int, int]] = []
-    h, w = area, 1
-    while h:  # the largest sizes within the area, from tall to wide
-        if max(h, w) <= 4 * min(h, w):
-            sizes.append((round(h / w, 5), h * step, w * step))
-        h, w = (h, w + 1) if h * (w + 1) <= area else (h - 1, w)
-    able = [size for size in sizes if (size[0] <= asked if asked >= 1 else size[0] >= asked)]
-    _, tall, wide = min(able, key=lambda size: abs(size[0] - asked))
-    return tall, wide
-
-
-def prepare(pipe: Any, variant: Variant) -> None:
-    _hunyuan_vae.prepare(pipe)
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share; 1.5 guides through an object of its own."""
-    if hasattr(pipe, "guider"):
-        pipe.guider = pipe.guider.new(guidance_scale=arguments["guidance_scale"])
-    return arguments | ({"image": media.images[0]} if media.images else {})
+FAMILY = HunyuanVideo(
+    title="HunyuanVideo",
+    default="hunyuan-video-13b",
+    denoiser_classes=("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"),
+    variants=VARIANTS,
+    presets=_few_steps.HUNYUAN_VIDEO,
+)

@@ -15,10 +15,13 @@ from typing import Any
 
 from overcrank.models import _few_steps, _ltx, _ltx_upsampler, _negative_prompts
 from overcrank.models import _ltx_configs as configs
+from overcrank.models._common import named_output, shallow, tensors_named, token_count
+from overcrank.models._family import Family, Grid
 from overcrank.models.base import (
     Arguments,
     Component,
     Config,
+    LatentOf,
     Media,
     Rendering,
     Repeat,
@@ -30,13 +33,9 @@ from overcrank.models.base import (
     renderings,
 )
 
-TITLE = "LTX-Video"
-DEFAULT = "ltx-2b-0.9.5"
-DENOISER_CLASSES = ("LTXVideoTransformer3DModel", _ltx_upsampler.CLASS)
 CONDITION = "LTXConditionPipeline"
 TASKS = {"text-to-video": "LTXPipeline", "image-to-video": "LTXImageToVideoPipeline", "first-last-frame": CONDITION}
-PRESETS = _few_steps.LTX
-TRACED_BLOCKS, TRACED_RESNETS = 3, 2  # depth of a traced chain (export/repeat.py)
+TRACED_RESNETS = 2  # depth of a traced chain (export/repeat.py)
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
@@ -55,7 +54,7 @@ def _variant(
     return Variant(
         name=name,
         family="ltx",
-        title=name.replace("ltx", TITLE).replace("-2b-", " 2B ").replace("-13b-", " 13B "),
+        title=name.replace("ltx", "LTX-Video").replace("-2b-", " 2B ").replace("-13b-", " 13B "),
         hub_id=hub.partition(":")[0],
         hub_file=hub.partition(":")[2],
         configs={"transformer": dit, "vae": vae, "scheduler": scheduler},
@@ -196,85 +195,79 @@ VARIANTS: tuple[Variant, ...] = (
     ),
 )
 
-# ── rendering ────────────────────────────────────────────────────────────────────────
+
+class LTXVideo(Family):
+    def strides(self, variant: Variant) -> tuple[int, int]:
+        return _ltx.strides(variant.configs["vae"])
+
+    def grid(self, variant: Variant) -> Grid:
+        """The pipelines want multiples of 32 of any VAE."""
+        spatial, temporal = self.strides(variant)
+        step = lcm(spatial * (_ltx_upsampler.SCALE if "latent_upsampler" in variant.configs else 1), 32)
+        return {"height": (step, 0), "width": (step, 0), "frames": (temporal, 1)}
+
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        """Text-to-video runs `denoiser`; image and video conditioning, with a timestep per token,
+        `denoiser_conditioned`: same weights, another engine."""
+        vae, strides, latent = variant.configs["vae"], self.strides(variant), partial(self.latent, variant)
+        decoder, encoder = _vae_decoder(vae, strides, latent), _vae_encoder(vae, strides)
+        if "latent_upsampler" in variant.configs:
+            config = variant.configs["latent_upsampler"]
+            return (*_ltx_upsampler.components(config, latent, encoder), decoder)
+        plain, conditioned = (_denoiser(variant, latent, per_token) for per_token in (False, True))
+        return plain, decoder, encoder, conditioned
+
+    def encode(self, pipe: Any, variant: Variant, prompt: str, negative_prompt: str, guided: bool) -> Arguments:
+        """The prompts are encoded ahead of the call."""
+        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+        encoded = pipe.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=guided,
+            max_sequence_length=variant.text_length,
+            device=pipe._execution_device,
+        )
+        return dict(zip(names, encoded, strict=True))
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        if media.video:  # the size that the upsampler is told is that of what it encodes
+            small = {axis: arguments[axis] // _ltx_upsampler.SCALE for axis in ("height", "width")}
+            return arguments | small | {"video": list(media.video)}
+        made = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
+        if list(media.images) == [0]:
+            made["image"] = media.images[0]
+        elif media.images:
+            made |= {"image": list(media.images.values()), "video": [None] * len(media.images)}
+            made |= {"frame_index": list(media.images), "strength": [1.0] * len(media.images)}
+        return made
 
 
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share."""
-    if media.video:  # the size that the upsampler is told is that of what it encodes
-        small = {axis: arguments[axis] // _ltx_upsampler.SCALE for axis in ("height", "width")}
-        return arguments | small | {"video": list(media.video)}
-    made = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
-    if list(media.images) == [0]:
-        made["image"] = media.images[0]
-    elif media.images:
-        made |= {"image": list(media.images.values()), "video": [None] * len(media.images)}
-        made |= {"frame_index": list(media.images), "strength": [1.0] * len(media.images)}
-    return made
+FAMILY = LTXVideo(
+    title="LTX-Video",
+    default="ltx-2b-0.9.5",
+    denoiser_classes=("LTXVideoTransformer3DModel", _ltx_upsampler.CLASS),
+    variants=VARIANTS,
+    presets=_few_steps.LTX,
+    preview=_ltx.preview,
+)
+
+# ── components ───────────────────────────────────────────────────────────────────────
 
 
-encode = _ltx.encode
-preview = _ltx.preview
-
-# ── shapes ───────────────────────────────────────────────────────────────────────────
-
-
-def strides(variant: Variant) -> tuple[int, int]:
-    """(spatial, temporal) compression of the VAE, patches included."""
-    vae = variant.configs["vae"]
-    spatial = vae.get("spatial_compression_ratio")
-    temporal = vae.get("temporal_compression_ratio")
-    doublings = sum(vae["spatio_temporal_scaling"])
-    return (
-        int(spatial) if spatial else vae["patch_size"] * 2**doublings,
-        int(temporal) if temporal else vae["patch_size_t"] * 2**doublings,
-    )
-
-
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset); the pipelines want multiples of 32 of any VAE."""
-    spatial, temporal = strides(variant)
-    step = lcm(spatial * (_ltx_upsampler.SCALE if "latent_upsampler" in variant.configs else 1), 32)
-    return {"height": (step, 0), "width": (step, 0), "frames": (temporal, 1)}
-
-
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    spatial, temporal = strides(variant)
-    return (shape.frames - 1) // temporal + 1, shape.height // spatial, shape.width // spatial
-
-
-def components(variant: Variant) -> tuple[Component, ...]:
-    """Text-to-video runs `denoiser`; image and video conditioning, with a timestep per token,
-    `denoiser_conditioned`: same weights, another engine."""
-    if "latent_upsampler" in variant.configs:
-        config, encoder = variant.configs["latent_upsampler"], _vae_encoder(variant)
-        return (*_ltx_upsampler.components(config, strides(variant), encoder), _vae_decoder(variant))
-    return (
-        _denoiser(variant, per_token=False),
-        _vae_decoder(variant),
-        _vae_encoder(variant),
-        _denoiser(variant, per_token=True),
-    )
-
-
-def _denoiser(variant: Variant, per_token: bool) -> Component:
+def _denoiser(variant: Variant, latent: LatentOf, per_token: bool) -> Component:
     config = variant.configs["transformer"]
     inner = config["num_attention_heads"] * config["attention_head_dim"]
 
     def sizes(shape: VideoShape) -> Sizes:
-        f, h, w = latent(variant, shape)
-        return {"batch": shape.batch, "tokens": f * h * w, "text": variant.text_length}
+        return {"batch": shape.batch, "tokens": token_count(latent(shape)), "text": variant.text_length}
 
-    deep = config["num_layers"] > TRACED_BLOCKS
     return Component(
         name="denoiser_conditioned" if per_token else "denoiser",
         default=not per_token,
-        cls=DENOISER_CLASSES[0],
+        cls=FAMILY.denoiser_classes[0],
         subfolder="transformer",
         config=config,
-        traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
-        repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
+        **shallow(config),
         inputs=(
             TensorSpec("hidden_states", ("batch", "tokens", config["in_channels"])),
             TensorSpec("encoder_hidden_states", ("batch", "text", config["caption_channels"])),
@@ -286,7 +279,7 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
         outputs=(TensorSpec("sample", ("batch", "tokens", config["out_channels"])),),
         forward=partial(_ltx.denoiser, per_token=per_token),
         adapt=partial(_ltx.adapt_denoiser, per_token=per_token),
-        returns=_ltx.denoiser_output,
+        returns=named_output,
         sample=partial(_ltx.sample_denoiser, per_token=per_token),
         sizes=sizes,
         trace_sizes={"batch": 2, "tokens": 24, "text": 16},
@@ -317,8 +310,7 @@ def _noise_inputs(vae: Config) -> tuple[TensorSpec, ...]:
     return tuple(inputs)
 
 
-def _vae_decoder(variant: Variant) -> Component:
-    vae = variant.configs["vae"]
+def _vae_decoder(vae: Config, strides: tuple[int, int], latent: LatentOf) -> Component:
     layers = tuple(vae["decoder_layers_per_block"])
     blocks = [f"up_blocks.{i}.resnets" for i in range(len(layers) - 1)]
     cut, repeats = _chains(layers, [*reversed(blocks), "mid_block.resnets"])
@@ -329,11 +321,11 @@ def _vae_decoder(variant: Variant) -> Component:
     temb = (TensorSpec("temb", (1,)),) if vae["timestep_conditioning"] else ()
 
     def sizes(shape: VideoShape) -> Sizes:
-        f, h, w = latent(variant, shape)
+        f, h, w = latent(shape)
         scaled = {f"height_x{s}": h * s for s in scales} | {f"width_x{s}": w * s for s in scales}
         return {"frames": f, "height": h, "width": w} | scaled
 
-    spatial, temporal = strides(variant)
+    spatial, temporal = strides
     return Component(
         name="vae_decoder",
         cls="AutoencoderKLLTXVideo",
@@ -357,12 +349,11 @@ def _vae_decoder(variant: Variant) -> Component:
     )
 
 
-def _vae_encoder(variant: Variant) -> Component:
-    vae = variant.configs["vae"]
+def _vae_encoder(vae: Config, strides: tuple[int, int]) -> Component:
     layers = tuple(vae["layers_per_block"])
     paths = [f"down_blocks.{i}.resnets" for i in range(len(layers) - 1)]
     cut, repeats = _chains(layers, [*paths, "mid_block.resnets"])
-    spatial, temporal = strides(variant)
+    spatial, temporal = strides
     return Component(
         name="vae_encoder",
         cls="AutoencoderKLLTXVideo",
@@ -374,7 +365,7 @@ def _vae_encoder(variant: Variant) -> Component:
         inputs=(TensorSpec("hidden_states", (1, vae["in_channels"], "frames", "height", "width")),),
         outputs=(TensorSpec("latent", (1, 2 * vae["latent_channels"], "out_frames", "out_height", "out_width")),),
         forward=_ltx.vae_encoder,
-        adapt=_ltx.adapt_vae_encoder,
+        adapt=partial(tensors_named, names=("hidden_states",)),
         sample=partial(_ltx.sample_vae_encoder, channels=vae["in_channels"]),
         sizes=lambda shape: {"frames": shape.frames, "height": shape.height, "width": shape.width},
         trace_sizes={"frames": 2 * temporal + 1, "height": 3 * spatial, "width": 4 * spatial},

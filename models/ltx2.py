@@ -10,14 +10,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from overcrank.models import _few_steps, _ltx2, _negative_prompts, _video_vae
-from overcrank.models._common import random_call, tensors_named, token_count
+from overcrank.models import _few_steps, _ltx, _ltx2, _negative_prompts, _video_vae
+from overcrank.models._common import random_call, shallow, tensors_named, token_count
+from overcrank.models._family import Family
 from overcrank.models.base import (
     Arguments,
     Component,
     Config,
+    LatentOf,
     Media,
-    Repeat,
     Sizes,
     TensorSpec,
     Variant,
@@ -25,11 +26,7 @@ from overcrank.models.base import (
     renderings,
 )
 
-TITLE = "LTX-2"
-DEFAULT = "ltx2-19b"
-DENOISER_CLASSES = ("LTX2VideoTransformer3DModel",)
-PRESETS = _few_steps.LTX2
-TRACED_BLOCKS, TEXT_LENGTH = 3, 1024
+TEXT_LENGTH = 1024
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
@@ -171,30 +168,40 @@ VARIANTS: tuple[Variant, ...] = (
     ),
 )
 
-# ── shapes ───────────────────────────────────────────────────────────────────────────
+
+class LTX2(Family):
+    def strides(self, variant: Variant) -> tuple[int, int]:
+        return _ltx.strides(variant.configs["vae"])
+
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        """As of LTX-Video, `denoiser_conditioned` takes a timestep for each token: image-to-video."""
+        vae, latent = variant.configs["vae"], partial(self.latent, variant)
+        plain, conditioned = (_denoiser(variant, latent, per_token) for per_token in (False, True))
+        coders = _video_vae.components(
+            vae, "AutoencoderKLLTX2Video", _ltx2.vae, sizes=_video_vae.whole(latent), strides=self.strides(variant)
+        )
+        return plain, *coders, _audio_decoder(variant), _vocoder(variant), conditioned
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        """Sound is guided as the picture is."""
+        made = super().call_arguments(pipe, variant, media, arguments)
+        return made | {"frame_rate": media.fps, "audio_guidance_scale": arguments["guidance_scale"]}
+
+    def results(self, pipe: Any, result: Any) -> tuple[Any, tuple[Any, int] | None]:
+        """The sound is at the vocoder's rate."""
+        samples = result.audio[0].float().cpu().numpy()
+        return result.frames[0], (samples, pipe.vocoder.config.output_sampling_rate)
 
 
-def _strides(variant: Variant) -> tuple[int, int]:
-    """(spatial, temporal) compression; a configuration without them leaves them to the class."""
-    vae = variant.configs["vae"]
-    scaling = vae["spatio_temporal_scaling"]
-    halved = 2 ** sum(scaling if isinstance(scaling, (list, tuple)) else (scaling,))
-    return (
-        vae.get("spatial_compression_ratio") or vae["patch_size"] * halved,
-        vae.get("temporal_compression_ratio") or vae["patch_size_t"] * halved,
-    )
+FAMILY = LTX2(
+    title="LTX-2",
+    default="ltx2-19b",
+    denoiser_classes=("LTX2VideoTransformer3DModel",),
+    variants=VARIANTS,
+    presets=_few_steps.LTX2,
+)
 
-
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
-    side, temporal = _strides(variant)
-    return {"height": (side, 0), "width": (side, 0), "frames": (temporal, 1)}
-
-
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    side, temporal = _strides(variant)
-    return (shape.frames - 1) // temporal + 1, shape.height // side, shape.width // side
+# ── components ───────────────────────────────────────────────────────────────────────
 
 
 def sound(variant: Variant, shape: VideoShape) -> int:
@@ -204,18 +211,7 @@ def sound(variant: Variant, shape: VideoShape) -> int:
     return max(1, round(shape.frames / variant.fps * rate))
 
 
-def components(variant: Variant) -> tuple[Component, ...]:
-    """As of LTX-Video, `denoiser_conditioned` takes a timestep for each token: image-to-video."""
-    return (
-        _denoiser(variant, per_token=False),
-        *_vae(variant),
-        _audio_decoder(variant),
-        _vocoder(variant),
-        _denoiser(variant, per_token=True),
-    )
-
-
-def _denoiser(variant: Variant, per_token: bool) -> Component:
+def _denoiser(variant: Variant, latent: LatentOf, per_token: bool) -> Component:
     config = variant.configs["transformer"]
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     audio_heads, audio_dim = config["audio_num_attention_heads"], config["audio_attention_head_dim"]
@@ -242,20 +238,18 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
     names = tuple(t.name for t in inputs)
 
     def sizes(shape: VideoShape) -> Sizes:
-        tokens = token_count(latent(variant, shape))
+        tokens = token_count(latent(shape))
         # `batch` is of no input: the prompts of a guided call go one by one through a graph of batch 1, for a dynamic
         # batch compiled for 861 s at full size
         return {"batch": shape.batch, "tokens": tokens, "audio": sound(variant, shape), "text": variant.text_length}
 
-    deep = config["num_layers"] > TRACED_BLOCKS
     return Component(
         name="denoiser_conditioned" if per_token else "denoiser",
         default=not per_token,
-        cls=DENOISER_CLASSES[0],
+        cls=FAMILY.denoiser_classes[0],
         subfolder="transformer",
         config=config,
-        traced_config={**config, "num_layers": TRACED_BLOCKS} if deep else {},
-        repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"]),) if deep else (),
+        **shallow(config),
         inputs=inputs,
         outputs=(
             TensorSpec("sample", (1, "tokens", config["out_channels"])),
@@ -269,12 +263,6 @@ def _denoiser(variant: Variant, per_token: bool) -> Component:
         trace_sizes={"tokens": 24, "audio": 10, "text": 16},
         free_axes={"text": 1, "audio": 1},
     )
-
-
-def _vae(variant: Variant) -> tuple[Component, ...]:
-    vae = variant.configs["vae"]
-    sizes = _video_vae.whole(partial(latent, variant))
-    return _video_vae.components(vae, "AutoencoderKLLTX2Video", _ltx2.vae, sizes=sizes, strides=_strides(variant))
 
 
 def _audio_decoder(variant: Variant) -> Component:
@@ -315,18 +303,3 @@ def _vocoder(variant: Variant) -> Component:
         trace_sizes={"mel_frames": 13},
         free_axes={"mel_frames": 5},
     )
-
-
-# ── rendering ────────────────────────────────────────────────────────────────────────
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share; sound is guided as the picture is."""
-    made = arguments | {"frame_rate": media.fps, "audio_guidance_scale": arguments["guidance_scale"]}
-    return made | ({"image": media.images[0]} if media.images else {})
-
-
-def results(pipe: Any, result: Any) -> tuple[Any, tuple[Any, int] | None]:
-    """Frames, and the sound at the vocoder's rate."""
-    samples = result.audio[0].float().cpu().numpy()
-    return result.frames[0], (samples, pipe.vocoder.config.output_sampling_rate)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from overcrank.errors import ModelError
+from overcrank.models._family import Family
 from overcrank.models.base import Config, Variant
-from overcrank.models.network import as_class_sees, completed, network, unknown_fields
-from overcrank.models.registry import families, family, published
+from overcrank.models.network import as_class_sees, class_fields, completed, network, short, unknown_fields
+from overcrank.models.registry import families, family, published, variant_named
 
 log = logging.getLogger("overcrank")
 _warned: set[tuple[str, str]] = set()
@@ -27,10 +29,11 @@ def variant_from_configs(
     """
     sources = tuple(sources)
     for owner in families():
-        module = family(owner)
-        if denoiser not in module.DENOISER_CLASSES:
+        if denoiser not in family(owner).denoiser_classes:
             continue
-        alike = [v for v in _default_first(module) if denoiser in {c.rpartition(".")[2] for c in _classes(v).values()}]
+        alike = [
+            v for v in _default_first(family(owner)) if denoiser in {c.rpartition(".")[2] for c in _classes(v).values()}
+        ]
         nearest = max(alike, key=lambda v: _likeness(v, configs, pipeline, (name, *sources)))
         classes = _classes(nearest)
         for part, cls in classes.items():
@@ -43,16 +46,59 @@ def variant_from_configs(
         made = replace(
             nearest, like=nearest.name, where=nearest.name, configs={**completed_variant(nearest).configs, **given}
         )
-        if same_networks(made, nearest) and published_at(nearest, (name, *sources)):
+        same = _built_from(made, name, lambda made=made, nearest=nearest: same_networks(made, nearest))  # type: ignore[misc]
+        if same and published_at(nearest, (name, *sources)):
             return made
-        where = nearest.name if same_networks(made, nearest) else next(iter(sources), name)
+        where = nearest.name if same else next(iter(sources), name)
+        made = made if same else _sized(made, alike)
         return replace(made, name=name, title=name, hub_id="", hub_file="", repositories=(), packaged="", where=where)
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
 
+def _built_from(made: Variant, name: str, answer: Callable[[], bool]) -> bool:
+    """The answer; raises ModelError, naming fields, where the family makes nothing of the configurations."""
+    try:
+        return answer()
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        odd = [
+            f"{part}/config.json has {field} {short(made.configs[part].get(field))}, usually {short(default)}"
+            for part, cls in _classes(published()[made.like]).items()
+            for field, default in class_fields(cls).items()
+            if default is not None and not _of_kind(made.configs[part].get(field), default)
+        ]
+        said = "; ".join(odd[:3]) or f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name}: no network is made from its configurations ({said}); correct them.") from error
+
+
+def _of_kind(value: Any, default: Any) -> bool:
+    numbers = (int, float)
+    if isinstance(default, numbers) and not isinstance(default, bool):
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, type(default))
+
+
+def _sized(made: Variant, alike: Iterable[Variant]) -> Variant:
+    """With the shapes of the variant whose networks are nearest in size: a small one makes no large videos."""
+    module = family(made.family)
+
+    def distance(other: Variant) -> float:
+        pairs = [
+            (made.configs[part].get(field), value)
+            for part in _classes(other)
+            for field, value in as_class_sees(_classes(other)[part], other.configs[part]).items()
+            if part in made.configs
+        ]
+        return sum(abs(math.log(a / b)) for a, b in pairs if all(type(n) is int and n > 0 for n in (a, b)))
+
+    like = min(alike, key=distance)
+    grid = module.grid(made)
+    fits = all((getattr(like.native, axis) - offset) % step == 0 for axis, (step, offset) in grid.items())
+    return replace(made, native=like.native, minimum=like.minimum, maximum=like.maximum) if fits else made
+
+
 def variant_from_manifest(manifest: Any) -> Variant:
     """The variant a bundle was built from: the published one it follows, with the bundle's configurations."""
-    known = published().get(manifest.like) or _default_first(family(manifest.family))[0]
+    known = variant_named(manifest.like) or _default_first(family(manifest.family))[0]
     return replace(
         known,
         name=manifest.model,
@@ -76,8 +122,8 @@ def same_networks(a: Variant, b: Variant) -> bool:
     return ours == theirs
 
 
-def _default_first(module: Any) -> list[Variant]:
-    return sorted(module.VARIANTS, key=lambda v: v.name != module.DEFAULT)
+def _default_first(own: Family) -> list[Variant]:
+    return sorted(own.variants, key=lambda v: v.name != own.default)
 
 
 def _classes(variant: Variant) -> dict[str, str]:
@@ -94,7 +140,7 @@ def _likeness(
         (as_class_sees(cls, variant.configs[part]), as_class_sees(cls, configs[part]) if part in configs else {})
         for part, cls in _classes(variant).items()
     ]
-    known = {part for v in published().values() if v.family == variant.family for part in _classes(v)}
+    known = {part for v in family(variant.family).variants for part in _classes(v)}
     pairs = [(ours[f], given[f]) for ours, given in seen for f in ours if given]
     scheduler = variant.configs.get("scheduler", {})
     return (

@@ -5,7 +5,6 @@ The configuration is that of diffusers' conversion of the published checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,26 +14,24 @@ from overcrank.models._common import (
     attend,
     embedded,
     forwards,
+    from_patches,
     given,
     one_time,
     patched,
     patches,
     random_call,
     rotated,
-    sample_output,
-    token_count,
-    unpatched,
+    shallow,
+    token_sizes,
 )
-from overcrank.models.base import Call, Component, Config, Repeat, Sizes, TensorSpec, Variant, VideoShape, renderings
+from overcrank.models._family import Family
+from overcrank.models.base import Call, Component, Config, LatentOf, Sizes, TensorSpec, Variant, VideoShape, renderings
 
 if TYPE_CHECKING:
     from torch import Tensor as T
     from torch import nn
 
-TITLE = "Mochi"
-DEFAULT = "mochi-1-preview"
-DENOISER_CLASSES = ("MochiTransformer3DModel",)
-TRACED_BLOCKS, TEXT_LENGTH = 3, 256
+TEXT_LENGTH = 256
 TILE = 256  # pixels: AutoencoderKLMochi's tile_sample_min_height and width
 
 _DIT: Config = {
@@ -93,50 +90,37 @@ VARIANTS: tuple[Variant, ...] = (
 # ── shapes and components ────────────────────────────────────────────────────────────
 
 
-def _strides(variant: Variant) -> tuple[int, int]:
-    """(spatial, temporal) compression of the VAE."""
-    vae = variant.configs["vae"]
-    return prod(vae["spatial_expansions"]), prod(vae["temporal_expansions"])
+class Mochi(Family):
+    def strides(self, variant: Variant) -> tuple[int, int]:
+        vae = variant.configs["vae"]
+        return prod(vae["spatial_expansions"]), prod(vae["temporal_expansions"])
+
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        latent = partial(self.latent, variant)
+        return _denoiser(variant, latent), _vae_decoder(variant.configs["vae"], latent, self.strides(variant)[0])
+
+    def prepare(self, pipe: Any, variant: Variant) -> None:
+        """Decoding 480p at once takes more memory than cards have."""
+        pipe.vae.enable_tiling()
 
 
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
-    spatial, temporal = _strides(variant)
-    step = spatial * variant.configs["transformer"]["patch_size"]
-    return {"height": (step, 0), "width": (step, 0), "frames": (temporal, 1)}
+FAMILY = Mochi(
+    title="Mochi", default="mochi-1-preview", denoiser_classes=("MochiTransformer3DModel",), variants=VARIANTS
+)
 
 
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    spatial, temporal = _strides(variant)
-    return (shape.frames - 1) // temporal + 1, shape.height // spatial, shape.width // spatial
-
-
-def components(variant: Variant) -> tuple[Component, ...]:
-    return _denoiser(variant), _vae_decoder(variant)
-
-
-def _denoiser(variant: Variant) -> Component:
+def _denoiser(variant: Variant, latent: LatentOf) -> Component:
     config = variant.configs["transformer"]
     side, heads = config["patch_size"], config["num_attention_heads"]
     patch = (1, side, side)
     features = config["in_channels"] * side**2
     rope: tuple[int | str, ...] = ("tokens", heads, config["attention_head_dim"] // 2)
-
-    def sizes(shape: VideoShape) -> Sizes:
-        frames, height, width = latent(variant, shape)
-        sides = {"frames": frames, "height": height, "width": width}  # of no input; `sample` makes latents of them
-        tokens = token_count((frames, height, width), patch)
-        return {"tokens": tokens, "text": TEXT_LENGTH, "batch": shape.batch} | sides
-
-    deep = config["num_layers"] > TRACED_BLOCKS + 1
     return Component(
         name="denoiser",
-        cls=DENOISER_CLASSES[0],
+        cls=FAMILY.denoiser_classes[0],
         subfolder="transformer",
         config=config,
-        traced_config={**config, "num_layers": TRACED_BLOCKS + 1} if deep else {},
-        repeats=(Repeat("transformer_blocks", TRACED_BLOCKS, config["num_layers"] - 1, after=1),) if deep else (),
+        **shallow(config, after=1),
         inputs=(
             TensorSpec("hidden_states", (1, "tokens", features)),
             TensorSpec("encoder_hidden_states", (1, "text", config["text_embed_dim"])),
@@ -148,21 +132,20 @@ def _denoiser(variant: Variant) -> Component:
         outputs=(TensorSpec("sample", (1, "tokens", features)),),
         forward=_traced,
         adapt=partial(_adapt, patch=patch),
-        returns=partial(_returns, patch=patch),
+        returns=partial(from_patches, patch=patch),
         sample=_sample,
-        sizes=sizes,
+        sizes=lambda shape: token_sizes(latent(shape), patch, text=TEXT_LENGTH, batch=shape.batch),
         trace_sizes={"tokens": 24, "text": 12},
         free_axes={"text": 1},
     )
 
 
-def _vae_decoder(variant: Variant) -> Component:
-    vae = variant.configs["vae"]
+def _vae_decoder(vae: Config, latent: LatentOf, stride: int) -> Component:
     x = TensorSpec("hidden_states", (1, vae["latent_channels"], "frames", "height", "width"))
 
     def tile(shape: VideoShape) -> Sizes:
-        frames, height, width = latent(variant, shape)
-        side = TILE // _strides(variant)[0]
+        frames, height, width = latent(shape)
+        side = TILE // stride
         return {"frames": frames, "height": min(height, side), "width": min(width, side)}
 
     return Component(
@@ -180,11 +163,6 @@ def _vae_decoder(variant: Variant) -> Component:
         sizes=tile,
         trace_sizes={"frames": 3, "height": 5, "width": 6},
     )
-
-
-def prepare(pipe: Any, variant: Variant) -> None:
-    """Decoding 480p at once takes more memory than cards have."""
-    pipe.vae.enable_tiling()
 
 
 # ── what is traced ───────────────────────────────────────────────────────────────────
@@ -275,10 +253,6 @@ def _adapt(module: nn.Module, call: Call, *, patch: tuple[int, int, int]) -> dic
 
 def _adapt_decoder(module: nn.Module, call: Call) -> dict[str, Any]:
     return given(call, "hidden_states")  # its convolutions repeat the first frame and keep no cache
-
-
-def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, int, int]) -> Any:
-    return sample_output(unpatched(outputs["sample"], call["hidden_states"], patch), call)
 
 
 def _sample(module: nn.Module, sizes: Sizes, generator: Any) -> dict[str, Any]:

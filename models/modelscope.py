@@ -8,9 +8,6 @@ from __future__ import annotations
 from overcrank.models import _kl_vae, _unet
 from overcrank.models.base import Component, Config, Repository, TensorSpec, Variant, VideoShape, renderings
 
-TITLE = "ModelScope"
-DEFAULT = "modelscope-1.7b"
-DENOISER_CLASSES = ("UNet3DConditionModel",)
 TEXT_LENGTH = 77
 
 _UNET: Config = {
@@ -62,13 +59,16 @@ VARIANTS: tuple[Variant, ...] = (
     ),
 )
 
-grid = _unet.grid
-latent = _unet.latent
+
+class ModelScope(_unet.UNetFamily):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        """Every frame is decoded in one call, as the pipeline does."""
+        unet, vae = variant.configs["unet"], variant.configs["vae"]
+        text = TensorSpec("encoder_hidden_states", ("batch", TEXT_LENGTH, unet["cross_attention_dim"]))
+        denoiser = _unet.component(self.denoiser_classes[0], unet, (text,), stride=_kl_vae.stride(vae))
+        return (denoiser, *_kl_vae.components(vae, variant.maximum.frames))
 
 
-def components(variant: Variant) -> tuple[Component, ...]:
-    """Every frame is decoded in one call, as the pipeline does."""
-    unet, vae = variant.configs["unet"], variant.configs["vae"]
-    text = TensorSpec("encoder_hidden_states", ("batch", TEXT_LENGTH, unet["cross_attention_dim"]))
-    denoiser = _unet.component(DENOISER_CLASSES[0], unet, (text,), stride=_kl_vae.stride(vae))
-    return (denoiser, *_kl_vae.components(vae, variant.maximum.frames))
+FAMILY = ModelScope(
+    title="ModelScope", default="modelscope-1.7b", denoiser_classes=("UNet3DConditionModel",), variants=VARIANTS
+)

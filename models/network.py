@@ -44,7 +44,7 @@ def unknown_fields(cls: str, config: Config) -> list[str]:
     known = class_fields(cls)
     if cls in _table()["of_transformers"]:
         return []
-    return sorted(f for f in config if f not in known and not f.startswith("_"))
+    return sorted(f for f in config if f not in known and not f.startswith("_") and f != "quantization_config")
 
 
 def completed(variant: Variant, components: Iterable[Component]) -> Variant:
@@ -57,7 +57,7 @@ def completed(variant: Variant, components: Iterable[Component]) -> Variant:
 def differences(here: Config, there: Config, place: str) -> list[str]:
     """Fields in which two networks of one class differ, with both values; `place` is "in the engine", say."""
     fields = sorted(f for f in {**here, **there} if here.get(f) != there.get(f))
-    return [f"{f}: {_short(here.get(f))} here, {_short(there.get(f))} {place}" for f in fields]
+    return [f"{f}: {short(here.get(f))} here, {short(there.get(f))} {place}" for f in fields]
 
 
 def class_fields(cls: str) -> Config:
@@ -109,6 +109,6 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

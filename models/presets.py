@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from overcrank.errors import ModelError, RequestError
-from overcrank.models import families, family, hook
+from overcrank.models import families, family
 from overcrank.models.base import Preset, PublishedLora, Rendering, Repository, Variant
 from overcrank.models.hub import one_file
 
 
 def every_preset() -> tuple[Preset, ...]:
-    return tuple(p for name in families() for p in getattr(family(name), "PRESETS", ()))
+    return tuple(p for name in families() for p in family(name).presets)
 
 
 def presets(variant: Variant) -> tuple[Preset, ...]:
     """Those of the variant, or of the published one it follows."""
-    found: tuple[Preset, ...] = hook(variant, "PRESETS")
-    return tuple(p for p in found if {variant.name, variant.like} & set(p.variants))
+    return tuple(p for p in family(variant.family).presets if {variant.name, variant.like} & set(p.variants))
 
 
 def with_preset(variant: Variant, name: str | None) -> tuple[Variant, Preset | None]:

@@ -1,9 +1,7 @@
 """Families found by file name, their variants, and what they share.
 
-A family is a module of this package with `TITLE`, `VARIANTS`, `DEFAULT`, `DENOISER_CLASSES`,
-`components(variant)`, `grid(variant)` and `latent(variant, shape)`; what else it may define for
-rendering has its defaults in _common.py. Its file name is its name. Names with an underscore are
-no families.
+A family is a module of this package that makes a `FAMILY` (_family.py). Its file name is its name, with which its
+variants' names begin. Names with an underscore are no families.
 """
 
 from __future__ import annotations
@@ -13,25 +11,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from overcrank.errors import ModelError
+from overcrank.models._family import Family
 from overcrank.models.base import Component, Variant
 
 PACKAGE = "overcrank.models"
-NO_FAMILIES = (
-    "base",
-    "demo",
-    "hub",
-    "matching",
-    "network",
-    "presets",
-    "registry",
-    "identify",
-    "single_file",
-    "stored_layers",
-    "weight_file",
-)
+NO_FAMILIES = ("base", "demo", "hub", "matching", "network", "presets", "registry")
 
 
 @lru_cache
@@ -40,21 +26,21 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(n for n in names if n not in NO_FAMILIES and not n.startswith("_")))
 
 
-def family(name: str) -> Any:
-    """The family's module; a broken import inside it surfaces as itself."""
-    return import_module(f"{PACKAGE}.{name}")
+def family(name: str) -> Family:
+    """The family of a file; a broken import inside it surfaces as itself."""
+    own: Family = import_module(f"{PACKAGE}.{name}").FAMILY
+    return own
 
 
-def hook(variant: Variant, name: str) -> Any:
-    """A function of the variant's family, or what families share where it has none of its own."""
-    from overcrank.models import _common
-
-    return getattr(family(variant.family), name, None) or getattr(_common, name)
+def variant_named(name: str) -> Variant | None:
+    """The published variant of this name; of families, only one whose name it begins with is imported."""
+    owners = (owner for owner in families() if name.startswith(owner.replace("_", "-") + "-"))
+    return next((v for owner in owners for v in family(owner).variants if v.name == name), None)
 
 
 def components(variant: Variant, names: tuple[str, ...] = ()) -> tuple[Component, ...]:
     """The variant's components: the default ones, or the named ones in the family's order."""
-    every: tuple[Component, ...] = family(variant.family).components(variant)
+    every = family(variant.family).components(variant)
     known = [c.name for c in every]
     for name in names:
         if name not in known:
@@ -64,12 +50,12 @@ def components(variant: Variant, names: tuple[str, ...] = ()) -> tuple[Component
 
 def main_part(classes: Mapping[str, str]) -> str | None:
     """Of a checkpoint's or pipeline's parts, by their class, the one that a family is known by."""
-    known = {cls for name in families() for cls in family(name).DENOISER_CLASSES}
+    known = {cls for name in families() for cls in family(name).denoiser_classes}
     named = [part for part in ("transformer", "unet") if part in classes]  # named in errors, if of no family
     return next((part for part, cls in classes.items() if cls in known), named[0] if named else None)
 
 
 @lru_cache
 def published() -> Mapping[str, Variant]:
-    """Every variant by its name."""
-    return {v.name: v for name in families() for v in family(name).VARIANTS}
+    """Every variant by its name; imports all families."""
+    return {v.name: v for name in families() for v in family(name).variants}

@@ -7,17 +7,14 @@ arXiv:2504.13074.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from overcrank.errors import RequestError
 from overcrank.models import _clip, _negative_prompts, _wan_dit, _wan_vae, wan
+from overcrank.models._family import Family
 from overcrank.models.base import Arguments, Component, Config, Media, Rendering, Variant, VideoShape
 
-TITLE = "SkyReels V2"
-DEFAULT = "skyreels-v2-t2v-14b-540p"
-DENOISER_CLASSES = ("SkyReelsV2Transformer3DModel",)
-guides_apart = True
 OVERLAP, NOISE = 17, 20  # frames a longer video's windows share, and the noise on them, as its authors recommend
 
 _BIG: Config = wan.DIT | {"inject_sample_info": False, "num_frame_per_block": 1}
@@ -89,41 +86,45 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("skyreels-v2-df-14b-720p", "DF-14B-720P", _BIG, _DF, "720p"),
 )
 
-grid = wan.grid
-latent = wan.latent
+
+class SkyReels(Family):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        """`denoiser` takes one timestep; `denoiser_forcing` one for each latent frame: diffusion forcing."""
+        dit, latent = variant.configs["transformer"], partial(self.latent, variant)
+        forcing = variant.tasks == _DF
+        (cls,) = self.denoiser_classes
+        plain = _wan_dit.component(cls, dit, latent, default=not forcing)
+        forced = _wan_dit.component(cls, dit, latent, name="denoiser_forcing", per_token=True, default=forcing)
+        encoder = variant.configs.get("image_encoder")  # diffusion forcing has none, whatever its transformer takes
+        images = (_clip.component(encoder, hidden=-2),) if encoder and dit.get("image_dim") else ()
+        return (plain, forced, *_wan_vae.components(variant.configs["vae"], latent), *images)
+
+    def clip_of(self, variant: Variant, shape: VideoShape) -> tuple[int, bool]:
+        """Diffusion forcing goes on from the last frames."""
+        return (OVERLAP, True) if variant.tasks == _DF else super().clip_of(variant, shape)
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        """A long video goes window by window."""
+        if variant.tasks != _DF:
+            return wan.FAMILY.call_arguments(pipe, variant, media, arguments)
+        frames = arguments["num_frames"]
+        made = arguments | {"fps": 16 if media.fps <= 16 else 24, "base_num_frames": variant.native.frames}
+        made |= {"image": media.images[0]} if media.images else {}
+        if media.video and frames <= OVERLAP:
+            raise RequestError(
+                f"frames {frames}: the video begins with the last {OVERLAP} of the one given; ask for more."
+            )
+        if media.video:
+            made["video"] = list(media.video)
+        if media.video or frames > variant.native.frames:
+            made |= {"overlap_history": OVERLAP, "addnoise_condition": NOISE}
+        return made
 
 
-def components(variant: Variant) -> tuple[Component, ...]:
-    """`denoiser` takes one timestep; `denoiser_forcing` one for each latent frame: diffusion forcing."""
-    dit = variant.configs["transformer"]
-    forcing = variant.tasks == _DF
-
-    def latent_of(shape: VideoShape) -> tuple[int, int, int]:
-        return latent(variant, shape)
-
-    plain = replace(_wan_dit.component(DENOISER_CLASSES[0], dit, latent_of), default=not forcing)
-    forced = _wan_dit.component(DENOISER_CLASSES[0], dit, latent_of, name="denoiser_forcing", per_token=True)
-    encoder = variant.configs.get("image_encoder")  # diffusion forcing has none, whatever its transformer takes
-    images = (_clip.component(encoder, hidden=-2),) if encoder and dit.get("image_dim") else ()
-    return (plain, replace(forced, default=forcing), *_wan_vae.components(variant.configs["vae"], latent_of), *images)
-
-
-def clip_of(variant: Variant, shape: VideoShape) -> tuple[int, bool]:
-    """How many frames of a given video are used, and whether the last ones: diffusion forcing goes on from there."""
-    return (OVERLAP, True) if variant.tasks == _DF else (shape.frames, False)
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share; a long video goes window by window."""
-    if variant.tasks != _DF:
-        return wan.call_arguments(pipe, variant, media, arguments)
-    frames = arguments["num_frames"]
-    made = arguments | {"fps": 16 if media.fps <= 16 else 24, "base_num_frames": variant.native.frames}
-    made |= {"image": media.images[0]} if media.images else {}
-    if media.video and frames <= OVERLAP:
-        raise RequestError(f"frames {frames}: the video begins with the last {OVERLAP} of the one given; ask for more.")
-    if media.video:
-        made["video"] = list(media.video)
-    if media.video or frames > variant.native.frames:
-        made |= {"overlap_history": OVERLAP, "addnoise_condition": NOISE}
-    return made
+FAMILY = SkyReels(
+    title="SkyReels V2",
+    default="skyreels-v2-t2v-14b-540p",
+    denoiser_classes=("SkyReelsV2Transformer3DModel",),
+    variants=VARIANTS,
+    guides_apart=True,
+)

@@ -20,9 +20,6 @@ from overcrank.models.base import (
     renderings,
 )
 
-TITLE = "Stable Video Diffusion"
-DEFAULT = "svd-xt-1.1"
-DENOISER_CLASSES = ("UNetSpatioTemporalConditionModel",)
 CHUNK = 8  # frames decoded at a time: the temporal decoder takes 1.2 GB a frame at 1024 × 576
 
 _UNET: Config = {
@@ -106,27 +103,33 @@ VARIANTS: tuple[Variant, ...] = (
 )  # fmt: skip
 
 
-grid = _unet.grid
-latent = _unet.latent
+class StableVideoDiffusion(_unet.UNetFamily):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        unet, vae = variant.configs["unet"], variant.configs["vae"]
+        ids = unet["projection_class_embeddings_input_dim"] // unet["addition_time_embed_dim"]
+        conditions = (
+            TensorSpec("encoder_hidden_states", ("batch", 1, unet["cross_attention_dim"])),
+            TensorSpec("added_time_ids", ("batch", ids)),
+        )
+        denoiser = _unet.component(
+            self.denoiser_classes[0], unet, conditions, frames_first=True, stride=_kl_vae.stride(vae)
+        )
+        return (denoiser, *_kl_vae.temporal_components(vae, CHUNK), _clip.component(variant.configs["image_encoder"]))
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        """Guidance grows along the frames, there is no text."""
+        guidance = arguments.pop("guidance_scale", variant.rendering().guidance)
+        return arguments | {
+            "image": media.images[0],
+            "fps": round(media.fps),
+            "max_guidance_scale": guidance,
+            "decode_chunk_size": CHUNK,
+        }
 
 
-def components(variant: Variant) -> tuple[Component, ...]:
-    unet, vae = variant.configs["unet"], variant.configs["vae"]
-    ids = unet["projection_class_embeddings_input_dim"] // unet["addition_time_embed_dim"]
-    conditions = (
-        TensorSpec("encoder_hidden_states", ("batch", 1, unet["cross_attention_dim"])),
-        TensorSpec("added_time_ids", ("batch", ids)),
-    )
-    denoiser = _unet.component(DENOISER_CLASSES[0], unet, conditions, frames_first=True, stride=_kl_vae.stride(vae))
-    return (denoiser, *_kl_vae.temporal_components(vae, CHUNK), _clip.component(variant.configs["image_encoder"]))
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipeline's call: guidance grows from 1 along the frames, there is no text."""
-    guidance = arguments.pop("guidance_scale", variant.rendering().guidance)
-    return arguments | {
-        "image": media.images[0],
-        "fps": round(media.fps),
-        "max_guidance_scale": guidance,
-        "decode_chunk_size": CHUNK,
-    }
+FAMILY = StableVideoDiffusion(
+    title="Stable Video Diffusion",
+    default="svd-xt-1.1",
+    denoiser_classes=("UNetSpatioTemporalConditionModel",),
+    variants=VARIANTS,
+)

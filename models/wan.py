@@ -8,17 +8,12 @@ Models", arXiv:2503.20314.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from overcrank.models import _clip, _few_steps, _negative_prompts, _wan_dit, _wan_vae
+from overcrank.models._family import Family
 from overcrank.models.base import Arguments, Component, Config, Media, Variant, VideoShape, renderings
-
-TITLE = "Wan"
-DEFAULT = "wan-2.2-ti2v-5b"
-DENOISER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
-guides_apart = True
-PRESETS = _few_steps.WAN
-PART_WORDS = {"high": "transformer", "low": "transformer_2"}  # experts of high and of low noise
 
 # ── published checkpoints ────────────────────────────────────────────────────────────
 
@@ -185,50 +180,37 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("wan-2.2-i2v-a14b", "Wan2.2-I2V-A14B", _IMAGE, "image, frames", "720p", 5.0, **_TWO_GUIDES_IMAGE),
 )
 
-# ── shapes and components ────────────────────────────────────────────────────────────
+
+class Wan(Family):
+    def components(self, variant: Variant) -> tuple[Component, ...]:
+        """2.2 TI2V gives each token a timestep, the others one to all; only 2.1 looks at images through CLIP."""
+        dit, vae, latent = variant.configs["transformer"], variant.configs["vae"], partial(self.latent, variant)
+        cls = self.denoiser_classes[1 if dit.get("vace_layers") else 0]
+        denoiser = _wan_dit.component(cls, dit, latent, per_token=vae["z_dim"] == 48, also_serves=("transformer_2",))
+        encoder = variant.configs.get("image_encoder")
+        images = (_clip.component(encoder, hidden=-2),) if encoder and dit.get("image_dim") else ()
+        return (denoiser, *_wan_vae.components(vae, latent), *images)
+
+    def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
+        made = dict(arguments)
+        if media.images:
+            made["image"] = media.images[0]
+        if len(media.images) > 1:
+            made["last_image"] = media.images[max(media.images)]
+        if media.video:
+            made["video"] = media.video
+        if media.video and not variant.configs["transformer"].get("vace_layers"):
+            made["strength"] = media.strength
+            made.pop("num_frames", None)  # as many as the video has
+        return made
 
 
-def grid(variant: Variant) -> dict[str, tuple[int, int]]:
-    """Valid sizes of each axis as (step, offset)."""
-    vae = variant.configs["vae"]
-    step = vae["scale_factor_spatial"] * variant.configs["transformer"]["patch_size"][1]
-    return {"height": (step, 0), "width": (step, 0), "frames": (vae["scale_factor_temporal"], 1)}
-
-
-def latent(variant: Variant, shape: VideoShape) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a video shape."""
-    vae = variant.configs["vae"]
-    side = vae["scale_factor_spatial"]
-    return (shape.frames - 1) // vae["scale_factor_temporal"] + 1, shape.height // side, shape.width // side
-
-
-def components(variant: Variant) -> tuple[Component, ...]:
-    """2.2 TI2V gives each token a timestep, the others one to all; only 2.1 looks at images through CLIP."""
-    dit, vae = variant.configs["transformer"], variant.configs["vae"]
-
-    def latent_of(shape: VideoShape) -> tuple[int, int, int]:
-        return latent(variant, shape)
-
-    cls = DENOISER_CLASSES[1 if dit.get("vace_layers") else 0]
-    denoiser = _wan_dit.component(cls, dit, latent_of, per_token=vae["z_dim"] == 48, also_serves=("transformer_2",))
-    encoder = variant.configs.get("image_encoder")
-    images = (_clip.component(encoder, hidden=-2),) if encoder and dit.get("image_dim") else ()
-    return (denoiser, *_wan_vae.components(vae, latent_of), *images)
-
-
-# ── rendering ────────────────────────────────────────────────────────────────────────
-
-
-def call_arguments(pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-    """Arguments of the pipelines' calls beyond those all share."""
-    made = dict(arguments)
-    if media.images:
-        made["image"] = media.images[0]
-    if len(media.images) > 1:
-        made["last_image"] = media.images[max(media.images)]
-    if media.video:
-        made["video"] = media.video
-    if media.video and not variant.configs["transformer"].get("vace_layers"):
-        made["strength"] = media.strength
-        made.pop("num_frames", None)  # as many as the video has
-    return made
+FAMILY = Wan(
+    title="Wan",
+    default="wan-2.2-ti2v-5b",
+    denoiser_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    variants=VARIANTS,
+    presets=_few_steps.WAN,
+    part_words={"high": "transformer", "low": "transformer_2"},  # experts of high and of low noise
+    guides_apart=True,
+)

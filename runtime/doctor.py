@@ -15,7 +15,8 @@ from typing import Any, Literal
 from overcrank.engines.cards import Card, installed_cards
 from overcrank.engines.kernel_cache import kept_caches
 from overcrank.engines.manifest import Manifest
-from overcrank.engines.measurements import OVERRIDE, measurements
+from overcrank.engines.measurements import measurements
+from overcrank.engines.refusals import SLOW_ENGINES
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME, FLAVOUR_TITLES, serves
 from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, install_command, load_flavour, too_old
@@ -119,7 +120,7 @@ def _of_cards(machine: Machine) -> Iterator[Finding]:
             wanted = " or ".join(FLAVOUR_TITLES[f] for f in target.flavours)
             yield Finding("bad", f"card {number}", f"{text}: needs {wanted}, which is not usable here")
         elif all(drivers):
-            yield Finding("bad", f"card {number}", f"{text}: {'; '.join(drivers[0] or ())}")
+            yield Finding("bad", f"card {number}", f"{text}: {drivers[0].sentence() if drivers[0] else ''}")
         else:
             yield Finding("ok", f"card {number}", f"{text}: {', '.join(target.precisions)}")
 
@@ -127,7 +128,7 @@ def _of_cards(machine: Machine) -> Iterator[Finding]:
 def _of_torch(machine: Machine) -> Iterator[Finding]:
     if not machine.torch_cuda:
         reason = why_no_card(machine.torch, None, machine.cards)
-        words = "; ".join(reason).removeprefix("PyTorch ") if reason else f"{machine.torch} is a build without CUDA"
+        words = reason.sentence().removeprefix("PyTorch ") if reason else f"{machine.torch} is a build without CUDA"
         yield Finding("bad" if reason else "note", "PyTorch", words)
     elif machine.cards and not machine.torch_sees:
         why = f"the driver may be too old for CUDA {machine.torch_cuda}"
@@ -152,7 +153,7 @@ def of_store(machine: Machine, store: Store) -> Iterator[Finding]:
         for found in measurements(store, card.name, card.driver).values():
             if found.lost:
                 text = f"its engine for {found.shape} took {found.engine_ms:.1f} ms and eager {found.eager_ms:.1f} ms"
-                yield Finding("note", found.component, f"{text} ({found.date}): not used without {OVERRIDE}")
+                yield Finding("note", found.component, f"{text} ({found.date}): not used without {SLOW_ENGINES}")
 
 
 def why_not(manifest: Manifest, machine: Machine) -> str:

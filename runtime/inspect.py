@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from overcrank.models._remote_file import header_twin
-from overcrank.models.identify import Identified, identify
-from overcrank.models.stored_layers import PLAIN, stored_layers, weight_shapes
-from overcrank.models.weight_file import WeightFile, open_weights
+from overcrank.export.files.identify import Identified, identify
+from overcrank.export.files.remote import header_twin
+from overcrank.export.files.stored_layers import PLAIN, stored_layers, weight_shapes
+from overcrank.export.files.weight_file import WeightFile, open_weights
 
 LORA = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "lora_w1", "hada_w1", "lokr_w1")
 ENCODERS = {

@@ -30,9 +30,10 @@ class AccelerateOptions:
     bundle: str | Path | None = None
     """A bundle's path or name [default: the newest in the store for this network and card]."""
     backend: str = "auto"
-    """"auto" uses TensorRT and falls back to eager PyTorch with one warning for each reason, "tensorrt" raises
-    BackendError in place of falling back, "onnxruntime" runs the graphs in ONNX Runtime, those of `bundle` if one is
-    named, "eager" uses no engine."""
+    """"auto" uses TensorRT, or where no card can be used ONNX Runtime for the graphs that are in this package or in the
+    store's bundles, and falls back to eager PyTorch with one warning for each reason, "tensorrt" raises BackendError in
+    place of falling back, "onnxruntime" runs the graphs in ONNX Runtime, those of `bundle` if one is named, "eager"
+    uses no engine."""
     precision: str = "auto"
     """Of the engines: "auto" (the pipeline's own 16-bit type), "fp8", "int8" or "nvfp4"."""
     activations: str = "dynamic"
@@ -93,5 +94,7 @@ class RenderOptions(LoadOptions):
     """Step caching: off, safe, fast, or a threshold from 0 to 1."""
     preview: bool = False
     """Write a picture at each denoising step."""
+    metadata: bool = True
+    """Write into MP4s what they were made of."""
     lanes: int | None = None
     """Jobs at a time, 1 to 4 [default: 2 on a GPU of 24 GB or more, else 1]."""

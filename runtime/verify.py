@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.build import RECIPE
-from overcrank.engines.manifest import ComponentEntry, Manifest, check_files, read_manifest
+from overcrank.engines.manifest import ComponentEntry, Manifest
 from overcrank.engines.targets import BY_NAME, sixteen_bit
-from overcrank.errors import IntegrityError
+from overcrank.engines.trust import Keyring
+from overcrank.errors import IntegrityError, OvercrankError
 from overcrank.export.quantization.attention import attentions
 from overcrank.export.quantization.linear import linear_layers, quantize
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, read_recipe, unmeasured
@@ -23,6 +24,7 @@ from overcrank.export.quantization.reference import quantized_layers, ranges_of_
 from overcrank.export.weights import Parameter
 from overcrank.models import components, family, variant_from_manifest
 from overcrank.models.base import Call, Component, Variant, VideoShape
+from overcrank.runtime.sessions.graphs import bundled_graph
 from overcrank.runtime.sessions.ort import OrtSession
 from overcrank.runtime.sessions.parameters import bound_parameters, compute_of, packed_parameters, parameters_of
 from overcrank.runtime.sessions.session import run_each
@@ -59,16 +61,26 @@ def verify_bundle(bundle: Path, weights: Path | None) -> Iterator[Check]:
 
     16-bit graphs are widened to fp32. A network too large for this machine's RAM is
     replaced by the same export at the traced depth; `Check.note` says so. Raises
-    IntegrityError if a file of the bundle does not match its manifest.
+    IntegrityError if a file of the bundle does not match its manifest, or its signature is not as it must be.
     """
-    manifest = read_manifest(bundle)
-    wrong = check_files(bundle, manifest)
-    if wrong:
-        raise IntegrityError(f"{bundle}: {'; '.join(wrong)}; rebuild it.")
-    variant = variant_from_manifest(manifest)
-    known = {c.name: c for c in components(variant, tuple(e.name for e in manifest.components))}
+    manifest = Keyring().whole(bundle)
+    variant, known = _described(manifest, bundle)
     for entry in manifest.components:
         yield from _checks(bundle, manifest, entry, variant, known[entry.name], weights)
+
+
+def _described(manifest: Manifest, bundle: Path) -> tuple[Variant, dict[str, Component]]:
+    """What the manifest's configurations make; whatever they hold, what is raised is ours."""
+    try:
+        variant = variant_from_manifest(manifest)
+        return variant, {c.name: c for c in components(variant, tuple(e.name for e in manifest.components))}
+    except OvercrankError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise IntegrityError(
+            f"{bundle.name}: its configurations make no network of {manifest.family} ({reason}); rebuild it."
+        ) from error
 
 
 def _checks(
@@ -170,7 +182,6 @@ def _session(
 
     Within the context, the module's layers multiply as the quantized ones of the graph.
     """
-    import onnx_ir as ir
     import psutil
     from overcrank.export.graph import onnx_from_component
     from overcrank.export.module import random_module
@@ -179,7 +190,7 @@ def _session(
     short = sixteen_bit(BY_NAME[manifest.target], manifest.precision)
     count = sum(_product(p.module_shape) for p in parameters)
     count += sum(_product(p.shape) for p in entry.packed if p.role == "weight")
-    config, note = component.config, ""
+    whole, config, note = component, component.config, ""
     if component.repeats and count * FP32_BYTES_PER_PARAMETER > psutil.virtual_memory().available:
         depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats)
         component, config = component.at_depth(component.traced_config), component.traced_config
@@ -188,10 +199,10 @@ def _session(
         parameters, _ = quantize(model, exported.parameters, formats)
         note = f"; {count / 1e9:.1f} B parameters do not fit in RAM here: same export with {depth}"
     else:
-        model = ir.load(bundle / entry.graph.name)
+        model = bundled_graph(bundle, entry.graph)
     module = random_module(component, config, short).float()  # its stored buffers are the graph's
     if weights is not None:
-        _load(module, weights / component.subfolder, parameters)
+        _load(module, whole, weights / component.subfolder, parameters)
     views = bound_parameters(module, component, parameters)
     ranges = _ranges(bundle, component, module, formats)
     views |= packed_parameters(module, formats, ranges, compute)
@@ -224,11 +235,12 @@ def _ranges(
         return ranges_of_call(module, fixed, component.sample(module, sizes, torch.Generator().manual_seed(2)))
 
 
-def _load(module: nn.Module, folder: Path, parameters: tuple[Parameter, ...]) -> None:
+def _load(module: nn.Module, component: Component, folder: Path, parameters: tuple[Parameter, ...]) -> None:
     import torch
-    from overcrank.export.weights import checkpoint_values, weight_files
+    from overcrank.export.expected import component_files
+    from overcrank.export.weights import checkpoint_values
 
-    values = checkpoint_values(weight_files(folder), parameters)
+    values = checkpoint_values(component_files(component, folder), parameters)
     named: dict[str, Any] = dict(module.named_parameters())
     with torch.no_grad():
         for p in parameters:

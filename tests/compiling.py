@@ -8,9 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from overcrank.engines.plan import PlanReport
-from overcrank.export.cache import cached_graph, graph_digest
+from overcrank.engines.store import Store
 from overcrank.export.graph import Exported
 from overcrank.models.base import Component
 
@@ -18,13 +17,11 @@ Plans = list[tuple[int, PlanReport]]
 Graphs = Callable[[Component, str], Exported]
 
 
-def exported_once(component: Component, precision: str, folder: Path) -> Exported:
+def exported_once(component: Component, precision: str, store: Store) -> Exported:
     """The component's graph, exported by the first test of all workers that asks, and read anew for each."""
     import onnx_ir as ir
 
-    own = folder / graph_digest(component, precision)
-    with FileLock(f"{own}.lock"):
-        graph = cached_graph(component, precision, own)
+    graph = store.graph(component, precision)
     return Exported(ir.load(graph.onnx), graph.parameters)
 
 

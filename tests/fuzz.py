@@ -1,4 +1,4 @@
-"""Manifests, indexes and signatures of an attacker: each is read, or refused with one of our errors.
+"""Manifests, indexes, signatures and checkpoints of an attacker: each is read, or refused with one of our errors.
 
     python -m tests.fuzz [--minutes 10]
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,12 +24,17 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from overcrank.engines.manifest import check_files, read_manifest
-from overcrank.engines.remote import PURPOSE, Remote, _check_listed, fitting, read_index
+from overcrank.engines.download import _check_listed
+from overcrank.engines.envelope import INDEX as INDEX_TYPE
+from overcrank.engines.manifest import SIGNATURE, check_files, read_manifest
+from overcrank.engines.place import Remote
+from overcrank.engines.remote import fitting, read_index
 from overcrank.engines.store import Store
-from overcrank.engines.trust import SIGNATURE, Keyring
-from overcrank.errors import IntegrityError, OvercrankError
+from overcrank.engines.trust import Keyring
+from overcrank.errors import OvercrankError
 from overcrank.models import variant_from_manifest
+
+from tests.fuzz_checkpoints import CheckpointTargets
 
 RESULT = Path(__file__).parent.parent / "bench" / "results" / "fuzz.json"
 FILES = [
@@ -61,6 +65,7 @@ class Targets:
     """What is fuzzed: name → a function of bytes; `valid`: documents to begin with."""
 
     def __init__(self, folder: Path, manifest: bytes) -> None:
+        self.taken = self.refused = 0
         self.folder, self.ring, self.store = folder, Keyring(folder / "keys"), Store(folder / "store")
         self.ring.new("studio")
         (folder / "place").mkdir()
@@ -68,7 +73,7 @@ class Targets:
         self.valid = {"manifest": manifest, "index": json.dumps(INDEX).encode()}
         self.valid["envelope"] = self._signed(self.valid["index"])
         (folder / "bundle" / "manifest.json").write_bytes(manifest)
-        self.valid["signature"] = self.ring.sign(folder / "bundle", "studio").model_dump_json().encode()
+        self.valid["signature"] = self._signature()
         self.all: dict[str, Callable[[bytes], None]] = {
             "manifest": self.manifest,
             "index": lambda payload: self.envelope(self._signed(payload)),
@@ -78,29 +83,45 @@ class Targets:
 
     def manifest(self, content: bytes) -> None:
         (self.folder / "bundle" / "manifest.json").write_bytes(content)
-        with suppress(OvercrankError):
+        with self._refused("manifest.json", "bundle"):
             found = read_manifest(self.folder / "bundle")
             check_files(self.folder / "bundle", found)
             variant_from_manifest(found)
 
     def _signed(self, payload: bytes) -> bytes:
-        text = payload.decode("utf-8", "replace")
-        made = self.ring.signature_of(PURPOSE + text.encode(), "studio")
-        return json.dumps({"payload": text, "signature": made.model_dump()}).encode()
+        return self.ring.seal(INDEX_TYPE, payload, "studio")[0]
+
+    def _signature(self) -> bytes:
+        self.ring.sign(self.folder / "bundle", "studio")
+        return (self.folder / "bundle" / SIGNATURE).read_bytes()
 
     def envelope(self, content: bytes) -> None:
         (self.folder / "place" / "index.json").write_bytes(content)
-        shutil.rmtree(self.store.root / "remotes", ignore_errors=True)
-        with suppress(OvercrankError):
-            index = read_index(Remote(str(self.folder / "place")), self.ring, self.store)
+        (self.ring.folder / "seen.json").unlink(missing_ok=True)
+        place = Remote(str(self.folder / "place"))
+        with self._refused("index", "published", "bytes free", place.url):
+            index = read_index(place, self.ring)
             for listed in index.bundles.values():
                 _check_listed(listed)
             fitting(index, "ltx-demo", "sm_89", "bf16")
 
     def signature(self, content: bytes) -> None:
         (self.folder / "bundle" / SIGNATURE).write_bytes(content)
-        with suppress(IntegrityError):
+        with self._refused("bundle", SIGNATURE):
             self.ring.check(self.folder / "bundle")
+
+    @contextmanager
+    def _refused(self, *names: str) -> Iterator[None]:
+        """What is refused is refused in one line, that names what it is of."""
+        said = ""
+        try:
+            yield
+            self.taken += 1
+        except OvercrankError as error:
+            said = str(error)
+            self.refused += 1
+        assert said.isprintable(), repr(said)
+        assert not said or any(name in said for name in names), said
 
 
 # ── edits of valid documents ─────────────────────────────────────────────────────────
@@ -154,7 +175,7 @@ def edited(draw: st.DrawFn, valid: bytes) -> bytes:
         sys.set_int_max_str_digits(4300)
 
 
-def by_hypothesis(targets: Targets, name: str, examples: int, seconds: float) -> int:
+def by_hypothesis(targets: Targets | CheckpointTargets, name: str, examples: int, seconds: float) -> int:
     """Runs until either is used up; returns the number of documents tried."""
     end, count = time.monotonic() + seconds, 0
 
@@ -194,7 +215,7 @@ def _one(name: str, folder: Path, seconds: int) -> None:
     targets = Targets(Path(tempfile.mkdtemp(dir=folder)), (folder / "manifest.json").read_bytes())
     corpus = Path(tempfile.mkdtemp(dir=folder))
     (corpus / "valid").write_bytes(targets.valid[name])
-    for function in (read_manifest, check_files, read_index, fitting, _check_listed, Keyring.check, Keyring.who_signed):
+    for function in (read_manifest, check_files, read_index, fitting, Keyring.check, Keyring.who_signed):
         atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=100000"], targets.all[name])
     atheris.Fuzz()
@@ -216,8 +237,13 @@ def main(minutes: float, manifest: bytes) -> dict[str, Any]:
         folder = Path(text)
         (folder / "manifest.json").write_bytes(manifest)
         with_atheris = find_spec("atheris") is not None
+        (folder / "checkpoint").mkdir()
+        targets = CheckpointTargets(folder / "checkpoint")
+        for name in targets.all:
+            found[name] = {"hypothesis": by_hypothesis(targets, name, 10**9, minutes * 60 / 8)}
+            print(name, found[name], flush=True)
         for name in ("manifest", "index", "envelope", "signature"):
-            seconds = minutes * 60 / 4 / (2 if with_atheris else 1)
+            seconds = minutes * 60 / 8 / (2 if with_atheris else 1)
             (folder / name).mkdir()
             found[name] = {"hypothesis": by_hypothesis(Targets(folder / name, manifest), name, 10**9, seconds)}
             if with_atheris:

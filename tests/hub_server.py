@@ -104,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub.asked.append(f"{self.command} {path}" + (f" {asked}" if asked else ""))
         if hub.down:
             return self._refuse(503, "", "the hub is down")
+        if self.headers.get("authorization") == "Bearer hf_wrong":
+            return self._refuse(401, "", "Invalid credentials in Authorization header")
         words = path.strip("/").split("/")
         if words[0] == "blob":
             return self._send(hub.root / unquote("/".join(words[1:])), body)

@@ -16,24 +16,25 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import overcrank
 import torch
 from overcrank.engines.build import build
 from overcrank.engines.matrix import cells_of, expanded
+from overcrank.engines.refusals import CannotServe
 from overcrank.engines.store import Store
 from overcrank.engines.types import own_precision
 from overcrank.engines.worker import BuildJob
 from overcrank.engines.workers import Work
-from overcrank.errors import CannotServe
 from overcrank.models import components, families, family, registry, resolve
 from overcrank.models.base import Variant
-from overcrank.runtime.sessions.select import bundle_of, compute_type, fitting_bundles
+from overcrank.runtime.sessions.select import compute_type, engine_of, fitting_bundles
 
 from tests import by_hand, checkpoints, tiny, without_torchvision
 
-NAMES = [v.name for name in families() for v in family(name).VARIANTS if not v.packaged]
+NAMES = [v.name for name in families() for v in family(name).variants if not v.packaged]
 CARD = "sm_89"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,7 +42,7 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @contextlib.contextmanager
 def small_families() -> Iterator[None]:
     """While the block runs, every published variant has its small form, published where it is."""
-    known = {name: family(name).VARIANTS for name in families()}
+    known = {name: family(name).variants for name in families()}
     made = {name: tuple(v if v.packaged else _small(v) for v in variants) for name, variants in known.items()}
     try:
         _put(made)
@@ -57,7 +58,7 @@ def _small(variant: Variant) -> Variant:
 
 def _put(variants: dict[str, tuple[Variant, ...]]) -> None:
     for name, own in variants.items():
-        family(name).VARIANTS = own
+        import_module(f"{registry.PACKAGE}.{name}").FAMILY = replace(family(name), variants=own)
     registry.published.cache_clear()
 
 
@@ -103,7 +104,7 @@ def refusal(name: str, bundle: Path, root: Path, names: tuple[str, ...] = ()) ->
     try:
         fitting = fitting_bundles([bundle], variant, CARD, own_precision(variant))
         for component in components(variant, names):
-            bundle_of(component, fitting, "rebuild", compute_type(getattr(pipe, component.subfolder)))
+            engine_of(component, fitting, compute_type(getattr(pipe, component.subfolder)))
     except CannotServe as error:
         return str(error)
     return ""

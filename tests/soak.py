@@ -9,6 +9,7 @@ writes bench/results/soak.json, or raises AssertionError at the first thing that
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -149,20 +150,24 @@ class Push(Kind):
     def kept(self) -> dict[str, Any]:
         blobs = {p.name: p.stat().st_size for p in self.place.glob("blobs/*/[!.]*")}
         index = json.loads((self.place / "index.json").read_text()) if (self.place / "index.json").exists() else {}
-        return blobs | {f"listed {n}": True for n in json.loads(index["payload"])["bundles"]} if index else blobs
+        return (
+            blobs | {f"listed {n}": True for n in json.loads(base64.b64decode(index["payload"]))["bundles"]}
+            if index
+            else blobs
+        )
 
     def check(self) -> None:
         for blob in self.place.glob("blobs/*/[!.]*"):
             assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
         if not (self.place / "index.json").exists():
             return
-        index = read_index(Remote(str(self.place)), Keyring(), Store(self.root / "reader"))
+        index = read_index(Remote(str(self.place)), Keyring())
         for file in (file for listed in index.bundles.values() for file in listed.files):
             blob = self.place / "blobs" / file.sha256[:2] / file.sha256
             assert blob.stat().st_size == file.bytes, "the index lists what is not there"
 
     def whole(self) -> None:
-        index = read_index(Remote(str(self.place)), Keyring(), Store(self.root / "reader"))
+        index = read_index(Remote(str(self.place)), Keyring())
         assert f"bundle{self.count}" in index.bundles
 
 
@@ -328,7 +333,7 @@ def main(kills: int, seed: int, root: Path) -> dict[str, Any]:
     found["batch"] = soak(Batch(root), 2 * share, rng)
     print("batch", found["batch"], flush=True)
     for store in (Store(build.store), Store(root / "pulled")):
-        remove(removable(store))
+        remove(removable(store), store)
         assert not list(find_problems(store)), "fsck finds something after gc"
     return found
 

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.test_families import CASES, component_of
 
+pytestmark = pytest.mark.quick
+
 STALLS = ("_local_scalar_dense", "nonzero", "lift_fresh", "scalar_tensor", "is_nonzero", "equal", "unique", "item")
 """aten operators that read a value back, have a size that only the values tell, or bring one from Python."""
 DENOISERS = [case for case in CASES if component_of(*case).subfolder in ("transformer", "unet")]

@@ -14,6 +14,8 @@ from overcrank.models import resolve
 
 from tests.conftest import SMALL, files_under
 
+pytestmark = pytest.mark.quick
+
 
 def refused(result: Any, says: str, store: Path | None = None) -> None:
     assert result.exit_code == 2, result.output
@@ -83,7 +85,7 @@ def embed(run: Any, model: Path, store: Path) -> Any:
 
 def test_weights_are_the_plain_ones_and_never_a_single_shard(tmp_path: Path) -> None:
     from overcrank.errors import CheckpointError
-    from overcrank.export.weights import weight_files
+    from overcrank.export.headers import weight_files
 
     stem = "diffusion_pytorch_model"
     empty = (2).to_bytes(8, "little") + b"{}"
@@ -105,6 +107,7 @@ def test_truncated_weights(broken: Path, tmp_path: Path, run: Any) -> None:
     refused(embed(run, broken, tmp_path / "s"), "has no diffusion_pytorch_model.safetensors", tmp_path / "s")
 
 
+@pytest.mark.heavy
 def test_weights_of_another_architecture(broken: Path, tmp_path: Path, run: Any) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -129,6 +132,7 @@ def test_a_config_field_diffusers_does_not_know_is_named_and_left_out(broken: Pa
     assert "transformer/config.json has the field 'num_dragons', which LTXVideoTransformer3DModel" in caplog.text
 
 
+@pytest.mark.heavy
 def test_a_refusal_from_a_worker_is_one_line_on_the_terminal(broken: Path, tmp_path: Path) -> None:
     """In a process of its own, where a stray traceback of the process pool would show."""
     from tests.test_build import COMMAND
@@ -158,6 +162,7 @@ def test_unwritable_output(checkpoint: Path, tmp_path: Path, run: Any) -> None:
     refused(run("build-engine", *arguments, "--out", "/proc/overcrank"), "cannot be written (No such file")
 
 
+@pytest.mark.heavy
 def test_full_disk(checkpoint: Path, tmp_path: Path, run: Any) -> None:
     disk = tmp_path / "small disk"
     disk.mkdir()
@@ -185,3 +190,11 @@ def test_a_bundle_that_is_none(tmp_path: Path, run: Any) -> None:
     result = run("overcrank", "engines", "show", bundle)
     assert result.exit_code == 1
     assert "rebuild the bundle" in result.output
+
+
+def test_a_folder_whose_name_no_manifest_may_have(checkpoint: Path, tmp_path: Path, run: Any) -> None:
+    """Said before an hour of building, and without the name's own escape."""
+    folder = shutil.copytree(checkpoint, tmp_path / "a\x1b[31mname")
+    result = run("build-engine", "--model", folder, "--gpu", "sm_89", *SMALL, "--store", tmp_path / "store")
+    refused(result, r"the model's name 'a\x1b[31mname' is too long or holds control characters", tmp_path / "store")
+    assert "\x1b" not in result.output

@@ -28,6 +28,7 @@ def results(folder: Path) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.json"))
 
 
+@pytest.mark.quick
 def test_every_wrong_line_is_named_at_once_and_nothing_is_written(run: Any, tmp_path: Path) -> None:
     jobs = tmp_path / "jobs.jsonl"
     lines = [
@@ -66,6 +67,7 @@ def test_every_wrong_line_is_named_at_once_and_nothing_is_written(run: Any, tmp_
     ("content", "says"),
     [("", "holds no jobs"), ("\n \n", "holds no jobs"), (None, "cannot be read")],
 )
+@pytest.mark.quick
 def test_a_job_file_without_jobs(content: str | None, says: str, run: Any, tmp_path: Path) -> None:
     jobs = tmp_path / "jobs.jsonl"
     if content is not None:
@@ -182,17 +184,26 @@ def test_twelve_jobs_one_broken_one_cancelled_then_resumed(tmp_path: Path) -> No
     assert stamps == {name: (out / f"{name}.json").stat().st_mtime_ns for name in kept}
 
 
-def test_ctrl_c_twice_stops_at_once_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [
+        ([signal.SIGINT, signal.SIGINT], 130),
+        ([signal.SIGTERM], 143),
+        ([signal.SIGHUP], 129),
+        ([signal.SIGINT, signal.SIGTERM], 143),
+    ],
+)
+def test_what_stops_at_once_leaves_nothing_half_written(signals: list[int], status: int, tmp_path: Path) -> None:
     long = {"prompt": "long", "steps": 20, "height": 256, "width": 256, "frames": 33}
     file = write_jobs(tmp_path / "jobs.jsonl", [{**long, "output": "a"}, {**long, "output": "b"}])
     out = tmp_path / "out"
     batch = started(file, out, "--preview")
     wait_for(lambda: (out / "a.preview.png").exists())
-    batch.send_signal(signal.SIGINT)
-    time.sleep(0.05)
-    batch.send_signal(signal.SIGINT)
+    for number in signals:
+        batch.send_signal(number)
+        time.sleep(0.05)
     batch.communicate(timeout=60)
-    assert batch.returncode == 130
+    assert batch.returncode == status
     assert list(out.iterdir()) == []
 
 

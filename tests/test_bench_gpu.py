@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_dry_run_walks_through_the_parts_and_resumes(tmp_path: Path) -> None:
+def test_the_dry_run_walks_through_the_parts_and_resumes(tmp_path: Path, seeded: Callable[[Path], Path]) -> None:
     ways = ["--way", "eager", "--way", "onnxruntime-fp8"]
-    options = [*ways, "--seconds", 0.1, "--out", tmp_path / "out", "--store", tmp_path / "store"]
+    options = [*ways, "--seconds", 0.1, "--out", tmp_path / "out", "--store", seeded(tmp_path / "store")]
     done = bench(*options)
     assert done.returncode == 0, done.stderr
     parts = {f.stem: json.loads(f.read_text()) for f in (tmp_path / "out").glob("parts/*/*.json")}
@@ -53,6 +54,7 @@ def test_wrong_words(arguments: list[str], says: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 def test_the_report_names_engines_that_lose_and_parts_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from overcrank.engines.manifest import MANIFEST, read_manifest
 
-from tests.conftest import SMALL, files_under
+from tests.conftest import SMALL, Once, files_under
 
 COMMAND = [sys.executable, "-c", "from overcrank.cli import build_engine; build_engine()"]
 
 
-@pytest.fixture(scope="module")
-def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def built(checkpoint: Path, once: Once, seeded: Callable[[Path], Path]) -> Path:
     """A bundle of the tiny checkpoint, built once, in a store with a space in its path."""
-    store = tmp_path_factory.mktemp("a störe")
-    arguments = ["--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store), "--quiet", "--json"]
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Path(json.loads(done.stdout)["bundles"][0]["path"])
+
+    def build(store: Path) -> None:
+        seeded(store)
+        arguments = ["--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store), "--quiet", "--json"]
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    (bundle,) = (once("a störe", build) / "bundles").glob("[!.]*")
+    return bundle
 
 
 def store_of(bundle: Path) -> Path:
@@ -61,10 +73,44 @@ def test_show_list_and_lint(built: Path, run: Any) -> None:
     shown = run("overcrank", "engines", "show", built.name, *store)
     assert shown.exit_code == 0
     assert "every file matches its SHA-256" in shown.output
-    assert built.name[:12] in run("overcrank", "engines", "list", *store).output.replace("\n", "")
     linted = run("overcrank", "engines", "lint", built, "--no-compare")
     assert "no weight transposed, cast or moved" in linted.output
     assert "GEMM+" in linted.output
+
+
+def test_a_list_can_be_pasted_from_a_pipe_and_from_a_narrow_terminal(built: Path, tmp_path: Path) -> None:
+    """Names and the store's path stay on one line, whatever their length, and the rest fits in 80 columns."""
+    long = tmp_path / "bundles" / f"{built.name}-{'x' * 100}"
+    shutil.copytree(built, long)
+    (tmp_path / "bundles" / "damaged").mkdir()
+    (tmp_path / "bundles" / "damaged" / MANIFEST).write_text("{")
+    command = [sys.executable, "-m", "overcrank", "engines", "list", "--store", str(tmp_path)]
+    plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    piped = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
+    narrow = subprocess.run(command, env=plain | {"COLUMNS": "80"}, capture_output=True, text=True, check=True).stdout
+    assert {narrow, on_terminal(command, plain, columns=80)} == {piped}
+    lines = piped.splitlines()
+    assert {str(tmp_path / "bundles"), long.name, "damaged"} <= set(lines)
+    about = lines[lines.index(long.name) + 1 : lines.index(long.name) + 3]
+    assert about[0].startswith("  sm_89, bf16, engines of ")
+    assert "(32x32x1 … 96x96x33), batch 1 … 2" in about[1]
+    assert max(map(len, about)) <= 80
+    assert lines[lines.index("damaged") + 1].startswith("  unreadable: ")
+
+
+def on_terminal(command: list[str], env: dict[str, str], columns: int) -> str:
+    """What a command writes to a terminal of this width."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(command, env=env | {"TERM": "xterm"}, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    written = b""
+    with contextlib.suppress(OSError):  # as its end is told on Linux
+        while chunk := os.read(ours, 65536):
+            written += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode().replace("\r\n", "\n")
 
 
 def test_verify_passes_and_notices_a_changed_file(built: Path, run: Any) -> None:
@@ -124,16 +170,15 @@ def test_several_gpus_share_one_export(checkpoint: Path, built: Path, tmp_path: 
     assert len(list((tmp_path / "s" / "graphs").iterdir())) == 2
 
 
-def test_a_killed_build_leaves_no_half_bundle_and_is_resumed(checkpoint: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
+def test_a_killed_build_leaves_no_half_bundle_and_is_resumed(
+    checkpoint: Path, seeded: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    store = seeded(tmp_path / "store")
     arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(store)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.rstrip().endswith(": done"):
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        assert any(line.rstrip().endswith(": done") for line in process.stderr)
+        os.kill(process.pid, signal.SIGKILL)
     assert not list((store / "bundles").glob("[!.]*")), "a half bundle is visible"
     again = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
@@ -147,7 +192,7 @@ def test_ctrl_c_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
     arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_89", *SMALL, "--store", str(tmp_path)]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
-    process.stderr.readline()
+    next(line for line in process.stderr if line.rstrip().endswith(": exporting"))  # a worker is at work
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -156,12 +201,13 @@ def test_ctrl_c_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_two_builds_at_once_make_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
-    arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_86", *SMALL, "--store", str(tmp_path)]
+def test_two_builds_at_once_make_one_bundle(checkpoint: Path, seeded: Callable[[Path], Path], tmp_path: Path) -> None:
+    store = seeded(tmp_path / "store")
+    arguments = [*COMMAND, "--model", str(checkpoint), "--gpu", "sm_86", *SMALL, "--store", str(store)]
     arguments += ["--components", "denoiser", "--json"]
     both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     reports = [json.loads(p.communicate(timeout=300)[0]) for p in both]
-    assert {r["bundles"][0]["path"] for r in reports} == {str(p) for p in (tmp_path / "bundles").glob("[!.]*")}
+    assert {r["bundles"][0]["path"] for r in reports} == {str(p) for p in (store / "bundles").glob("[!.]*")}
     assert sorted(r["bundles"][0]["cached"] for r in reports) == [False, True]
 
 
@@ -176,3 +222,50 @@ def test_removal(built: Path, tmp_path: Path, run: Any) -> None:
     gone = run("overcrank", "engines", "show", built.name)
     assert gone.exit_code == 2
     assert "no bundle matches" in gone.output
+
+
+class Layer:
+    """An attention, as TensorRT's network has it."""
+
+    def __init__(self) -> None:
+        self.type, self.attention = "attention", SimpleNamespace(decomposable=False)
+
+
+def test_the_settings_of_the_compiler_are_in_the_key_and_keys_stay() -> None:
+    """Bundles on disk are found by it. What the key says is set is what the compiler is told, one by one."""
+    from overcrank.engines import compile as compiling
+    from overcrank.engines.manifest import EngineKey
+
+    own = ("denoiser", "g", "r", "sm_89", "p", "tensorrt_rtx", "1.7", compiling.FLAGS, "inputs")
+    assert EngineKey(*own).digest() == "9d9cf5619dcc964cbf476882adbbcd1ecac15330f6fa63ce5fb5b035e0fa625c"
+    names = compiling.FLAGS.split(",")
+    assert names == [name.lower() for name in compiling.NETWORK_FLAGS] + list(compiling.SETTINGS)
+    told: list[Any] = []
+    trt = SimpleNamespace(
+        BuilderFlag=SimpleNamespace(REQUIRE_USER_ALLOCATION="user"),
+        LayerType=SimpleNamespace(ATTENTION_INPUT="attention"),
+        IAttentionInputLayer=Layer,
+    )
+    layer = Layer()
+    network = SimpleNamespace(num_layers=1, get_layer=lambda i: layer)
+    config = SimpleNamespace(set_flag=told.append, max_aux_streams=None)
+    for set_flag in compiling.SETTINGS.values():
+        set_flag(trt, network, config)
+    assert (told, config.max_aux_streams, layer.attention.decomposable) == (["user"], 0, True)
+
+
+def test_bundles_that_tell_what_their_plans_do_in_words_are_read(built: Path, tmp_path: Path) -> None:
+    old = json.loads((built / MANIFEST).read_text("utf-8"))
+    said = "398 generated kernels, 287 GEMMs (173 with fused epilogue, 114 without); 2 weights cast at every call"
+    for entry in old["components"]:
+        del entry["plan"]
+        entry["lint"] = said
+    (tmp_path / MANIFEST).write_text(json.dumps(old), "utf-8")
+    assert {entry.verdict for entry in read_manifest(tmp_path).components} == {said}
+    fresh = read_manifest(built).component("denoiser")
+    assert fresh.plan is not None
+    assert fresh.plan.gemms >= fresh.plan.fused_gemms > 0
+    assert fresh.verdict.startswith(f"{fresh.plan.kernels} generated kernels, {fresh.plan.gemms} GEMMs (")
+    assert fresh.verdict.endswith("no weight transposed, cast or moved")
+    nobody_knows = fresh.model_copy(update={"plan": None})
+    assert "nothing is claimed" in nobody_knows.verdict

@@ -107,7 +107,9 @@ def test_parts_have_their_own_types(run: Any, tmp_path: Path) -> None:
     folder, case = pipelines.saved("wan", tmp_path), pipelines.CASES["wan"]
     options = ["--model", folder, "--steps", 2, "--height", case.height, "--width", case.width, "--quiet"]
     options += ["--frames", case.frames, "--formats", "png", "--prompt", "x", "--backend", "eager"]
-    result = run("overcrank", "render", *options, "--dtype", "transformer=bf16", "-o", tmp_path / "a.png")
+    result = run(
+        "overcrank", "render", *options, "--dtype", "transformer=bf16", "--overwrite", "-o", tmp_path / "a.png"
+    )
     assert result.exit_code == 0, result.output
     about = json.loads((tmp_path / "a.json").read_text())
     assert about["dtypes"] == {"text_encoder": "fp32", "transformer": "bf16", "vae": "fp32"}

@@ -14,8 +14,10 @@ from overcrank import cli
 from overcrank.engines.manifest import read_manifest
 from overcrank.export.quantization.recipe import LayerFormat, Recipe, default_recipe, read_recipe
 from overcrank.models import components, resolve
+from overcrank.runtime.render import renderer
 from PIL import Image
 
+from tests.conftest import Once
 from tests.test_bad_input import refused
 
 STEPS = 4
@@ -30,13 +32,11 @@ def _run(*arguments: object) -> Any:
 FRAMES = ("clip-frames", "of-bundle-frames")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="session")
+def made(once: Once, shared_store: Path) -> Any:
     """(store, recipe) of the demo in fp8."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    store, recipe = folder / "store", folder / "recipe.json"
-    _run(*calibration(store, recipe, "fp8"))
-    return store, recipe
+    folder = once("calibrated", lambda part: _run(*calibration(shared_store, part / "recipe.json", "fp8")))
+    return shared_store, folder / "recipe.json"
 
 
 def calibration(store: Path, recipe: Path, precision: str, *more: object) -> list[object]:
@@ -64,22 +64,16 @@ def test_two_calibrations_are_the_same_and_an_interrupted_one_goes_on(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, first = made
-    from overcrank.calibration import run as work
+    whole, denoised = renderer.encoded, list[int]()
 
-    whole, denoised = work._denoising, []
+    def broken(pipe: Any, variant: Any, request: Any) -> Any:
+        """A sample's seed is its number; its text is encoded before it is denoised."""
+        denoised.append(request.seed)
+        if len(denoised) == 2:
+            raise KeyboardInterrupt
+        return whole(pipe, variant, request)
 
-    def broken(*arguments: Any) -> Any:
-        run = whole(*arguments)
-
-        def once(index: int) -> None:
-            denoised.append(index)
-            if len(denoised) == 2:
-                raise KeyboardInterrupt
-            run(index)
-
-        return once
-
-    monkeypatch.setattr(work, "_denoising", broken)
+    monkeypatch.setattr(renderer, "encoded", broken)
     again = tmp_path / "recipe.json"
     result = CliRunner().invoke(cli.main, [str(a) for a in calibration(store, again, "fp8")])
     assert result.exit_code != 0
@@ -122,7 +116,7 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
     bundle = Path(json.loads(built.output)["bundles"][0]["path"])
     entry = read_manifest(bundle).component("denoiser")
     assert len(entry.formats) == 44
-    assert "40 GEMMs in fp8, 4 attentions in fp8" in entry.lint
+    assert "40 GEMMs in fp8, 4 attentions in fp8" in entry.verdict
     assert (bundle / "recipe.json").read_bytes() == recipe.read_bytes()
     report = tmp_path / "report"
     checked = run("overcrank", "verify", bundle, "--report", report, "--samples", 1, "--steps", STEPS, "--store", store)
@@ -146,15 +140,13 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
 
 def test_what_is_not_finite_is_named(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = made
-    from overcrank.calibration import run as work
-
-    whole = work._denoising
+    whole = renderer.encoded
 
     def poisoned(pipe: Any, *rest: Any) -> Any:
         pipe.transformer.transformer_blocks[3].ff.net[0].proj.weight.data[0, 0] = np.nan
         return whole(pipe, *rest)
 
-    monkeypatch.setattr(work, "_denoising", poisoned)
+    monkeypatch.setattr(renderer, "encoded", poisoned)
     result = CliRunner().invoke(cli.main, [str(a) for a in calibration(store, tmp_path / "r.json", "fp8")])
     assert result.exit_code == 1
     assert (
@@ -167,6 +159,7 @@ def test_what_is_not_finite_is_named(made: Any, tmp_path: Path, monkeypatch: pyt
     ("content", "says"),
     [(b"", "is empty; write one prompt a line"), (b"a caf\xe9", "is not UTF-8 (byte 5)")],
 )
+@pytest.mark.quick
 def test_prompts_that_cannot_be_read(content: bytes, says: str, tmp_path: Path, run: Any) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     refused(run("overcrank", "calibrate", "--precision", "fp8", "--prompts", tmp_path / "p.txt"), says)
@@ -195,13 +188,16 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
     refused(run("overcrank", "render", "--prompt", "x", "--precision", "fp6"), "--precision fp6: use auto, fp8")
 
 
+@pytest.mark.quick
 def test_ranges_missing_from_a_recipe_are_asked_for(tmp_path: Path) -> None:
-    from overcrank.errors import CannotServe
+    from overcrank.engines.module_refusals import NoRange
+    from overcrank.engines.refusals import CannotServe
     from overcrank.runtime.sessions.parameters import packed_parameters
 
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
-    with pytest.raises(CannotServe, match="a needs a range that no recipe gives; calibrate"):
+    with pytest.raises(CannotServe) as caught:
         packed_parameters(module, {"a": LayerFormat("fp8", "static")}, {}, "bfloat16")
+    assert caught.value.why == NoRange("a")
 
 
 def test_a_pack_renders_what_the_weights_do(made: Any, tmp_path: Path, run: Any) -> None:
@@ -253,7 +249,7 @@ def test_quantized_weights_can_be_embedded(made: Any, precision: str, gpu: str, 
         assert result.exit_code == 0, result.output
         manifest = read_manifest(Path(json.loads(result.output)["bundles"][0]["path"]))
         assert manifest.weights.startswith(kind)
-        assert f"40 GEMMs in {precision}" in manifest.component("denoiser").lint
+        assert f"40 GEMMs in {precision}" in manifest.component("denoiser").verdict
         keys.add(manifest.component("denoiser").key.recipe)
     assert len(keys) == 2  # ranges decide an engine that holds its weights
 
@@ -293,11 +289,11 @@ def test_targets_that_mean_nothing(made: Any, options: tuple[str, ...], says: st
 
 
 def test_pictures_to_calibrate_with_ship(tmp_path: Path) -> None:
-    from overcrank.calibration.run import _photographs
+    from overcrank.calibration.run import photographs
     from overcrank.engines.store import Store
     from PIL import Image
 
-    found = _photographs(Store(tmp_path))
+    found = photographs(Store(tmp_path))
     assert len(found) == len({Image.open(p).tobytes() for p in found}) == 5
     assert all(Image.open(p).mode == "RGB" for p in found)
 

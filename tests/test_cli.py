@@ -16,6 +16,8 @@ import pytest
 from overcrank import cli
 from overcrank.cli.options import SECTIONS
 
+pytestmark = pytest.mark.quick
+
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     for name, command in group.commands.items():
@@ -74,6 +76,7 @@ def test_a_prompt_is_an_argument_or_an_option_and_not_both(run: Any) -> None:
         assert "--steps" in refused.output
 
 
+@pytest.mark.heavy
 def test_it_is_a_module_too() -> None:
     done = subprocess.run([sys.executable, "-m", "overcrank", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("overcrank ")
@@ -139,6 +142,7 @@ def test_what_asks_cannot_be_told_to_be_json_alone(run: Any, tmp_path: Path) -> 
         ("overcrank ver", {"verify"}),
     ],
 )
+@pytest.mark.heavy
 def test_completion(typed: str, offered: set[str], tmp_path: Path) -> None:
     (tmp_path / "bundles" / "ltx-demo-x").mkdir(parents=True)
     (tmp_path / "bundles" / "ltx-demo-x" / "manifest.json").write_text("{}")

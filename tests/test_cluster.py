@@ -83,18 +83,21 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def test_a_matrix_is_built_though_a_worker_is_killed(cluster: str, run: Any, tmp_path: Path) -> None:
-    words = ["--models", "ltx-demo", "--gpus", "sm_86", "--precisions", "bf16", "--store", tmp_path, "--yes"]
+def test_a_matrix_is_built_though_a_worker_is_killed(
+    cluster: str, seeded: Callable[[Path], Path], run: Any, tmp_path: Path
+) -> None:
+    store = seeded(tmp_path / "store")
+    words = ["--models", "ltx-demo", "--gpus", "sm_86", "--precisions", "bf16", "--store", store, "--yes"]
     killed: list[int] = []
-    killer = _kill_one("ray::_in_task", killed, lambda: list(tmp_path.glob("bundles/.building-*/*.engine")))
+    killer = _kill_one("ray::_in_task", killed, lambda: list(store.glob("bundles/.building-*/*.engine")))
     result = run("overcrank", "engines", "build", *words, "--ray", cluster)
     killer.join()
     assert killed
     assert result.exit_code == 0, result.output
     assert "\nbuilt  " in result.output
-    checked = run("overcrank", "engines", "fsck", "--store", tmp_path)
+    checked = run("overcrank", "engines", "fsck", "--store", store)
     assert "OK: 1 bundles and their caches" in checked.output
-    assert not list((tmp_path / "bundles").glob(".*"))
+    assert not list((store / "bundles").glob(".*"))
     again = run("overcrank", "engines", "build", *words, "--ray", cluster)
     assert "\ncached " in again.output
 

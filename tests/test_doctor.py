@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from overcrank.engines.cards import Card
 from overcrank.engines.kernel_cache import kernel_cache
 from overcrank.engines.manifest import Manifest
 from overcrank.engines.measurements import Measurement, record
+from overcrank.engines.refusals import CardsUnseen, OldDriver, TorchWithoutCuda
 from overcrank.engines.store import Store
 from overcrank.engines.targets import targets_for
 from overcrank.engines.tensorrt import driver_notes
@@ -19,6 +21,8 @@ from overcrank.errors import IntegrityError, TargetError
 from overcrank.runtime import doctor
 from overcrank.runtime.doctor import Machine, findings, of_store, why_not
 from overcrank.runtime.sessions.card import in_pytorchs_order, why_no_card
+
+pytestmark = pytest.mark.quick
 
 ADA = Card(0, "NVIDIA GeForce RTX 4090", "sm_89", 24 * 2**30, 20 * 2**30, "580.1")
 GOOD = Machine((ADA,), "", "2.11.0", "13.0", 1, None, {"tensorrt_rtx": "1.7.1"}, {"tensorrt": "TensorRT is not here."})
@@ -152,15 +156,12 @@ def test_cards_are_numbered_as_pytorch_numbers_them() -> None:
 def test_why_pytorch_sees_no_card() -> None:
     assert why_no_card("2.13.0", "13.0", ()) is None
     without = why_no_card("2.13.0+cpu", None, (ADA,))
-    assert without is not None
-    assert without[0] == "PyTorch 2.13.0+cpu is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090"
-    assert without[1].startswith("install the wheel torch==2.13.0+cu130 in its place")
+    assert without == TorchWithoutCuda("2.13.0+cpu", "torch==2.13.0+cu130", (ADA.name,))
     old = why_no_card("2.13.0", "13.0", (replace(ADA, driver="570.1"),))
-    assert old is not None
-    assert "driver 570.1 is installed" in old[0]
+    assert isinstance(old, OldDriver)
+    assert old.driver == "570.1"
     hidden = why_no_card("2.13.0", "13.0", (ADA,))
-    assert hidden is not None
-    assert "CUDA_VISIBLE_DEVICES" in hidden[1]
+    assert hidden == CardsUnseen("2.13.0", "13.0", (ADA.name,))
 
 
 def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -169,6 +170,7 @@ def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
+@pytest.mark.heavy
 def test_a_render_without_cuda_names_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     import torch
 
@@ -179,7 +181,9 @@ def test_a_render_without_cuda_names_the_wheel(tmp_path: Path, monkeypatch: pyte
     made = run("overcrank", *words)
     assert made.exit_code == 0, made.output
     assert "is a build without CUDA, and this machine has NVIDIA GeForce RTX 4090; install the wheel" in made.output
-    refused = run("overcrank", *words, "--device", "cuda")
+    assert "warning: rendering on the processor, in ONNX Runtime: PyTorch" in made.output
+    assert "eager" not in made.output
+    refused = run("overcrank", *words, "--overwrite", "--device", "cuda")
     assert refused.exit_code == 2
     assert "--device cuda: PyTorch" in refused.output
     assert "+cu130" in refused.output
@@ -203,11 +207,28 @@ def test_a_self_test_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(doctor, "ProcessPoolExecutor", fails)
     assert doctor.self_test(GOOD).text == "a small engine for sm_89 failed: CUDA error 35"
+
+
+def test_the_self_test_s_engine_runs_where_a_driver_can_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    class Pool(ThreadPoolExecutor):
+        """In place of the process in which an engine is compiled, and run if the last argument says so."""
+
+        def submit(self, work: Any, *arguments: Any, **_: Any) -> Future[Any]:
+            asked.append(arguments[-1])
+            done = Future[Any]()
+            done.set_result(1e-4 if arguments[-1] else None)
+            return done
+
+    monkeypatch.setattr(doctor, "ProcessPoolExecutor", lambda count, mp_context: Pool(count))
     old = replace(GOOD, cards=(replace(ADA, driver="570.1"),))
-    assert not doctor._runs(old, "tensorrt_rtx")
-    assert doctor._runs(GOOD, "tensorrt_rtx")
+    assert "is within 1.0e-04 of PyTorch" in doctor.self_test(GOOD).text
+    assert "no card to run it on" in doctor.self_test(old).text
+    assert asked == [True, False]
 
 
+@pytest.mark.heavy
 def test_this_machine(tmp_path: Path, run: Any) -> None:
     shown = run("overcrank", "doctor", "--store", tmp_path / "s")
     import torch

@@ -44,7 +44,22 @@ def test_every_family_has_a_tiny_variant() -> None:
     assert {tiny.variant(name).family for name in tiny.TINY} == set(families())
 
 
-@pytest.mark.parametrize(("name", "which"), tiny.thinned([*CLASSES, *(c for c in CASES if c not in CLASSES)], every=5))
+SPECIMENS = (
+    ("tiny-ltx-0.9.1", "denoiser"),
+    ("tiny-wan-2.2-a14b-i2v", "denoiser"),
+    ("tiny-hunyuan-1.5-i2v", "denoiser"),
+    ("tiny-skyreels", "denoiser_forcing"),
+    ("tiny-modelscope", "denoiser"),  # a U-Net
+    ("tiny-mochi", "vae_decoder"),
+    ("tiny-modelscope", "vae_encoder"),
+    ("tiny-cogvideox-1.5-i2v", "vae_encoder_first"),  # causal, with caches that come out
+    ("tiny-cogvideox-2b", "vae_encoder_image"),
+    ("tiny-skyreels-i2v", "image_encoder"),
+    ("tiny-ltx2", "vocoder"),
+)
+
+
+@pytest.mark.parametrize(("name", "which"), tiny.specimens(CASES, *SPECIMENS))
 def test_graph_and_engines(name: str, which: str, graphs: Graphs, tmp_path: Path, record_property: Any) -> None:
     component = component_of(name, which)
     exported = graphs(component, "bf16")
@@ -101,7 +116,7 @@ def _chained() -> list[tuple[str, str]]:
     return list({(c.cls, c.name): case for case in CASES if (c := component_of(*case)).repeats}.values())
 
 
-@pytest.mark.parametrize(("name", "which"), tiny.thinned(_chained()))
+@pytest.mark.parametrize(("name", "which"), tiny.specimens(_chained(), ("tiny-ltx-0.9.1", "denoiser")))
 def test_repeated_blocks_give_the_graph_of_the_plain_path(name: str, which: str, caplog: Any) -> None:
     component = component_of(name, which)
     fast = onnx_from_component(component, "bf16")
@@ -116,7 +131,7 @@ def test_repeated_blocks_give_the_graph_of_the_plain_path(name: str, which: str,
 DEPTHS = ("num_layers", "num_single_layers")
 
 
-@pytest.mark.parametrize(("name", "which"), tiny.thinned(_chained()))
+@pytest.mark.parametrize(("name", "which"), tiny.specimens(_chained(), ("tiny-ltx-0.9.1", "denoiser")))
 def test_activation_memory_does_not_grow_with_depth(name: str, which: str, tmp_path: Path) -> None:
     """A tensor kept alive for each layer would show: the video is large and the network narrow.
 

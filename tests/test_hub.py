@@ -215,6 +215,15 @@ def test_a_login_opens_a_gated_repository(hub: hub_server.Hub, tmp_path: Path) -
     assert fetch(hub, tmp_path, "wan-2.2-t2v-a14b", HF_TOKEN="hf_granted").returncode == 0
 
 
+def test_a_token_that_cannot_be_used_is_said_to_be_it(hub: hub_server.Hub, tmp_path: Path) -> None:
+    wan(hub.root)
+    says = ("The Hugging Face token cannot be used", "set HF_TOKEN anew, or log in with `hf auth login`.")
+    for token in ("hf_wrong", "hf_wröng"):
+        refused(fetch(hub, tmp_path, "wan-2.2-t2v-a14b", HF_TOKEN=token), *says)
+    (tmp_path / "folder").mkdir()
+    refused(fetch(hub, tmp_path, "wan-2.2-t2v-a14b", HF_TOKEN_PATH=str(tmp_path / "folder")), *says)
+
+
 def test_a_disk_that_is_too_small(hub: hub_server.Hub, tmp_path: Path) -> None:
     """Its size is told by a stand-in: a disk that is really full would be everybody's here."""
     wan(hub.root)

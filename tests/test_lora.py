@@ -14,6 +14,8 @@ from overcrank.runtime.pipeline.lora import merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.quick
+
 LAYERS = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.5.ff.net.2")
 RANK = 4
 
@@ -41,6 +43,7 @@ def module() -> Any:
 @pytest.mark.parametrize(
     ("prefix", "alpha"), [("transformer.", None), ("diffusion_model.", None), ("transformer.", 2.0)]
 )
+@pytest.mark.heavy
 def test_a_lora_is_added_to_the_weights(module: Any, tmp_path: Path, prefix: str, alpha: float | None) -> None:
     from diffusers import LTXPipeline
     from safetensors.torch import load_file
@@ -79,6 +82,7 @@ def test_a_lora_of_another_model_is_refused_with_its_keys(module: Any, tmp_path:
         read_loras([lora_of(str(file))], LTXPipeline, {"transformer": module}, {})
 
 
+@pytest.mark.heavy
 def test_a_render_takes_loras_and_says_so(module: Any, tmp_path: Path, run: Any) -> None:
     file = lora_file(tmp_path / "l.safetensors", module)
     for name, more in {"plain": (), "none": ("--lora", f"{file}:0"), "much": ("--lora", f"{file}:4")}.items():
@@ -261,13 +265,20 @@ def test_halves_and_kinds_that_nothing_comes_of_are_named(module: Any, tmp_path:
     whole = load_file(file)
     first = f"transformer.{LAYERS[0]}"
     for more, says in (
-        ({f"{first}.lora_A.weight": None}, rf"nothing here matches {first}\.lora_B\.weight"),
-        ({f"{first}.lora_B.weight": torch.zeros(128, 8)}, rf"nothing here matches {first}\.weight"),
-        ({f"{first}.lokr_w1": torch.zeros(2, 2)}, "of a kind that is not merged here"),
+        ({f"{first}.lora_A.weight": None}, rf"is not whole: {first} has lora_B alone"),
+        ({f"{first}.lora_B.weight": None}, rf"is not whole: {first} has lora_A alone"),
+        ({f"{first}.lora_B.weight": torch.zeros(128, 8)}, f"{first} has rank 4 in lora_A and 8 in lora_B"),
+        ({f"{first}.lora_B.weight": torch.zeros(9, 4)}, rf"nothing here matches {first}\.weight"),
+        ({f"{first}.lora_A.bias": torch.zeros(4)}, rf"nothing here matches {first}\.lora_A\.bias"),
+        ({f"{first}.lora_A.other.weight": torch.zeros(4, 128)}, "holds several adapters, such as"),
+        ({"transformer.proj_out.alpha": torch.ones(())}, r"nothing here matches transformer\.proj_out\.alpha"),
+        ({f"{first}.alpha": torch.tensor(float("nan"))}, "the alpha of transformer.transformer_blocks"),
+        ({f"{first}.lokr_w1": torch.zeros(2, 2)}, "is LoKr .Kronecker products., which is not merged here; merge it"),
+        ({f"{first}.lora_B.weight": torch.zeros(128, 4, dtype=torch.int8)}, r"is torch\.int8, no floating type"),
         ({"transformer.nowhere.diff_b": torch.zeros(2)}, "nothing here matches transformer.nowhere.bias"),
     ):
         save_file({k: v for k, v in {**whole, **more}.items() if v is not None}, file)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(UserError, match=says):
             read_loras([lora_of(str(file))], LTXPipeline, {"transformer": module}, {})
 
 

@@ -23,6 +23,8 @@ from overcrank.runtime.pipeline.placement import (
 )
 from overcrank.runtime.sessions.parked import Parked
 
+pytestmark = pytest.mark.quick
+
 GB = 10**9
 PARTS = [
     Part("text_encoder", 9 * GB, ENCODERS),
@@ -112,6 +114,7 @@ def test_moved_parts_start_in_host_memory_and_come_when_they_are_called() -> Non
     assert parts["text_encoder"](pipe_parts) == {"text_encoder": "meta", "vae": "cpu", "transformer": "meta"}
 
 
+@pytest.mark.heavy
 def test_a_pipeline_whose_parts_are_moved_still_renders() -> None:
     from overcrank.models.demo import FOLDER
     from overcrank.runtime.pipeline.accelerate import device_of
@@ -127,7 +130,8 @@ def test_a_pipeline_whose_parts_are_moved_still_renders() -> None:
     assert torch.equal(plain, moved)
 
 
-def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(tmp_path: Path) -> None:
+@pytest.mark.heavy
+def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(shared_store: Path) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
     from overcrank.runtime.pipeline.accelerate import accelerate
     from overcrank.runtime.pipeline.load import load
@@ -146,7 +150,7 @@ def test_engines_let_hooks_bring_the_weights_whenever_they_were_put_on(tmp_path:
         hook = Counts()
         if first:
             add_hook_to_module(pipe.transformer, hook)
-        accelerate(pipe, backend="onnxruntime", store=tmp_path)
+        accelerate(pipe, backend="onnxruntime", store=shared_store)
         if not first:
             add_hook_to_module(pipe.transformer, hook)
         with pipe.overcrank.ledger.recording() as record:
@@ -159,14 +163,16 @@ def test_nothing_is_parked_on_the_processor_nor_of_a_module_that_is_moved() -> N
     """What is parked and fetched on a card, test_gpu.py looks at."""
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     parked = Parked(module)
-    parked.park(["1", "2"])
-    assert parked._away == {}
+    before = [p.data_ptr() for p in module.parameters()]
+    assert not parked.park(["1", "2"])
+    assert [p.data_ptr() for p in module.parameters()] == before
     hooked = torch.nn.Sequential(torch.nn.Linear(2, 2)).to("meta")
     hooked._hf_hook = object()
-    Parked(hooked).park(["0"])
+    assert not Parked(hooked).park(["0"])
     assert hooked[0].weight.device.type == "meta"
 
 
+@pytest.mark.heavy
 def test_vram_is_for_a_card(run: Any, tmp_path: Any) -> None:
     result = run("overcrank", "render", "--prompt", "x", "--device", "cpu", "--vram", "low", "-o", tmp_path / "a.mp4")
     assert result.exit_code == 2

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import pytest
 from overcrank.errors import ModelError, ShapeError
 from overcrank.models import check_shape, components, families, family, parameter_counts, resolve
 from overcrank.models.base import Call, Variant, VideoShape
-from overcrank.models.ltx import latent, strides
+from overcrank.models.registry import variant_named
 
-VARIANTS = [v for name in families() for v in family(name).VARIANTS]
+pytestmark = pytest.mark.quick
+
+VARIANTS = [v for name in families() for v in family(name).variants]
 # Parameters of the denoiser in billions, as the publishers state them (rounded).
 STATED = {
     "ltx-upsampler": (0.125, 0.128),  # 505 MB in fp32
@@ -67,9 +71,9 @@ def test_native_and_bounding_shapes_are_valid(variant: object) -> None:
 
 def test_ltx_shapes() -> None:
     for name in ("ltx-2b-0.9.0", "ltx-2b-0.9.1", "ltx-2b-0.9.5", "ltx-13b-0.9.8-distilled"):
-        assert strides(resolve(name)) == (32, 8), name
+        assert family("ltx").strides(resolve(name)) == (32, 8), name
     variant = resolve("ltx")
-    assert latent(variant, VideoShape(512, 768, 121)) == (16, 16, 24)
+    assert family("ltx").latent(variant, VideoShape(512, 768, 121)) == (16, 16, 24)
     sizes = components(variant)[0].sizes(VideoShape(512, 768, 121, 2))
     assert sizes["tokens"] == 6144
     with pytest.raises(ShapeError, match=r"height 511 is not a multiple of 32 \(nearest: 480 or 512\); frames 8"):
@@ -116,7 +120,7 @@ def test_the_documentation_is_what_the_data_says() -> None:
     root = Path(__file__).parent.parent
     notes = (root / "docs/models.notes.md").read_text("utf-8")
     made = markdown(root / "bench/results", notes)
-    assert (root / "docs/models.md").read_text("utf-8") == made, "run ./build.sh docs"
+    assert (root / "docs/models.md").read_text("utf-8") == made, "run ./build.sh pages"
 
 
 def test_models_are_listed_and_explained(run: Any) -> None:
@@ -133,8 +137,26 @@ def test_models_are_listed_and_explained(run: Any) -> None:
 
 def test_every_variant_is_known_by_its_name() -> None:
     for name in families():
-        for variant in family(name).VARIANTS:
+        for variant in family(name).variants:
+            assert variant.family == name
+            assert variant_named(variant.name) is variant
             assert resolve(variant.name).name == variant.name
+        assert resolve(name).name == family(name).default
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [("ltx", "ltx"), ("ltx2-19b", "ltx2"), ("hunyuan-video-13b", "hunyuan_video"), ("wan-2.2-t2v-a14b", "wan")],
+)
+def test_a_name_imports_its_own_family_alone(model: str, own: str) -> None:
+    code = (
+        "import sys; from overcrank.models import families, local_folder, resolve\n"
+        f"resolve({model!r}), local_folder({model!r})\n"
+        "print([n for n in families() if f'overcrank.models.{n}' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([own])
 
 
 def test_model_names() -> None:

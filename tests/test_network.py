@@ -16,6 +16,8 @@ from overcrank.models.registry import published
 
 from tests import fields, tiny, without_torchvision
 
+pytestmark = pytest.mark.quick
+
 without_torchvision.install()
 UNREAD = [
     (cls, name, field)
@@ -23,6 +25,9 @@ UNREAD = [
     for name, listed in by_name.items()
     for field in listed
 ]
+
+
+USUAL = (("AutoencoderKL", "vae_decoder", "in_channels"), ("LTX2VideoTransformer3DModel", "denoiser", "base_width"))
 
 
 @pytest.mark.parametrize("cls", sorted(_table()["defaults"]))
@@ -37,7 +42,8 @@ def test_every_class_that_becomes_an_engine_is_in_the_table() -> None:
     assert {field for *_, field in UNREAD} <= fields.OUTSIDE
 
 
-@pytest.mark.parametrize(("cls", "name", "field"), tiny.thinned(UNREAD, every=40))
+@pytest.mark.parametrize(("cls", "name", "field"), tiny.specimens(UNREAD, *USUAL))
+@pytest.mark.heavy
 def test_a_field_left_out_of_the_identity_shows_in_no_graph(cls: str, name: str, field: str) -> None:
     """Traced anew with another value: the program is the same, to its constants."""
     for variant, component in fields.cases(cls, name):

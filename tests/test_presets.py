@@ -11,11 +11,13 @@ import diffusers
 import pytest
 import torch
 from overcrank.errors import RequestError
-from overcrank.models import components, family, resolve
+from overcrank.models import components, resolve, wan
 from overcrank.models.base import Preset, Rendering
 from overcrank.models.presets import applied, every_preset, fetched, presets, with_preset
 from overcrank.runtime.render.request import RenderRequest
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.quick
 
 LTX_DISTILLED = [1000, 993, 987, 981, 975, 909, 725, 0.03]
 # As the publishers list them: what the scheduler counts with, 0 at the end, and what the network is told.
@@ -157,6 +159,7 @@ def test_the_command_line_refuses_and_lists_them(run: Any, tmp_path: Path) -> No
     assert {m["name"]: m["presets"] for m in everything}["ltx2-19b"] == ["ltx-distilled"]
 
 
+@pytest.mark.heavy
 def test_a_lora_that_cannot_be_fetched_is_named() -> None:
     from overcrank.errors import ModelError
 
@@ -166,6 +169,7 @@ def test_a_lora_that_cannot_be_fetched_is_named() -> None:
         fetched(preset)
 
 
+@pytest.mark.heavy
 def test_a_render_merges_the_presets_loras_and_says_so(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +182,7 @@ def test_a_render_merges_the_presets_loras_and_says_so(
     folder = saved("wan-two-experts", tmp_path)
     (preset,) = presets(resolve("wan-2.2-t2v-a14b"))
     here = replace(preset, variants=(resolve(str(folder)).like,))
-    monkeypatch.setattr(family("wan"), "PRESETS", (here,))
+    monkeypatch.setattr(wan, "FAMILY", replace(wan.FAMILY, presets=(here,)))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     cache = tmp_path / "hub" / f"models--{preset.loras[0].repository.replace('/', '--')}"
     (cache / "refs").mkdir(parents=True)

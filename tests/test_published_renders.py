@@ -26,7 +26,7 @@ without_torchvision.pass_guardrail()
 from overcrank.cli import main
 main()
 """
-NAMES = [v.name for name in families() for v in family(name).VARIANTS if not v.packaged]
+NAMES = [v.name for name in families() for v in family(name).variants if not v.packaged]
 
 
 def command(hub: hub_server.Hub, tmp_path: Path, *words: object) -> subprocess.CompletedProcess[str]:

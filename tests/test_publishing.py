@@ -59,7 +59,7 @@ def test_a_matrix_is_published_pulled_and_rendered(
     pulled = {}
     for b in built:
         manifest = json.loads((Path(b["path"]) / "manifest.json").read_text())
-        words = ["--model", manifest["model"], "--gpu", b["gpu"], "--precision", b["precision"]]
+        words = ["--model", models[manifest["model"]], "--gpu", b["gpu"], "--precision", b["precision"]]
         pulled[b["model"], b["gpu"], b["precision"]] = Path(done("engines", "pull", server.url, *words, *other).strip())
     assert len(set(pulled.values())) == 24
     assert "OK: 24 bundles and their caches" in done("engines", "fsck", *other)

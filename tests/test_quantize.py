@@ -11,7 +11,7 @@ import torch
 from overcrank.engines.profiles import Profile, profile_for
 from overcrank.engines.targets import BY_NAME
 from overcrank.engines.worker import fallen_back
-from overcrank.export.graph import Exported, onnx_from_component
+from overcrank.export.graph import Exported
 from overcrank.export.module import random_module
 from overcrank.export.passes import products_in_fp16
 from overcrank.export.quantization.attention import attended, packed_factors
@@ -45,6 +45,7 @@ ERRORS = {"fp8": 0.05, "int8": 0.03, "nvfp4": 0.25}
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.quick
 def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str) -> None:
     """What Q, DQ and the factors make of it, spelled out here."""
     generator = torch.Generator().manual_seed(0)
@@ -67,17 +68,17 @@ def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str
     assert (y[0] - expected).norm() / expected.norm() < ERRORS[form.format]
 
 
-def _quantized(component: Component, form: LayerFormat) -> tuple[Any, dict[str, LayerFormat], Any, Any]:
-    exported = onnx_from_component(component, "bf16")
+def _quantized(graphs: Graphs, component: Component, form: LayerFormat) -> tuple[Any, dict[str, LayerFormat], Any, Any]:
+    exported = graphs(component, "bf16")
     layout = layout_in(exported.model, default_recipe(component, form), tiny.profile(NAME).ranges(component))
     parameters, packed = quantize(exported.model, exported.parameters, layout)
     return exported.model, layout, parameters, packed
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
-def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerFormat) -> None:
+def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerFormat, graphs: Graphs) -> None:
     component = component_of(NAME, "denoiser")
-    model, layout, parameters, _ = _quantized(component, form)
+    model, layout, parameters, _ = _quantized(graphs, component, form)
     assert layout
     module = random_module(component, component.config, "bf16").float()
     sizes = {**component.free_axes, **component.sizes(tiny.TINY[NAME].minimum)}
@@ -94,7 +95,7 @@ def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerForma
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f.format != "nvfp4"], ids=lambda f: "-".join(f))
-def test_embedded_weights_compute_the_same(form: LayerFormat, tmp_path: Path) -> None:
+def test_embedded_weights_compute_the_same(form: LayerFormat, graphs: Graphs, tmp_path: Path) -> None:
     component = component_of(NAME, "denoiser")
     module = random_module(component, component.config, "bf16").float()
     sizes = {**component.free_axes, **component.sizes(tiny.TINY[NAME].minimum)}
@@ -102,7 +103,7 @@ def test_embedded_weights_compute_the_same(form: LayerFormat, tmp_path: Path) ->
     found = []
     own = dict(module.named_parameters())
     for embedded in (False, True):
-        model, layout, parameters, packed = _quantized(component, form)
+        model, layout, parameters, packed = _quantized(graphs, component, form)
         with torch.no_grad():
             seen = ranges_of_call(module, layout, call)
         views = bound_parameters(module, component, parameters)
@@ -117,9 +118,9 @@ def test_embedded_weights_compute_the_same(form: LayerFormat, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
-def test_its_plan_multiplies_in_the_format(form: LayerFormat, tmp_path: Path) -> None:
+def test_its_plan_multiplies_in_the_format(form: LayerFormat, graphs: Graphs, tmp_path: Path) -> None:
     component = component_of(NAME, "denoiser")
-    model, layout, parameters, packed = _quantized(component, form)
+    model, layout, parameters, packed = _quantized(graphs, component, form)
     ir.save(model, tmp_path / "g.onnx")
     names = [p.input for p in (*parameters, *packed)]
     ((_, plan),) = compiled(tmp_path / "g.onnx", ("sm_120",), tiny.profile(NAME).ranges(component), names)
@@ -129,10 +130,10 @@ def test_its_plan_multiplies_in_the_format(form: LayerFormat, tmp_path: Path) ->
     assert plan.weight_moves == ()
 
 
-def test_scales_as_inputs_are_caught_falling_back(tmp_path: Path) -> None:
+def test_scales_as_inputs_are_caught_falling_back(graphs: Graphs, tmp_path: Path) -> None:
     """The plain Q/DQ form: a step that is an input compiles, and multiplies in 16 bit."""
     component = component_of(NAME, "denoiser")
-    model, layout, parameters, packed = _quantized(component, LayerFormat("fp8", "static"))
+    model, layout, parameters, packed = _quantized(graphs, component, LayerFormat("fp8", "static"))
     step = model.graph.initializers.pop("quant_step_fp8")
     step.const_value = None
     step.shape, step.type = ir.Shape([]), ir.TensorType(ir.DataType.BFLOAT16)
@@ -144,6 +145,7 @@ def test_scales_as_inputs_are_caught_falling_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.quick
 def test_an_attention_in_fp8_is_nearly_exact_at_any_scale(compute: str) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) * s for s in (30, 0.02, 2000))
@@ -158,9 +160,9 @@ def test_an_attention_in_fp8_is_nearly_exact_at_any_scale(compute: str) -> None:
 
 
 @pytest.mark.parametrize("fewest", [31, 32])
-def test_attentions_are_in_fp8_where_the_compiler_fuses_them(fewest: int, tmp_path: Path) -> None:
+def test_attentions_are_in_fp8_where_the_compiler_fuses_them(fewest: int, graphs: Graphs, tmp_path: Path) -> None:
     component = component_of(NAME, "denoiser")
-    exported = onnx_from_component(component, "bf16")
+    exported = graphs(component, "bf16")
     ranges = dict(tiny.profile(NAME).ranges(component))
     for name in ("hidden_states", "rope_cos", "rope_sin"):
         (batch, _, width), *rest = ranges[name]
@@ -199,7 +201,7 @@ def _delivered(
     return model, layout, parameters
 
 
-@pytest.mark.parametrize(("name", "which"), tiny.thinned(NETWORKS))
+@pytest.mark.parametrize(("name", "which"), tiny.specimens(NETWORKS, ("tiny-ltx-0.9.1", "denoiser")))
 def test_every_network_in_every_format(name: str, which: str, graphs: Graphs, tmp_path: Path) -> None:
     """Plans of every target deliver the formats; the graph computes what the same arithmetic in PyTorch does."""
     component, graph = component_of(name, which), tmp_path / "plain.onnx"
@@ -224,27 +226,30 @@ TOO_NARROW = {"tiny-ltx2": "ltx2"}
 """Turing's compiler fuses a norm of 32 channels behind an int8 product, and fails; not at published widths."""
 
 
-def _published_width_in_int8(model: str, which: str, folder: Path) -> None:
+def _published_width_in_int8(graphs: Graphs, model: str, which: str, folder: Path) -> None:
     """Three blocks of it."""
     variant = resolve(model)
     (whole,) = components(variant, (which,))
     component = whole.at_depth({**whole.config, "num_layers": 3})
-    exported = onnx_from_component(component, "fp16")
+    exported = graphs(component, "fp16")
     ir.save(exported.model, folder / "wide.onnx")
     form = LayerFormat("int8", "dynamic")
     _delivered(folder / "wide.onnx", exported, profile_for(variant), component, form, "sm_75")
 
 
-@pytest.mark.parametrize(("name", "which"), tiny.thinned(CLASSES, every=8))
-def test_every_class_for_turing(name: str, which: str, tmp_path: Path) -> None:
+TURING = (("tiny-ltx-0.9.1", "denoiser"), ("tiny-ltx2", "vocoder"), ("tiny-animatediff-sdxl", "vae_encoder"))
+
+
+@pytest.mark.parametrize(("name", "which"), tiny.specimens(CLASSES, *TURING))
+def test_every_class_for_turing(name: str, which: str, graphs: Graphs, tmp_path: Path) -> None:
     """In fp16 and without products in fp32; a denoiser in int8 too, and in fp16 on the other cards."""
     component, graph = component_of(name, which), tmp_path / "plain.onnx"
-    exported = onnx_from_component(component, "fp16")
+    exported = graphs(component, "fp16")
     ir.save(exported.model, graph)
     if (name, which) in NETWORKS:
         compiled(graph, ("rtx",), tiny.profile(name).ranges(component), [])
         if name in TOO_NARROW:
-            _published_width_in_int8(TOO_NARROW[name], which, tmp_path)
+            _published_width_in_int8(graphs, TOO_NARROW[name], which, tmp_path)
         else:
             _delivered(graph, exported, tiny.profile(name), component, LayerFormat("int8", "dynamic"), "sm_75")
     products_in_fp16(exported.model)

@@ -20,7 +20,9 @@ from overcrank.runtime.pipeline.dtypes import check_parts, typed
 from overcrank.runtime.render.request import RenderRequest
 from overcrank.runtime.render.schedule import scheduled, scheduler_of
 
-RENDERS = [(v, task) for name in families() for v in family(name).VARIANTS for task in v.renders]
+pytestmark = pytest.mark.quick
+
+RENDERS = [(v, task) for name in families() for v in family(name).variants for task in v.renders]
 IDS = [f"{v.name}:{task}" for v, task in RENDERS]
 # (shift, steps, guidance, second guidance): Wan-Video/Wan2.1 and Wan2.2 generate.py, README.md and wan/configs;
 # SkyworkAI/SkyReels-V2 README.md and generate_video_df.py.
@@ -63,7 +65,7 @@ def karras(largest: float, smallest: float, steps: int, rho: float = 7.0) -> np.
 
 
 def test_the_page_is_what_the_data_says() -> None:
-    assert (Path(__file__).parents[1] / "docs/recipes.md").read_text("utf-8") == markdown(), "run ./build.sh docs"
+    assert (Path(__file__).parents[1] / "docs/recipes.md").read_text("utf-8") == markdown(), "run ./build.sh pages"
 
 
 @pytest.mark.parametrize(("variant", "task"), RENDERS, ids=IDS)
@@ -290,31 +292,27 @@ def test_dtype_words() -> None:
 
 def test_sizes_of_pictures_are_those_of_hunyuan_video() -> None:
     from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
-    from overcrank.models.hunyuan_video import size_of
 
     stock = HunyuanVideo15ImageProcessor(vae_scale_factor=16)
     for name, target in (("hunyuan-video-1.5-480p-i2v", 640), ("hunyuan-video-1.5-720p-i2v", 960)):
         for height, width in ((480, 848), (848, 480), (512, 512), (333, 777), (1000, 999), (300, 1100)):
-            assert size_of(resolve(name), height, width) == stock.calculate_default_height_width(height, width, target)
+            size = family("hunyuan_video").size_of(resolve(name), height, width)
+            assert size == stock.calculate_default_height_width(height, width, target)
 
 
 @pytest.mark.parametrize("name", ["hunyuan-video-1.5-480p-i2v", "hunyuan-video-1.5-720p-i2v"])
 def test_the_usual_engine_takes_every_picture(name: str) -> None:
     """Its one axis is the number of patches, which is largest for a square picture."""
-    from overcrank.models.hunyuan_video import size_of
-
     variant = resolve(name)
     longest = variant.maximum.height * variant.maximum.width
     for shape in ((1, 1), (9, 16), (16, 9), (4, 3), (1, 4), (4, 1), (853, 480)):
-        height, width = size_of(variant, *shape)
+        height, width = family("hunyuan_video").size_of(variant, *shape)
         assert height * width <= longest
 
 
 def test_cosmos_goes_on_from_the_last_frames() -> None:
-    from overcrank.models.cosmos import clip_of
-
     names = ("cosmos-predict1-7b-video2world", "cosmos-predict2-2b-video2world", "cosmos-predict2.5-2b")
-    assert [clip_of(resolve(n), resolve(n).native) for n in names] == [(9, True), (5, True), (5, True)]
+    assert [family("cosmos").clip_of(resolve(n), resolve(n).native) for n in names] == [(9, True), (5, True), (5, True)]
 
 
 def test_unset_renderings_are_plain() -> None:

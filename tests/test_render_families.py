@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ STEPS, CLIP_RATE = 3, 9.0
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(shared_store: Path) -> Path:
     """One cache of exported graphs for all tests here, those of other workers included."""
-    own = tmp_path_factory.getbasetemp()
-    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "store"
+    return shared_store
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from overcrank.errors import CannotServe
+from overcrank.engines.refusals import CannotServe, NoEngine
 from overcrank.models import components, resolve
-from overcrank.runtime.sessions.select import bundle_of, fitting_bundles
+from overcrank.runtime.sessions.select import build_command, engine_of, fitting_bundles
 
 from tests import checkpoints, serving
 from tests.test_render_families import _what_cannot_be_installed_here  # noqa: F401
@@ -29,16 +29,28 @@ NAMES = [pytest.param(name, marks=() if name in FEW else pytest.mark.sweep) for 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bundle_by_name_serves_the_published_checkpoint(name: str, tmp_path: Path) -> None:
-    assert not serving.refusal(name, serving.built(name, tmp_path / "store"), tmp_path / "root")
+def test_a_bundle_by_name_serves_the_published_checkpoint(
+    name: str, seeded: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    assert not serving.refusal(name, serving.built(name, seeded(tmp_path / "store")), tmp_path / "root")
 
 
 def test_a_fine_tune_is_served_or_refused_by_its_network(
-    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Any, seeded: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Configurations that nothing here knows: what no graph reads serves, what one reads is named."""
     name = "wan-2.1-t2v-14b"
-    words = ["--model", name, "--gpu", "sm_89", "--components", "denoiser", "--store", tmp_path / "store", "--quiet"]
+    words = [
+        "--model",
+        name,
+        "--gpu",
+        "sm_89",
+        "--components",
+        "denoiser",
+        "--store",
+        seeded(tmp_path / "store"),
+        "--quiet",
+    ]
     assert run("build-engine", *words).exit_code == 0
     (bundle,) = (tmp_path / "store/bundles").iterdir()
     checkpoints.published(tmp_path, name)
@@ -50,7 +62,7 @@ def test_a_fine_tune_is_served_or_refused_by_its_network(
         (tuned / "transformer/config.json").write_text(json.dumps(config | changes))
         variant = resolve(str(tuned))
         fitting = fitting_bundles([bundle], variant, "sm_89", "bf16")
-        return bundle_of(components(variant, ("denoiser",))[0], fitting, "rebuild", "bf16")[0].name
+        return engine_of(components(variant, ("denoiser",))[0], fitting, "bf16").folder.name
 
     assert served() == bundle.name
     assert served(_diffusers_version="9.9.9", trained_by="me") == bundle.name
@@ -64,4 +76,5 @@ def test_a_fine_tune_is_served_or_refused_by_its_network(
         with pytest.raises(CannotServe) as refused:
             served(**changes)
         assert named in str(refused.value)
-        assert refused.value.fix == f"build-engine --model '{tuned}' --gpu sm_89", "it can be run as it stands"
+        assert refused.value.why == NoEngine("my fine-tune", refused.value.why.near)
+        assert build_command(resolve(str(tuned)), "sm_89") == f"build-engine --model '{tuned}' --gpu sm_89"

@@ -20,20 +20,24 @@ from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, Outcome, 
 from overcrank.runtime.render.request import request_of
 from overcrank.runtime.sessions.select import engines_of
 
+from tests.conftest import Once
 from tests.simulated_tensorrt import Card, Simulated, bundle_of
 
 PROFILE = Profile(VideoShape(32, 32, 1), VideoShape(64, 64, 17, 2), VideoShape(96, 96, 33, 2))
 LARGEST = (96, 96, 33)
-SIZES = ((64, 64, 9), (32, 96, 17), LARGEST, (64, 32, 1))
+SMALLEST = (64, 32, 1)
+SIZES = ((64, 64, 9), (32, 96, 17), LARGEST, SMALLEST)
 STEPS = 2
 
 
 @pytest.fixture(scope="session")
-def demo_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_bundles(once: Once, seeded: Callable[[Path], Path]) -> Path:
     """A store with a bundle of the demo's for a pipeline in fp32."""
-    store = tmp_path_factory.mktemp("simulated_demo")
-    bundle_of(resolve("ltx-demo"), PROFILE, Store(store), "denoiser", "vae_decoder")
-    return store
+
+    def build(store: Path) -> None:
+        bundle_of(resolve("ltx-demo"), PROFILE, Store(seeded(store)), "denoiser", "vae_decoder")
+
+    return once("simulated_demo", build)
 
 
 @pytest.fixture
@@ -98,7 +102,7 @@ def test_a_render_is_eagers(loaded: Any, simulated: Simulated, tmp_path: Path) -
     assert (simulated.card.allocated, simulated.card.engines) == (0, 0)
 
 
-@pytest.mark.parametrize(("lanes", "count"), [(1, 12), (2, 40)])
+@pytest.mark.parametrize(("lanes", "count"), [(1, 12), (2, 24)])
 def test_a_batch_whose_memory_is_flat_after_the_second_job(
     lanes: int, count: int, loaded: Any, simulated: Simulated, tmp_path: Path, record_property: Any
 ) -> None:
@@ -126,27 +130,28 @@ def test_memory_that_runs_out_at_every_allocation(
     """Once, and from then on for the rest of the job: it ends right, by the engine or eagerly with a named reason."""
     card = simulated.card
     driver = Renderer(loaded("auto"), "ltx-demo", Watcher(card), lanes=1)
-    (first,) = driver.run([job(tmp_path, 0)])
+    small = job(tmp_path, 0, SMALLEST)
+    (first,) = driver.run([small])
     right, weights = pixels(first), card.allocated
     before = card.allocations
-    driver.run([job(tmp_path, 0)])
+    driver.run([small])
     usual = card.allocations - before
     assert usual >= 12
     fallen = 0
     for lasting in (False, True):
         for n in range(1, usual + 1):
             card.fail_at, card.fails_on = n, lasting
-            (outcome,) = driver.run([job(tmp_path, 0)])
+            (outcome,) = driver.run([small])
             card.fail_at, card.fails_on = None, False
             assert outcome.status == DONE, (n, outcome.error)
             assert close(pixels(outcome), right)
-            reasons = {f.reason for f in outcome.record.fallbacks}
-            assert all("ran out of GPU memory" in reason for reason in reasons)
+            reasons = {f.kind for f in outcome.record.fallbacks}
+            assert reasons <= {"OutOfMemory"}
             assert bool(reasons) == lasting, n
             fallen += bool(reasons)
             gc.collect()  # diffusers leaves cycles behind when a call ends in an exception
             assert card.allocated == weights
-            (again,) = driver.run([job(tmp_path, 0)])
+            (again,) = driver.run([small])
             assert not again.record.fallbacks
     assert fallen == usual
     record_property("allocations", usual)
@@ -158,8 +163,8 @@ def test_a_job_that_ends_at_any_point(
 ) -> None:
     card = simulated.card
     points: list[str] = []
-    driver = Renderer(loaded("tensorrt"), "ltx-demo", Watcher(card, points.append), lanes=1)
-    (first,) = driver.run([job(tmp_path, 0)])
+    pipe = loaded("tensorrt")
+    (first,) = Renderer(pipe, "ltx-demo", Watcher(card, points.append), lanes=1).run([job(tmp_path, 0, SMALLEST)])
     right, weights = pixels(first), card.allocated
     assert len(points) >= STEPS + 3
     record_property("points", points)
@@ -167,18 +172,17 @@ def test_a_job_that_ends_at_any_point(
 
         def ends(where: str, point: str = point) -> None:
             if where == point and what == "cancel":
-                driver.cancel()
+                driver.cancel()  # noqa: B023 (it is called before the loop goes on)
             elif where == point:
                 raise ValueError(f"failed at {where}")
 
-        driver.watcher = Watcher(card, ends)
-        (outcome,) = driver.run([job(tmp_path, 0)])
+        driver = Renderer(pipe, "ltx-demo", Watcher(card, ends), lanes=1)
+        (outcome,) = driver.run([job(tmp_path, 0, SMALLEST)])
         assert outcome.status in ({CANCELLED, DONE} if what == "cancel" else {FAILED}), point
-        driver._cancelled.clear()
-        driver.watcher = Watcher(card)
+        driver = Renderer(pipe, "ltx-demo", Watcher(card), lanes=1)
         gc.collect()
         assert card.allocated == weights, point
-        (again,) = driver.run([job(tmp_path, 0)])
+        (again,) = driver.run([job(tmp_path, 0, SMALLEST)])
         assert close(pixels(again), right)
 
 

@@ -37,7 +37,7 @@ class Told:
     def __init__(self, on: Simulated, folder: Path, attribute: str = "decoder") -> None:
         self.card = on.card
         self.session = small.session(on, folder, attribute)
-        self.context: Any = self.session._context
+        self.context: Any = on.context
         self.tensors = {n: self.card.empty((4, 8), torch.float16) for n in ("x", "cache", "y", "kept")}
         self.tensors["w"] = self.card.empty((8, 8), torch.float16)
         for name in ("x", "cache"):
@@ -92,11 +92,11 @@ def with_less_memory(told: Told) -> None:
 
 
 def unset(told: Told) -> None:
-    del told.context._addresses["w"]
+    del told.context.addresses["w"]
 
 
 def from_two_threads(told: Told) -> None:
-    told.context._busy.acquire()
+    told.context.busy.acquire()
 
 
 def unordered(told: Told) -> None:

@@ -19,6 +19,8 @@ from overcrank.runtime.render.stepcache import BACKEND, StepCache, threshold_of
 from overcrank.runtime.sessions.session import Ledger
 from PIL import Image
 
+pytestmark = pytest.mark.quick
+
 DEMO = resolve("ltx-demo")
 STEPS = 10
 
@@ -179,18 +181,19 @@ def test_wrong_words(word: str) -> None:
 
 def test_levels_of_every_family() -> None:
     for name in families():
-        for variant in family(name).VARIANTS:
+        for variant in family(name).variants:
             assert 0 == threshold_of("off", variant) < threshold_of("safe", variant) < threshold_of("fast", variant)
     assert threshold_of("0.08", DEMO) == 0.08
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
-def test_a_render_skips_steps_and_says_so(backend: str, run: Any, tmp_path: Path) -> None:
+@pytest.mark.heavy
+def test_a_render_skips_steps_and_says_so(backend: str, run: Any, shared_store: Path, tmp_path: Path) -> None:
     prompt = "a red circle moving right on a black background"
     (tmp_path / "jobs.jsonl").write_text(json.dumps({"prompt": prompt, "output": "clip", "formats": ["png"]}))
     frames, about = {}, {}
     for cache in ("off", "safe", "fast"):
-        out = ["-o", tmp_path / "out", "--backend", backend, "--cache", cache, "--quiet"]
+        out = ["-o", tmp_path / "out", "--backend", backend, "--cache", cache, "--quiet", "--store", shared_store]
         result = run("overcrank", "batch", tmp_path / "jobs.jsonl", *out)  # another setting is another render
         assert result.exit_code == 0, result.output
         files = sorted((tmp_path / "out" / "clip-frames").iterdir())

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
+from overcrank import cli
+
+pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["models", "export", "engines", "runtime", "calibration", "api", "cli"]
-BELOW = ["errors", "files", "units", "options"]
+BELOW = ["errors", "owners", "files", "units", "options"]
 SOURCES = sorted(p for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
 SOURCES += [ROOT / f"{name}.py" for name in ("api", *BELOW)]
 
@@ -32,7 +36,7 @@ def imports(file: Path) -> set[str]:
 def test_imports_point_one_way(file: Path) -> None:
     own = file.relative_to(ROOT).parts[0].removesuffix(".py")
     if own in BELOW:
-        assert imports(file) <= {"errors"} - {own}
+        assert imports(file) <= {"errors", "owners"} - {own}
         return
     assert imports(file) <= {*LAYERS[: LAYERS.index(own) + 1], *BELOW}
 
@@ -77,67 +81,90 @@ def test_files_and_functions_stay_small(file: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
 
 
-PURE = [
-    "models",
-    "models.ltx",
-    "engines.targets",
-    "engines.profiles",
-    "engines.manifest",
-    "engines.store",
-    "engines.plan",
-    "engines.build",
-    "cli.build_report",
-    "export.quantization.recipe",
-    "cli",
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("build-engine", "overcrank")
 
 
-def test_pure_modules_import_no_torch_and_no_tensorrt() -> None:
-    code = "import sys; " + "; ".join(f"import overcrank.{m}" for m in PURE)
-    code += "; print([m for m in ('torch', 'tensorrt_rtx', 'tensorrt', 'onnx', 'diffusers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def shown_commands(page: Path) -> list[list[str]]:
+    """Words of each of our commands in a page's blocks of anything but Python, behind a prompt or not."""
+    language, commands = "", []
+    for line in page.read_text("utf-8").replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            language = "" if language else line.removeprefix("```").strip() or "text"
+        elif language and language != "python" and line.removeprefix("$ ").startswith(tuple(f"{p} " for p in PROGRAMS)):
+            commands.append(shlex.split(line.removeprefix("$ "), comments=True))
+    return commands
 
 
-@pytest.mark.parametrize("script", ["build_engine", "main"])
-def test_help_imports_neither_models_nor_pydantic(script: str) -> None:
-    code = (
-        f"import sys; from overcrank.cli import {script}\n"
-        f"try: {script}(['--help'])\nexcept SystemExit: pass\n"
-        "print([m for m in ('torch', 'pydantic', 'rich', 'overcrank.models') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage:" in done.stdout
-    assert done.stdout.strip().endswith("[]")
+def check_command(name: str, *words: str) -> None:
+    """As click reads it: the command is there, and takes these options with these values; raises UsageError."""
+    command: click.Command = cli.build_engine if name == "build-engine" else cli.main
+    left = list(words)
+    while isinstance(command, click.Group) and left and not left[0].startswith("-"):
+        if left[0] not in command.commands:
+            raise click.UsageError(f"no command {left[0]}")
+        command = command.commands[left.pop(0)]
+    # A context without the command's settings would leave it with click's own --help for the rest of the process.
+    context = click.Context(command, **command.context_settings)
+    values, more, _ = command.make_parser(context).parse_args(left)
+    if more or (isinstance(command, click.Group) and not (values or command.invoke_without_command)):
+        raise click.UsageError(f"{more or 'nothing'} follows {command.name}")
+    for parameter in command.params:
+        given = values.get(parameter.name)
+        if isinstance(given, str) and not isinstance(parameter.type, click.Path):
+            parameter.type_cast_value(context, given)
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("building", "rendering", "engines", "quantization"))]
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pages_show_commands_that_parse(page: Path) -> None:
+    for words in shown_commands(page):
+        check_command(*words)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_pages_show_commands_that_parse(page: str) -> None:
-    """As click reads them: each command is there, and takes these options with these values."""
-    import shlex
+def test_the_pages_that_show_commands() -> None:
+    """Fewer would mean that they are not seen any more."""
+    shown = {str(page.relative_to(ROOT)): len(shown_commands(page)) for page in PAGES}
+    assert all(shown[name] for name in ("README.md", "docs/building.md", "docs/rendering.md", "docs/engines.md"))
+    assert sum(shown.values()) >= 30
 
-    import click
-    from overcrank import cli
 
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    commands = [words for words in lines if words and words[0] in ("build-engine", "overcrank")]
-    assert commands
-    for name, *words in commands:
-        command: click.Command = cli.build_engine if name == "build-engine" else cli.main
-        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
-            assert words[0] in command.commands, (page, words)
-            command = command.commands[words.pop(0)]
-        context = click.Context(command)
-        values, left, _ = command.make_parser(context).parse_args(words)
-        assert not left, (page, words)
-        for parameter in command.params:
-            given = values.get(parameter.name)
-            if isinstance(given, str) and not isinstance(parameter.type, click.Path):
-                parameter.type_cast_value(context, given)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "overcrank rendr --prompt x",
+        "overcrank render --prompt x --stepz 3",
+        "overcrank render --prompt x --steps many",
+        "overcrank engines",
+        "overcrank engines list more",
+        "build-engine --model",
+    ],
+)
+def test_a_wrong_command_on_a_page_would_be_seen(words: str) -> None:
+    with pytest.raises(click.UsageError):
+        check_command(*words.split())
+
+
+OF_OTHERS = {
+    *("_replace", "_fields", "_asdict"),  # of named tuples
+    "_exit",  # of os
+    *("_parameters", "_modules"),  # of torch's modules
+    *("_hf_hook", "_reset_stateful_cache", "_interrupt", "_current_timestep", "_get_mllm_prompt_embeds"),  # diffusers
+}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_tests_look_at_nothing_private(file: Path) -> None:
+    """Of the product's objects; an object's own are its own."""
+    private = {
+        f"{ast.unparse(node)} in line {node.lineno}"
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in OF_OTHERS
+        and ast.unparse(node.value) not in ("self", "cls")
+    }
+    assert not private
 
 
 def test_no_machine_path_or_index_host_is_named() -> None:

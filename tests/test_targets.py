@@ -5,6 +5,8 @@ from overcrank.engines.manifest import EngineKey
 from overcrank.engines.targets import BY_NAME, TARGETS, gpu_names, precision_for, serves, targets_for
 from overcrank.errors import TargetError
 
+pytestmark = pytest.mark.quick
+
 RTX = "tensorrt_rtx"
 
 

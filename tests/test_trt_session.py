@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from overcrank.errors import CannotServe
+from overcrank.engines import refusals
+from overcrank.engines.module_refusals import ParameterUnfit, Unfit
+from overcrank.engines.refusals import CannotServe
+from overcrank.engines.tensorrt import flavour_version
 from overcrank.runtime.sessions import device as devices
 from overcrank.runtime.sessions.workspace import Workspace
 
@@ -39,7 +41,7 @@ def test_results_are_the_callers_own(simulated: Simulated, tmp_path: Path) -> No
 
 def test_what_steps_call_is_captured_once_and_again_when_addresses_change(simulated: Simulated, tmp_path: Path) -> None:
     session = small.session(simulated, tmp_path)
-    tally = session._context.tally
+    tally = simulated.context.tally
     for _ in range(5):
         session(small.call(4))
     assert (tally.runs, tally.captures) == (5, 1)
@@ -67,7 +69,7 @@ def test_a_part_of_a_vae_reads_the_callers_tensors_and_hands_its_outputs_over(
         made |= session(given)
         assert card.allocated <= began
     assert card.peak - card.engines <= weights + 4 * size  # x, the cache that came in, and the two outputs
-    assert session._context.tally.captures == 0
+    assert simulated.context.tally.captures == 0
 
 
 def test_a_tensor_that_is_not_as_the_engine_takes_it_is_copied(simulated: Simulated, tmp_path: Path) -> None:
@@ -87,12 +89,14 @@ def test_a_refused_input_leaves_nothing_for_the_next_call(simulated: Simulated, 
     for attribute in ("", "decoder"):
         session = small.session(simulated, tmp_path, attribute)
         session(small.call(4))
-        with pytest.raises(CannotServe, match="lies outside the engine's profile") as caught:
+        with pytest.raises(CannotServe) as caught:
             session(small.call(65))
-        assert not caught.value.lasting
+        assert caught.value.why == refusals.OutsideProfile("denoiser", "x", (65, 8), (1, 8), (64, 8))
+        assert not caught.value.why.lasting
         mixed = small.call(6) | {"cache": torch.ones(65, 8).half()}
-        with pytest.raises(CannotServe, match=r"cache \[65, 8\] lies outside"):
+        with pytest.raises(CannotServe) as caught:
             session(mixed)
+        assert caught.value.why == refusals.OutsideProfile("denoiser", "cache", (65, 8), (1, 8), (64, 8))
         given = small.call(4)
         assert small.right(session(given), given, session.weight)
 
@@ -139,7 +143,8 @@ class Shortage:
         try:
             self.called()
         except CannotServe as refusal:
-            passing = not refusal.lasting and re.search("out of (GPU )?memory", str(refusal))
+            memory = isinstance(refusal.why, refusals.OutOfMemory | refusals.LoadOutOfMemory)
+            passing = memory and not refusal.why.lasting
             outcome = "refused" if passing else str(refusal)
         self.card.fail_at, self.card.fails_on = None, False
         self.called()
@@ -162,7 +167,7 @@ def test_a_refusal_holds_no_memory(simulated: Simulated, tmp_path: Path) -> None
         card.fail_at, card.fails_on = None, False
         simulated.workspace.release()
         assert card.allocated == before
-        assert caught.value.reason
+        assert isinstance(caught.value.why, refusals.OutOfMemory if fault else refusals.OutsideProfile)
 
 
 def test_sessions_share_one_arena_and_jobs_take_turns(simulated: Simulated, tmp_path: Path) -> None:
@@ -238,9 +243,9 @@ def test_parameters_that_move_are_followed(simulated: Simulated, tmp_path: Path)
     given = small.call(4)
     assert small.right(session(given), given, module.weight)
     card.send_away(module)
-    with pytest.raises(CannotServe, match="holds w on cpu, where the engine is not") as caught:
+    with pytest.raises(CannotServe) as caught:
         session(given)
-    assert not caught.value.lasting
+    assert caught.value.why == ParameterUnfit(Unfit.PLACE, "w", "cpu")
     for _ in range(3):
         card.bring(module)
         assert small.right(session(given), given, module.weight)
@@ -251,50 +256,55 @@ def test_parameters_that_move_are_followed(simulated: Simulated, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("weight", "says"),
+    ("weight", "why"),
     [
-        (torch.zeros(8, 8), "holds w as torch.float32, and the engine takes it as torch.float16"),
-        (torch.zeros(8, 16).half()[:, ::2], "holds w in another memory format"),
-        (torch.zeros(9, 8).half().view(-1)[1:65].view(8, 8), "no multiple of 64 bytes; give each parameter memory"),
-        (torch.zeros(8, 8, device="meta").half(), "holds w on meta"),
+        (torch.zeros(8, 8), ParameterUnfit(Unfit.TYPE, "w", "torch.float32", "torch.float16")),
+        (torch.zeros(8, 16).half()[:, ::2], ParameterUnfit(Unfit.LAYOUT, "w")),
+        (torch.zeros(9, 8).half().view(-1)[1:65].view(8, 8), ParameterUnfit(Unfit.ADDRESS, "w", wanted="64")),
+        (torch.zeros(8, 8, device="meta").half(), ParameterUnfit(Unfit.PLACE, "w", "meta")),
     ],
 )
 def test_parameters_as_the_engine_cannot_take_them(
-    weight: torch.Tensor, says: str, simulated: Simulated, tmp_path: Path
+    weight: torch.Tensor, why: ParameterUnfit, simulated: Simulated, tmp_path: Path
 ) -> None:
     session = small.session(simulated, tmp_path, weight=weight)
-    with pytest.raises(CannotServe, match=re.escape(says)) as caught:
+    with pytest.raises(CannotServe) as caught:
         session(small.call(4))
-    assert not caught.value.lasting
+    assert caught.value.why == why
+    assert not why.lasting
 
 
 def test_a_parameter_of_another_size(simulated: Simulated, tmp_path: Path) -> None:
     session = small.session(simulated, tmp_path)
     session.weight.data = torch.zeros(4, 8).half()
-    with pytest.raises(CannotServe, match="holds w with 32 values, and the engine takes 64"):
+    with pytest.raises(CannotServe) as caught:
         session(small.call(4))
+    assert caught.value.why == ParameterUnfit(Unfit.SIZE, "w", "32", "64")
 
 
 def test_what_tensorrt_refuses_is_said_and_nothing_of_it_stays(
     simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = small.call(4)
-    for name, says in (
-        ("set_input_shape", r"refuses x \[4, 8\]"),
-        ("set_tensor_address", "refuses the address of w"),
-        ("execute_async_v3", r"failed while running \(CUDA error 719\); overcrank doctor"),
+    said = "CUDA error 719"
+    for name, why in (
+        ("set_input_shape", refusals.ShapeRefused("denoiser", said, "x", (4, 8))),
+        ("set_tensor_address", refusals.TensorRefused("denoiser", said, "w")),
+        ("execute_async_v3", refusals.RunFailed("denoiser", said)),
     ):
         session = small.session(simulated, tmp_path)
         with monkeypatch.context() as patch:
-            logger = session._loaded.logger
+            context = simulated.context
 
-            def refuses(*_: Any, logger: Any = logger) -> bool:
-                logger.log(1, "CUDA error 719")
+            def refuses(*_: Any, logger: Any = context.logger) -> bool:
+                logger.log(1, said)
                 return False
 
-            patch.setattr(session._context, name, refuses)
-            with pytest.raises(CannotServe, match=says):
+            patch.setattr(context, name, refuses)
+            with pytest.raises(CannotServe) as caught:
                 session(given)
+            assert caught.value.why == why
+            assert said in str(caught.value)
         assert small.right(session(given), given, session.weight)
 
 
@@ -309,7 +319,7 @@ def test_an_interrupted_call_leaves_nothing(
             def interrupts(*_: Any) -> None:
                 raise KeyboardInterrupt
 
-            patch.setattr(session._context, name, interrupts)
+            patch.setattr(simulated.context, name, interrupts)
             with pytest.raises(KeyboardInterrupt):
                 session(small.call(6))
         for given in (small.call(6, 0.75), small.call(4, 0.25)):
@@ -336,35 +346,36 @@ def test_a_session_made_in_another_thread_is_waited_for(simulated: Simulated, tm
 def test_measuring_compiles_a_shapes_kernels_at_its_first_call(simulated: Simulated, tmp_path: Path) -> None:
     for measuring, kind in ((False, "LAZY"), (True, "EAGER")):
         session = small.session(simulated, tmp_path, measuring=measuring)
-        assert session._context._config.dynamic_shapes_kernel_specialization_strategy.name == kind
+        assert session is not None
+        assert simulated.context.config.dynamic_shapes_kernel_specialization_strategy.name == kind
 
 
 def test_kernels_are_kept_and_taken_up(simulated: Simulated, tmp_path: Path) -> None:
     session = small.session(simulated, tmp_path)
     session(small.call(4))
     session.save_kernels()
-    again = small.session(simulated, tmp_path, card=replace(CARD, driver="580.126.09"))
-    assert again._kernels is not None
-    assert again._kernels.known
-    other = small.session(simulated, tmp_path, card=replace(CARD, driver="590.1"))
-    assert other._kernels is not None
-    assert not other._kernels.known
+    kernels = simulated.context.config.get_runtime_cache().kernels
+    assert kernels
+    for driver, taken_up in (("580.126.09", kernels), ("590.1", set())):  # of the same major version, and of another
+        session = small.session(simulated, tmp_path, card=replace(CARD, driver=driver))
+        assert simulated.context.config.get_runtime_cache().kernels == taken_up
 
 
 @pytest.mark.parametrize("driver", ["570.86.15", "535.1"])
 def test_a_driver_that_is_too_old_is_said_first(driver: str, simulated: Simulated, tmp_path: Path) -> None:
-    with pytest.raises(
-        CannotServe, match=rf"driver {driver} is installed, and TensorRT for RTX .* needs 580"
-    ) as caught:
+    with pytest.raises(CannotServe) as caught:
         small.session(simulated, tmp_path, card=replace(CARD, driver=driver), manifest=small.manifest("0.1"))
-    assert "install a newer driver" in caught.value.fix
+    version = flavour_version("tensorrt_rtx")
+    assert caught.value.why == refusals.OldDriver(driver, "TensorRT for RTX", version or "", "580")
     small.session(simulated, tmp_path, card=replace(CARD, driver="unknown"))
 
 
 def test_another_tensorrt_comes_with_the_command_that_installs_it(simulated: Simulated, tmp_path: Path) -> None:
-    with pytest.raises(CannotServe, match=r"built with TensorRT for RTX 1\.2\.3 and .* is installed") as caught:
+    with pytest.raises(CannotServe) as caught:
         small.session(simulated, tmp_path, manifest=small.manifest("1.2.3"))
-    assert caught.value.fix == "pip install tensorrt-rtx==1.2.3, or build again: rebuild"
+    installed, install = flavour_version("tensorrt_rtx") or "", "pip install tensorrt-rtx==1.2.3"
+    assert caught.value.why == refusals.OtherTensorRT("TensorRT for RTX", "1.2.3", installed, install)
+    assert caught.value.why.words("build it")[1] == f"{install}, or build again: build it"
 
 
 def test_pytorchs_cache_makes_room_for_what_tensorrt_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +412,8 @@ def test_the_card_through_torch_cuda_is_a_device(monkeypatch: pytest.MonkeyPatch
     assert names <= {*vars(devices.Cuda), "alignment"}
     assert {"handle", "mark", "wait"} <= set(vars(devices.CudaStream))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(CannotServe, match="sees no card"):
+    with pytest.raises(CannotServe) as caught:
         devices.device_of(3)
+    assert caught.value.why == refusals.NoCard(torch.__version__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.device_of(3) is devices.device_of(3)

@@ -6,6 +6,8 @@ import pytest
 from overcrank.errors import UserError
 from overcrank.units import human_bytes, parse_age, parse_size
 
+pytestmark = pytest.mark.quick
+
 DAY = 86_400.0
 
 

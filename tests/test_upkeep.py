@@ -18,9 +18,10 @@ from overcrank.engines.kernel_cache import kernel_cache
 from overcrank.engines.maintenance import DAY, find_problems, removable
 from overcrank.engines.manifest import read_manifest
 from overcrank.engines.store import Store
+from overcrank.owners import part_name, this_process
 from safetensors.numpy import save_file
 
-GONE = 2**22 + 1
+GONE = this_process()._replace(pid=2**22 + 1)
 """A process number that Linux never gives."""
 
 
@@ -74,7 +75,7 @@ def damaged(store: Store, what: str) -> Path:
         cache.write_bytes(cache.read_bytes()[:-1])
     left = {
         "removal": store.bundles / ".removing-a-bundle",
-        "part": store.root / "packs" / f".x.safetensors.{GONE}.part",
+        "part": store.root / "packs" / f".x.safetensors.{GONE.tag()}~aa.part",
         "export": store.graphs / ".0123456789abcdef.part",
     }
     if what in ("removal", "export"):
@@ -102,7 +103,7 @@ def test_every_damage_is_named_and_repaired(what: str, store: Store, run: Any) -
 
 
 def test_what_a_living_process_writes_is_left_alone(store: Store) -> None:
-    (store.root / "packs" / f".x.safetensors.{os.getpid()}.part").write_text("half")
+    (store.root / "packs" / part_name("x.safetensors")).write_text("half")
     (store.graphs / ".0123456789abcdef.part").mkdir()
     with FileLock(store.root / "locks" / "graph-0123456789abcdef.lock"):
         found = subprocess.run(

@@ -412,13 +412,20 @@ TINY = {
 }
 
 
-def thinned(cases: Iterable[Any], every: int = 6) -> list[Any]:
-    """Test cases of which each run takes one in `every`, and `./build.sh test-all` the others too."""
-    marks = (pytest.mark.sweep,)
+def specimens(cases: Iterable[Any], *usual: Any) -> list[Any]:
+    """Test cases of which each run takes the `usual`, one of each kind; `./build.sh test-all` the others too."""
+    known = list(cases)
+    assert set(usual) <= set(known), f"no such case: {set(usual) - set(known)}"
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks if i % every else ())
-        for i, case in enumerate(cases)
+        pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=() if c in usual else (pytest.mark.sweep,))
+        for c in known
     ]
+
+
+def thinned(cases: Iterable[Any], every: int) -> list[Any]:
+    """Test cases that are all of one kind: each run takes one in `every`."""
+    known = list(cases)
+    return specimens(known, *known[::every])
 
 
 # Published variants of the layouts above: the first tiny one that a name begins with shrinks them too.

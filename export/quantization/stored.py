@@ -8,9 +8,9 @@ from math import isqrt
 from typing import TYPE_CHECKING
 
 from overcrank.errors import CheckpointError, present
+from overcrank.export.files.stored_layers import BLOCKS, FP8, StoredLayer
+from overcrank.export.files.weight_file import WeightFile
 from overcrank.export.quantization.packing import fp4_decoded
-from overcrank.models.stored_layers import BLOCKS, FP8, StoredLayer
-from overcrank.models.weight_file import WeightFile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """ltx-demo: a tiny trained LTX-Video checkpoint that ships with the package.
 
-`clips.py` draws the training videos, `train.py` trains the VAE, the text encoder and the
+`captions.py` has the words, `clips.py` draws the training videos, `train.py` trains the VAE, the text encoder and the
 denoiser on them, `judge.py` measures what the result renders.
 """
 

@@ -13,20 +13,9 @@ from functools import partial
 from random import Random
 
 import torch
+from overcrank.models.demo.captions import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, VERBS
 
 SIZE, FRAMES, FPS = 64, 17, 8
-COLOURS = {
-    "red": (0.86, 0.12, 0.12),
-    "orange": (0.98, 0.55, 0.08),
-    "yellow": (0.96, 0.88, 0.14),
-    "green": (0.12, 0.65, 0.22),
-    "blue": (0.12, 0.28, 0.88),
-    "purple": (0.56, 0.16, 0.74),
-}
-SHAPES = ("circle", "square", "triangle", "cross")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-MOTIONS = (*(f"moving {d}" for d in DIRECTIONS), "growing", "shrinking", "rotating")
-BACKGROUNDS = {"black": 0.06, "gray": 0.4, "white": 0.94}
 TURN = math.radians(120)  # of a rotating shape, clockwise, over the whole clip
 HELD_OUT = 24  # (colour, shape, motion) triples that training never shows
 
@@ -77,11 +66,8 @@ def caption(clip: Clip, random: Random) -> str:
     """One of the wordings a person might use; a third of them leave the background open."""
     verb = clip.motion
     if random.random() < 0.3:
-        verb = (
-            verb.replace("moving", "moves")
-            if "moving" in verb
-            else {"growing": "grows", "shrinking": "shrinks", "rotating": "rotates"}[verb]
-        )
+        ing = verb.partition(" ")[0]
+        verb = verb.replace(ing, VERBS[ing])
     article = random.choice(("a", "a", "A", "the"))
     article += "n" if article != "the" and clip.colour == "orange" else ""
     words = f"{article} {clip.colour} {clip.shape} {verb}"

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from overcrank.models import resolve
-from overcrank.models.demo import FOLDER, clips
+from overcrank.models.demo import FOLDER, captions, clips
 from overcrank.models.demo.judge import Verdict, judge
 
 REQUIRED = {"colour": 0.95, "shape": 0.90, "motion": 0.95}
-DIRECTIONS = tuple(f"moving {d}" for d in clips.DIRECTIONS)
+DIRECTIONS = tuple(f"moving {d}" for d in captions.DIRECTIONS)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def prompts() -> list[tuple[str, Verdict]]:
     return [
         (f"a{'n' * (c == 'orange')} {c} {s} {m} on a {background} background", Verdict(c, s, m))
         for c, s, m in held_out
-        for background in clips.BACKGROUNDS
+        for background in captions.BACKGROUNDS
     ]
 
 

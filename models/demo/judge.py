@@ -10,7 +10,7 @@ import colorsys
 from dataclasses import dataclass
 
 import numpy as np
-from overcrank.models.demo import clips
+from overcrank.models.demo import captions
 from scipy import ndimage
 
 Array = np.ndarray
@@ -24,7 +24,7 @@ class Verdict:
 
 
 def judge(video: Array) -> Verdict:
-    """`video`: [frames, height, width, 3] in [0, 1]. Each field is a word of clips.py, or "none"."""
+    """`video`: [frames, height, width, 3] in [0, 1]. Each field is a word of captions.py, or "none"."""
     masks = [_mask(frame) for frame in video]
     if min(mask.sum() for mask in masks) < 60:
         return Verdict("none", "none", "none")
@@ -53,7 +53,7 @@ def _colour(frame: Array, mask: Array) -> str:
     hue, saturation, _ = colorsys.rgb_to_hsv(*rgb)
     if saturation < 0.3:
         return "none"
-    hues = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in clips.COLOURS.items()}
+    hues = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in captions.COLOURS.items()}
     return min(hues, key=lambda name: min(abs(hues[name] - hue), 1 - abs(hues[name] - hue)))
 
 

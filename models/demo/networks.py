@@ -6,7 +6,7 @@ import string
 from typing import Any
 
 from overcrank.models import resolve
-from overcrank.models.demo import FOLDER, clips
+from overcrank.models.demo import FOLDER, captions
 
 CONFIGS = resolve(FOLDER.name).configs
 TEXT = {
@@ -25,8 +25,9 @@ def tokenizer() -> Any:
     """A T5 tokenizer of the captions' words; other words fall apart into letters."""
     from transformers import T5Tokenizer
 
-    words = {*clips.COLOURS, *clips.SHAPES, *clips.BACKGROUNDS, *clips.DIRECTIONS, "grey", "a", "an", "the", "on"}
-    words |= {"moving", "moves", "growing", "grows", "shrinking", "shrinks", "rotating", "rotates", "background"}
+    words = {*captions.COLOURS, *captions.SHAPES, *captions.BACKGROUNDS, *captions.DIRECTIONS}
+    words |= {"grey", "a", "an", "the", "on"}
+    words |= {*captions.VERBS, *captions.VERBS.values(), "background"}
     words |= {word.capitalize() for word in words}
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
     vocabulary += [(f"▁{word}", -4.0) for word in sorted(words)]

@@ -12,19 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.cards import Card
+from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
+from overcrank.engines.refusals import CannotServe, OffCard
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
-from overcrank.errors import CannotServe, StoreError, UserError
-from overcrank.export.quantization.recipe import LayerFormat
+from overcrank.errors import StoreError, UserError
+from overcrank.export.packaged import packaged_graph
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
-from overcrank.options import merged
+from overcrank.options import merged, option
 from overcrank.runtime.options import AccelerateOptions
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
-from overcrank.runtime.sessions.select import fitting_bundles, pull_missing, rebuild_command
+from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
 from overcrank.runtime.sessions.session import EAGER, Ledger, Session
-from overcrank.runtime.sessions.sources import BundledGraphs, Engines, Quantization, graph_session, require_renderable
+from overcrank.runtime.sessions.sources import (
+    BundledGraphs,
+    Engines,
+    GraphsHere,
+    Quantization,
+    graph_session,
+    require_renderable,
+)
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -134,42 +143,56 @@ def with_engines(pipe: Any, options: AccelerateOptions, quantization: Quantizati
         raise UserError(f"Unknown backend '{options.backend}': use {', '.join(BACKENDS)}.")
     if not isinstance(getattr(pipe, "components", None), Mapping):
         raise UserError(f"accelerate() takes a diffusers pipeline, not {type(pipe).__name__}.")
+    compiled = _unwrap_compiled(pipe)
+    try:
+        acceleration, session = _prepared(pipe, options, quantization)
+    except BaseException:  # the pipeline is as it was
+        for name, module in compiled.items():
+            setattr(pipe, name, module)
+        raise
     earlier = getattr(pipe, "overcrank", None)
     if earlier is not None:
         earlier.remove()
-    _unwrap_compiled(pipe)
-    variant = _variant_of(pipe, options.model)
-    quantization = quantization or _as_stored(pipe, variant)
-    ledger = Ledger(strict=options.backend == "tensorrt")
-    acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
-    store = Store(options.store)
-    if options.pull:
-        pull_missing(options.pull, variant, quantization.precision if quantization else "auto", store, Keyring())
-    if options.backend == "onnxruntime":
-        session = _in_onnx_runtime(acceleration, store, options.bundle)
-        acceleration.modules = _install(pipe, variant, ledger, session)
-    elif options.backend != EAGER:
-        _on_card(pipe, acceleration, store, options.bundle, options.slow_engines)
-    acceleration.source = str(pipe.config.get("_name_or_path", ""))
+    for name in compiled:
+        log.info("%s was compiled by torch.compile; engines run it, and it runs uncompiled without", name)
+    if session is not None:
+        acceleration.modules = _install(pipe, acceleration.variant, acceleration.ledger, session)
     pipe.overcrank = acceleration
     return pipe
 
 
-def _as_stored(pipe: Any, variant: Variant) -> Quantization | None:
-    """As the files of the pipeline's parts quantize their layers, if they do."""
-    from overcrank.runtime.pipeline.weights import stored_recipe
+def _prepared(
+    pipe: Any, options: AccelerateOptions, quantization: Quantization | None
+) -> tuple[Acceleration, SessionMaker | None]:
+    """What will be done to the pipeline, to which nothing is done yet; no sessions where no engine can serve it."""
+    variant = _variant_of(pipe, options.model)
+    precision = quantization.precision if quantization else ""
+    if precision and options.backend == EAGER:
+        raise UserError(
+            f"{option('precision', precision)} is computed by engines, and {option('backend', EAGER)} uses none; leave "
+            f"one of them out."
+        )
+    ledger = Ledger(options.backend == "tensorrt", precision)
+    acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
+    acceleration.source = str(pipe.config.get("_name_or_path", ""))
+    store = Store(options.store)
+    bundle = store.resolve(str(options.bundle)) if options.bundle else None
+    if options.pull:
+        pull_missing(options.pull, variant, precision or "auto", store, Keyring())
+    session: SessionMaker | None = None
+    if options.backend == "onnxruntime":
+        session = _in_onnx_runtime(acceleration, store, bundle)
+    elif options.backend != EAGER:
+        session = _on_card(pipe, acceleration, store, bundle, options.slow_engines)
+    return acceleration, session
 
-    recipe = stored_recipe(pipe, variant)
-    return None if recipe is None else Quantization(LayerFormat(recipe.precision, "dynamic"), recipe)
 
-
-def _unwrap_compiled(pipe: Any) -> None:
-    """What torch.compile made of a part calls the part: an engine takes the part's place, and PyTorch runs it plain."""
-    for name, module in pipe.components.items():
-        plain = getattr(module, "_orig_mod", None)
-        if plain is not None:
-            log.info("%s was compiled by torch.compile; engines run it, and it runs uncompiled without", name)
-            setattr(pipe, name, plain)
+def _unwrap_compiled(pipe: Any) -> dict[str, Any]:
+    """Put parts in the places of what torch.compile made of them, which is returned: an engine takes a part's place."""
+    compiled = {n: m for n, m in pipe.components.items() if getattr(m, "_orig_mod", None) is not None}
+    for name, module in compiled.items():
+        setattr(pipe, name, module._orig_mod)
+    return compiled
 
 
 def _variant_of(pipe: Any, model: str) -> Variant:
@@ -201,29 +224,59 @@ def denoisers(pipe: Any, variant: Variant) -> list[tuple[nn.Module, str]]:
     return [(m, serving[0].name) for part in parts if (m := getattr(pipe, part, None)) is not None]
 
 
-def _in_onnx_runtime(found: Acceleration, store: Store, bundle: str | Path | None) -> SessionMaker:
+def _in_onnx_runtime(found: Acceleration, store: Store, bundle: Path | None) -> SessionMaker:
     """Sessions of the graphs in the bundle that is named, else of those in the store's cache."""
     if bundle is None:
         return lambda c, part, module: graph_session(c, part, module, store, found.quantization)
-    fitting = [require_renderable(store.resolve(str(bundle)), found.variant, found.quantization)]
-    rebuild = rebuild_command(found.variant, fitting[0][1].target)
-    return BundledGraphs(found.quantization, store, fitting, rebuild, found.bundles).session
+    fitting = [require_renderable(bundle, found.variant, found.quantization)]
+    found.ledger.build = build_command(found.variant, fitting[0][1].target)
+    return BundledGraphs(found.quantization, store, fitting, found.bundles).session
 
 
-def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: str | Path | None, slow: bool) -> None:
+def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: Path | None, slow: bool) -> SessionMaker | None:
     variant, ledger, quantization = found.variant, found.ledger, found.quantization
     try:
         card = _card(pipe)
-        candidates = [store.resolve(str(bundle))] if bundle else [p for p, _ in store.list()]
+    except CannotServe as error:
+        session = _without_card(pipe, found, store, bundle, error) if found.backend == "auto" else None
+        if session is None:
+            _all_eager(found, error)
+        return session
+    ledger.build = build_command(variant, card.target)
+    try:
+        candidates = [bundle] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
-        names = [c.name for c in components(variant)]
-        ledger.fall_back(names, error.reason, error.fix, standing=True)
-        return
-    rebuild = rebuild_command(variant, card.target)
-    engines = Engines(quantization, store, fitting, rebuild, found.bundles, slow, card=card, workspace=found.workspace)
-    found.modules = _install(pipe, variant, ledger, engines.session)
+        _all_eager(found, error)
+        return None
+    return Engines(quantization, store, fitting, found.bundles, slow, card=card, workspace=found.workspace).session
+
+
+def _all_eager(found: Acceleration, error: CannotServe) -> None:
+    names = [c.name for c in components(found.variant)]
+    found.ledger.fall_back(names, error.why, standing=True)
+
+
+def _without_card(
+    pipe: Any, found: Acceleration, store: Store, bundle: Path | None, error: CannotServe
+) -> SessionMaker | None:
+    """Sessions of the graphs that are here, in ONNX Runtime; None if there are none, or a card could be used.
+
+    `error`: why no card is; of one that is in this machine it is told.
+    """
+    import torch
+
+    variant = found.variant
+    if found.quantization is not None or device_of(pipe).type != "cpu" or torch.cuda.is_available():
+        return None
+    candidates = [bundle] if bundle else [path for path, _ in store.list()]
+    bundles = bundles_with_graphs(candidates, variant)
+    if not bundles and (bundle or not any(packaged_graph(c) for c in components(variant))):
+        return None
+    if no_card():
+        log.warning("rendering on the processor, in ONNX Runtime: %s.", error)
+    return GraphsHere(None, store, bundles, found.bundles, packaged=not bundle).session
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -239,10 +292,8 @@ def _card(pipe: Any) -> Card:
     device = device_of(pipe)
     if device.type != "cuda":
         usable = torch.cuda.is_available()
-        if not usable and (reason := no_card()):
-            raise CannotServe(*reason)
-        there = " (one is here: pipe.to('cuda'))" if usable else ""
-        raise CannotServe(f"the pipeline is on {device.type}, not on an NVIDIA GPU{there}", "render on one")
+        why = None if usable else no_card()
+        raise CannotServe(why or OffCard(device.type, card_here=usable))
     card = card_of(device)
     require_driver(card)
     return card
@@ -286,6 +337,4 @@ def _look_for_others(
         found = getattr(owner, attribute, None) if attribute else owner
         if getattr(found, "_orig_mod", found) is not module.module:
             place = f"pipe.{part}.{attribute}".rstrip(".")
-            ledger.fall_back(
-                [module.name], f"{place} is not the one that was accelerated", "call accelerate(pipe) again"
-            )
+            ledger.fall_back([module.name], ModuleChanged(ModuleChange.REPLACED, place))

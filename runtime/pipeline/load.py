@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
 from overcrank.export.quantization.pack import require_loras
-from overcrank.models import components, hook, hub_folder, local_folder, resolve
+from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Preset, Variant
 from overcrank.models.hub import Watch, progress_bar
 from overcrank.models.presets import fetched, with_preset
 from overcrank.options import merged, option
 from overcrank.runtime.options import LoadOptions
-from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, require_calibrated_on
+from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, file_variant, require_calibrated_on, require_whole
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
+from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import torch
     from overcrank.runtime.render.request import RenderRequest
     from overcrank.runtime.sessions.sources import Quantization
-    from torch import nn
 
 log = logging.getLogger("overcrank")
 
@@ -49,7 +49,6 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     """
     import torch
     from overcrank.runtime.pipeline.accelerate import with_engines
-    from overcrank.runtime.pipeline.weights import parts_from_files
 
     asked = merged(LoadOptions, options, changes)
     quantization, vram, store = asked.quantization(), vram_of(asked.vram), Store(asked.store)
@@ -61,8 +60,8 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     device = _usable_device(asked.device)
     dtypes = dtypes_of(variant, device, asked.dtype)
     check_parts(dtypes if asked.dtype else {}, folder)
-    pipe = _read(folder, variant, dtypes, parts_from_files(asked.weights, variant, dtypes))
-    hook(variant, "prepare")(pipe, variant)
+    pipe = _read(folder, variant, dtypes)
+    family(variant.family).prepare(pipe, variant)
     loras = _merged(pipe, variant, files)
     quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
@@ -86,31 +85,19 @@ def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch =
     return own or hub_folder(variant, whole=True, home=store.root, watch=watch)
 
 
-def _read(
-    folder: Path | str, variant: Variant, dtypes: Mapping[str, torch.dtype], parts: Mapping[str, nn.Module]
-) -> Any:
-    """The pipeline of the variant's first task, on the processor, as diffusers reads it, but for `parts`."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
+def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """The pipeline of the variant's first task, on the processor, as diffusers reads it, after a look at its files."""
     name = next(iter(variant.tasks.values()))
+    pipeline = pipeline_class(name)
+    kind = file_variant(folder, variant)
+    require_whole(folder, pipeline, kind)
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
-        pipe = getattr(diffusers, name).from_pretrained(
-            folder, dtype=each, local_files_only=True, variant=_file_variant(folder, variant), **parts
-        )
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        pipe = pipeline.from_pretrained(folder, dtype=each, local_files_only=True, variant=kind or None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _file_variant(folder: Path | str, variant: Variant) -> str | None:
-    """The kind of weight files that the model's repository is read from ("fp16"), where such files are there."""
-    kinds = (source.files for source in variant.sources if source.files)
-    return next((kind for kind in kinds if any(Path(folder).glob(f"*/*.{kind}.*"))), None)
 
 
 def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:
@@ -140,7 +127,7 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
 def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
     """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
     parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = read_loras(files, type(pipe), parts, hook(variant, "PART_WORDS"))
+    loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
     merge(loras, parts)
     return [lora.about() for lora in loras]
 
@@ -164,7 +151,7 @@ def _usable_device(device: str | None) -> str:
         raise UserError(f"{option('device', device)}: use cpu, cuda, or cuda:N.")
     if device.startswith("cuda") and not there:
         if reason := no_card():
-            raise UserError(f"{option('device', device)}: {'; '.join(reason)}.")
+            raise UserError(f"{option('device', device)}: {reason.sentence()}.")
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
         found = f"PyTorch {torch.__version__} finds no NVIDIA GPU here{why}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CheckpointError, UserError, present
+from overcrank.runtime.pipeline.lora_layouts import TRAINER, halves_that_disagree, layout_of, odd_setting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,6 +31,7 @@ _HALF = re.compile(
     r"(?P<part>[^.]+)\.(?P<layer>.+?)\.(?:lora_|lora\.)(?P<half>A|B|down|up)(?:\.\w+)?\.(?P<kind>weight|bias)"
 )
 _UNDERSTOOD = re.compile(r".*\.(?:lora_|lora\.)(?:A|B|down|up)(?:\.\w+)?\.(?:weight|bias)|.*\.alpha")
+_HALVES = re.compile(r"(?P<layer>.+?)\.(?:lora_|lora\.)(?P<half>A|B|down|up)(?:\.\w+)?\.weight")
 _DIFFERENCE = re.compile(r"(?:(?:model\.)?diffusion_model|transformer|unet)\.(?P<name>.+)\.(?P<kind>diff|diff_b)")
 
 
@@ -69,7 +71,10 @@ class Lora:
         yield from dict.fromkeys([*((p, f"{layer}.weight") for p, layer in self.pairs), *self.differences])
 
     def delta(self, part: str, parameter: str) -> Tensor | None:
-        """What is added to a parameter, fp32, a weight's as [out, in × kernel]; None if nothing is."""
+        """What is added to a parameter, fp32, a weight's as [out, in × kernel]; None if nothing is.
+
+        Raises CheckpointError for one that is not finite.
+        """
         layer, _, kind = parameter.rpartition(".")
         added: Tensor | None = None
         if kind == "weight" and (part, layer) in self.pairs:
@@ -78,6 +83,8 @@ class Lora:
         if (part, parameter) in self.differences:
             whole = self.differences[part, parameter].float() * self.scale
             added = whole if added is None else added + whole.reshape(added.shape)
+        if added is not None and not bool(added.isfinite().all()):
+            raise CheckpointError(f"--lora {self.file} holds NaN or infinities in {part}.{parameter}; save it again.")
         return added
 
     def about(self) -> dict[str, Any]:
@@ -131,19 +138,18 @@ def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
     """A LoRA file for a pipeline of class `pipeline` with these modules.
 
     Raises UserError for a file that is no LoRA, or one of a kind that cannot be merged, and CheckpointError for one
-    whose names diffusers does not understand.
+    whose names diffusers does not understand, or that is not whole.
     """
     tensors, adapter = _loaded(file)
     rest = {key: tensor for key, tensor in tensors.items() if not _DIFFERENCE.fullmatch(key)}
     strange = [key for key in rest if not _UNDERSTOOD.fullmatch(key)]
     if strange:
-        raise CheckpointError(
-            f"--lora {file} is for another model, or of a kind that is not merged here (LoHa, LoKr …): nothing here "
-            f"matches {listed(strange)}."
-        )
+        said = layout_of(strange) or f"is for another model: nothing here matches {listed(strange)}"
+        raise CheckpointError(f"--lora {file} {said}.")
+    given = _count_pairs(file, rest)
     state, alphas = _named(file, pipeline, rest)
-    found = _paired(state, alphas, adapter, parts)
-    read, given = len(found.pairs) + len(found.odd), sum(".lora_A." in k or ".lora_down." in k for k in rest)
+    found = _paired(file, state, alphas, adapter, parts)
+    read = len(found.pairs) + len(found.odd)
     if read < given:
         raise CheckpointError(f"--lora {file}: diffusers drops {given - read} of its {given} layers; it is not merged.")
     own = next((p for p in ("transformer", "unet") if p in parts), "")
@@ -151,6 +157,25 @@ def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
         parameter = f"{match['name']}.{'bias' if match['kind'] == 'diff_b' else 'weight'}"
         found.differences[own, _known(parameter, own, parts)] = tensors[match.string]
     return found
+
+
+def _count_pairs(file: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Raise CheckpointError for a half without the other one, or of another rank; diffusers may drop it wordlessly."""
+    layers: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        if match := _HALVES.fullmatch(key):
+            half = "A" if match["half"] in ("A", "down") else "B"
+            same = layers.setdefault(match["layer"], {})
+            if half in same:
+                raise CheckpointError(
+                    f"--lora {file} holds several adapters, such as {same[half]} and {key}; save one alone."
+                )
+            same[half] = key
+    for layer, halves in layers.items():
+        a, b = (tensors.get(halves.get(half, "")) for half in "AB")
+        if wrong := halves_that_disagree(a, b):
+            raise CheckpointError(f"--lora {file} is not whole: {layer} {wrong}; download or save it again.")
+    return len(layers)
 
 
 def listed(keys: Sequence[str]) -> str:
@@ -166,16 +191,23 @@ def _loaded(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora {file} cannot be read as safetensors: {error}.") from error
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--lora {file} cannot be read as safetensors: {str(error).rstrip('.')}.") from error
     if any("dora_scale" in k or "magnitude_vector" in k for k in tensors):
         raise UserError(f"--lora {file} is a DoRA, which cannot be merged here; merge it into the checkpoint first.")
+    if quantized := next((k for k, tensor in tensors.items() if not tensor.is_floating_point()), ""):
+        raise CheckpointError(
+            f"--lora {file}: tensor '{quantized}' is {tensors[quantized].dtype}, no floating type; take the file in "
+            f"bf16 or fp16."
+        )
     try:
         adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         adapter = None
     if not isinstance(adapter, dict):
         raise UserError(f"--lora {file}: its lora_adapter_metadata is no JSON object; save the LoRA again.")
+    if odd := odd_setting(adapter):
+        raise UserError(f"--lora {file}: its lora_adapter_metadata has {odd}; it is not merged here: {TRAINER}.")
     return tensors, adapter
 
 
@@ -189,20 +221,22 @@ def _named(file: Path, pipeline: type, rest: Mapping[str, Tensor]) -> tuple[Mapp
     alphas = {} if "return_alphas" not in inspect.signature(reader).parameters else {"return_alphas": True}
     try:
         found = reader(dict(rest), **alphas)
-    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"--lora {file} is for another model: diffusers does not understand its names, such as "
-            f"{listed(sorted(rest)[:2])} ({type(error).__name__}: {str(error)[:160]})."
-        ) from error
+    except Exception as error:  # its converters take the file as they expect it to be
+        said = layout_of(rest) or (
+            f"is for another model: diffusers does not understand its names, such as {listed(sorted(rest)[:2])} "
+            f"({type(error).__name__}: {str(error)[:160]})"
+        )
+        raise CheckpointError(f"--lora {file} {said}.") from error
     state, scales = found if isinstance(found, tuple) else (found, None)
     return state, scales or {}
 
 
 def _paired(
-    state: Mapping[str, Tensor], alphas: Mapping[str, float], adapter: Mapping[str, Any], parts: Parts
+    file: Path, state: Mapping[str, Tensor], alphas: Mapping[str, float], adapter: Mapping[str, Any], parts: Parts
 ) -> Contents:
     halves: dict[Place, dict[str, Tensor]] = {}
     found = Contents()
+    factor = _Factor(file, state, alphas, adapter)
     for key, tensor in state.items():
         match = _HALF.fullmatch(key)
         if match is None:
@@ -211,30 +245,54 @@ def _paired(
         half = "A" if match["half"] in ("A", "down") else "B"
         halves.setdefault((match["part"], match["layer"]), {})[half + match["kind"]] = tensor
     for (part, layer), own in halves.items():
-        if not {"Aweight", "Bweight"} <= own.keys():
+        if not {"Aweight", "Bweight"} <= own.keys() or "Abias" in own:
             found.odd += [f"{part}.{layer}.lora_{kind[0]}.{kind[1:]}" for kind in own]
             continue
         a, b = own["Aweight"], own["Bweight"]
-        factor = _factor(state, alphas, adapter, part, layer, a.shape[0])
+        scale = factor.of(part, layer, a.shape[0])
         name = _known(f"{layer}.weight", part, parts).removesuffix(".weight")
-        found.pairs[part, name] = (a, b, factor)
+        found.pairs[part, name] = (a, b, scale)
         if "Bbias" in own:
-            found.differences[part, f"{name}.bias"] = own["Bbias"] * factor
+            found.differences[part, f"{name}.bias"] = own["Bbias"] * scale
+    found.odd += [key for key in state if key.endswith(".alpha") and key not in factor.used]
     return found
 
 
-def _factor(
-    state: Mapping[str, Any], alphas: Mapping[str, float], adapter: Mapping[str, Any], part: str, layer: str, rank: int
-) -> float:
-    """alpha / rank, or by its root where the file says so; one where it says no alpha."""
-    for key in (f"{part}.{layer}.alpha", f"{layer}.alpha"):
-        for place in (state, alphas):
-            if key in place:
-                return float(place[key]) / rank
-    given = adapter.get(f"{part}.alpha_pattern", {}).get(layer, adapter.get(f"{part}.lora_alpha"))
-    if given is None:
-        return 1.0
-    return float(given) / (math.sqrt(rank) if adapter.get(f"{part}.use_rslora") else rank)
+@dataclass
+class _Factor:
+    """alpha / rank of layers, or by its root where the file says so; one where it says no alpha, as PEFT has it."""
+
+    file: Path
+    state: Mapping[str, Any]
+    alphas: Mapping[str, float]
+    adapter: Mapping[str, Any]
+    used: set[str] = field(default_factory=set)
+
+    def of(self, part: str, layer: str, rank: int) -> float:
+        config = {k.removeprefix(f"{part}."): v for k, v in self.adapter.items() if k.startswith(f"{part}.")}
+        try:
+            alpha = self._alpha(config, part, layer)
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if alpha is not None else 1.0
+        except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, re.error):
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise UserError(f"--lora {self.file}: the alpha of {part}.{layer} is no number; save the LoRA again.")
+        return scale
+
+    def _alpha(self, config: Mapping[str, Any], part: str, layer: str) -> float | None:
+        for key in (f"{part}.{layer}.alpha", f"{layer}.alpha"):
+            for place in (self.state, self.alphas):
+                if key in place:
+                    self.used.add(key)
+                    return float(place[key])
+        if not config:
+            return None
+        from peft import LoraConfig
+        from peft.utils.other import get_pattern_key
+
+        pattern = config.get("alpha_pattern") or {}
+        usual = config.get("lora_alpha", LoraConfig().lora_alpha)
+        return float(pattern.get(get_pattern_key(list(pattern), layer), usual))
 
 
 # ── a file's names against a module's ────────────────────────────────────────────────

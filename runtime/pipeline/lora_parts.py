@@ -9,6 +9,7 @@ from pathlib import Path
 
 from overcrank.errors import CheckpointError, UserError
 from overcrank.runtime.pipeline.lora import Contents, Lora, LoraFile, Parts, listed, read_contents
+from overcrank.runtime.pipeline.lora_layouts import layout_of
 
 _WRITTEN = re.compile(r"(?P<part>[A-Za-z_]\w*)=(?P<file>.+)", re.DOTALL)
 
@@ -44,9 +45,8 @@ def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
         contents = _placed(one, read_contents(one.file, pipeline, parts), pipeline, parts, experts)
         unmatched = contents.unmatched(parts)
         if unmatched or not (contents.pairs or contents.differences):
-            raise CheckpointError(
-                f"--lora {one.file} is for another model: nothing here matches {listed(unmatched) or 'it'}."
-            )
+            said = layout_of(unmatched) or f"is for another model: nothing here matches {listed(unmatched) or 'it'}"
+            raise CheckpointError(f"--lora {one.file} {said}.")
         expert = next((p for p in contents.parts() if p in experts.values()), "")
         if expert and not one.part:
             if expert in unwritten:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from overcrank.errors import CheckpointError, UserError, present
+from overcrank.export.files.single_file import Origins, Rows, difference, origins
+from overcrank.export.files.stored_layers import StoredLayer, stored_layers, weight_shapes
+from overcrank.export.files.weight_file import WeightFile, open_weights
 from overcrank.export.module import cast_like_diffusers, construct
 from overcrank.export.quantization.recipe import ComponentRecipe, LayerFormat, Recipe, Rule
 from overcrank.export.quantization.stored import Quantized, joined, read_layer
 from overcrank.models import components
 from overcrank.models.base import Component, Variant
-from overcrank.models.single_file import Origins, Rows, difference, origins
-from overcrank.models.stored_layers import StoredLayer, stored_layers, weight_shapes
-from overcrank.models.weight_file import WeightFile, open_weights
 from overcrank.options import option
 from overcrank.runtime.sessions.stored_linear import StoredLinear
 from torch import nn
@@ -65,7 +65,7 @@ def module_of(path: Path, component: Component, dtype: torch.dtype) -> nn.Module
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        module = construct(component, component.config)
+        module = construct(component.cls, component.config, str(path))
     cast_like_diffusers(module, dtype)
     part = part_file(path, component, module)
     for name, rows in part.origins.items():

@@ -15,17 +15,18 @@ from overcrank.engines.cluster import RETRIES, heard
 from overcrank.errors import OvercrankError, RenderError, UserError
 from overcrank.models.base import Variant
 from overcrank.runtime.options import RenderOptions
-from overcrank.runtime.render.output import remove_partial_results
 from overcrank.runtime.render.renderer import (
     CANCELLED,
     FAILED,
     Outcome,
     Renderer,
     RenderJob,
+    Terminated,
     Watcher,
     load_renderer,
     log,
 )
+from overcrank.runtime.render.results import remove_partial_results, stop_writing
 
 LANES = 4
 """Most jobs that one process is given at a time."""
@@ -65,6 +66,10 @@ class _RemoteRenderer:
     def cancel(self) -> None:
         if self._renderer is not None:
             self._renderer.cancel()
+
+    def stop(self) -> None:
+        """What is half written goes; only this process may remove it."""
+        stop_writing([job.stem for job in self._attempts])
 
     def started(self, job: RenderJob) -> None:
         self._events.put((*self._attempts[job], "started", ()))
@@ -108,8 +113,8 @@ class ClusterRenderer:
         self._starting = {self._asked(actor): actor for actor in self._actors}
         try:
             self._go()
-        except KeyboardInterrupt:
-            self._cancel()
+        except KeyboardInterrupt as stop:
+            self._cancel(at_once=isinstance(stop, Terminated))
         finally:
             for actor in self._actors:
                 self._ray.kill(actor)
@@ -188,17 +193,19 @@ class ClusterRenderer:
             if running and attempt == self._attempt[number]:
                 getattr(self._watcher, event)(self._jobs[number], *values)
 
-    def _cancel(self) -> None:
+    def _cancel(self, at_once: bool) -> None:
         """Between steps; a second Ctrl-C at once. What was begun is finished or leaves nothing."""
         self._waiting.clear()
         try:
+            if at_once:
+                raise KeyboardInterrupt
             log.warning("cancelling after the current step; Ctrl-C again stops at once.")
             for actor in self._actors:
                 actor.cancel.remote()
             self._go()
         except KeyboardInterrupt:
+            self._ray.wait([actor.stop.remote() for actor in self._actors], num_returns=len(self._actors), timeout=10)
             for number, _ in self._running.values():
-                remove_partial_results(self._jobs[number].stem)
                 self._outcomes[number].status = CANCELLED
 
 

@@ -1,48 +1,36 @@
-"""Frames → files: MP4 (PyAV), GIF, PNG frames, a contact sheet, and a JSON sidecar.
-
-Everything is written under a temporary name in the target folder and renamed when whole;
-the sidecar comes last, so a result that has one is complete.
-"""
+"""Frames → files: MP4 (PyAV), GIF, PNG frames, a contact sheet, latents, and a JSON sidecar."""
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import json
-import shutil
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overcrank.engines.manifest import file_entry
-from overcrank.errors import RequestError
 from overcrank.files import write_errors
+from overcrank.runtime.render.media import sound_of
+from overcrank.runtime.render.results import (
+    FRAME,
+    Replace,
+    described,
+    place,
+    require_free,
+    result_paths,
+    sidecar_path,
+    staging,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
 SHEET_TILES, SHEET_WIDTH = 8, 256
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the folder; raises StoreError when nothing can be written into it."""
-    with write_errors(folder, "--out"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-
-
-def result_paths(stem: Path, formats: tuple[str, ...]) -> dict[str, Path]:
-    """Format → its file (PNG frames: a folder) beside `stem`."""
-    names = {"mp4": ".mp4", "gif": ".gif", "png": "-frames", "sheet": ".sheet.png", "latents": ".latents.safetensors"}
-    return {f: stem.with_name(stem.name + names[f]) for f in formats}
-
-
-def sidecar_path(stem: Path) -> Path:
-    return stem.with_name(f"{stem.name}.json")
+RATE = 48000  # of the sound in an MP4
+GIF_SHORTEST = 2  # hundredths of a second; viewers slow down what is shorter
 
 
 @dataclass(frozen=True)
@@ -55,102 +43,98 @@ class Video:
     sound: tuple[np.ndarray, int] | None = None  # the model's own: fp32 [channels, samples] in [-1, 1], and the rate
 
 
-def write_results(
-    video: Video, stem: Path, formats: tuple[str, ...], about: Mapping[str, Any], audio: Path | None = None
-) -> list[Path]:
-    """Write the video in every format, then the sidecar `about`; returns the paths.
+@dataclass(frozen=True)
+class Writing:
+    """What is written of a video, beside its frames."""
 
-    Raises StoreError when the folder cannot be
-    written or is full; nothing of this result is left then.
+    formats: tuple[str, ...]
+    about: Mapping[str, Any]  # the sidecar's content
+    audio: Path | None = None
+    metadata: bool = True  # whether the MP4 says what it was made of
+    replace: Replace = "own"
+
+
+def write_results(video: Video, stem: Path, writing: Writing) -> list[Path]:
+    """Write the video in every format, then the sidecar; returns the paths.
+
+    Raises StoreError when the folder cannot be written or is full, RequestError for what is in the way: nothing of
+    this result is left then, and what was there before is as it was.
     """
+    import numpy as np
+
+    shown = _without_folders(writing.about) if writing.metadata else {}
     writers: dict[str, Callable[[Path], None]] = {
-        "mp4": lambda p: write_mp4(video, p, about, audio),
-        "gif": lambda p: _write_gif(video, p),
+        "mp4": lambda p: write_mp4(video, p, shown, writing.audio),
+        "gif": lambda p: write_gif(video, p),
         "png": lambda p: _write_frames(video.frames, p),
         "sheet": lambda p: contact_sheet(video.frames).save(p),
         "latents": lambda p: _write_latents(video.latents, p),
     }
-    final = result_paths(stem, formats)
-    with write_errors(stem.parent, "--out"):
-        work = Path(tempfile.mkdtemp(prefix=f".{stem.name}.", suffix=".part", dir=stem.parent))
-        try:
-            listed = []
-            for name, path in final.items():
-                writers[name](work / path.name)
-                listed.append({"format": name, "name": path.name} | _described(work / path.name))
-            sidecar = work / sidecar_path(stem).name
-            sidecar.write_text(json.dumps({**about, "files": listed}, indent=1, ensure_ascii=False) + "\n", "utf-8")
-            sidecar_path(stem).unlink(missing_ok=True)
-            for path in (*final.values(), sidecar_path(stem)):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                (work / path.name).replace(path)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    final = result_paths(stem, writing.formats)
+    require_free(stem, writing.formats, writing.replace)
+    with write_errors(stem.parent, "--out"), staging(stem) as work:
+        listed = []
+        for name, path in final.items():
+            writers[name](work / path.name)
+            listed.append({"format": name, "name": path.name} | described(work / path.name))
+        digest = hashlib.sha256(np.ascontiguousarray(video.frames).data).hexdigest()
+        about = _relative(writing.about, stem.parent) | {"frames_sha256": digest, "files": listed}
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        (work / sidecar_path(stem).name).write_text(text, "utf-8", errors="backslashreplace")
+        place(work, stem, writing.formats, writing.replace)
     return [*final.values(), sidecar_path(stem)]
 
 
-def preview_path(stem: Path) -> Path:
-    return stem.with_name(f"{stem.name}.preview.png")
+def _relative(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Files named from the sidecar's folder, so that both can be moved together."""
+
+    def from_folder(path: str) -> str:
+        try:
+            return Path(os.path.relpath(path, folder)).as_posix()
+        except ValueError:  # on another drive of Windows
+            return path
+
+    return _with_paths(about, from_folder)
 
 
-def write_preview(image: np.ndarray, stem: Path) -> None:
-    """Replace the preview picture; `image`: [H, W, 3] in [0, 1]."""
-    import numpy as np
-    from PIL import Image
-
-    part = stem.with_name(f".{stem.name}.preview.part")
-    with write_errors(stem.parent, "--out"):
-        Image.fromarray((image * 255).round().astype(np.uint8)).save(part, format="PNG")
-        part.replace(preview_path(stem))
+def _without_folders(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Files by their names alone: a video that is passed on tells nothing of its maker's folders."""
+    return _with_paths(about, lambda path: Path(path).name)
 
 
-def remove_partial_results(stem: Path) -> None:
-    """What an interrupted write of this result left behind."""
-    for path in [preview_path(stem), *stem.parent.glob(f".{glob.escape(stem.name)}.*part")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def _with_paths(about: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A sidecar's content with each absolute path changed; prompts stay as they are."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _with_paths(value, change)
+        if isinstance(value, list | tuple):
+            return [changed(v) for v in value]
+        return change(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+    return {k: v if k in TEXTS else changed(v) for k, v in about.items()}
 
 
-def is_complete(stem: Path, digest: str) -> bool:
-    """Whether a result of this request lies there whole, by its sidecar and its files' sizes."""
-    try:
-        about = json.loads(sidecar_path(stem).read_text("utf-8"))
-        files = [(stem.with_name(f["name"]), f.get("bytes")) for f in about["files"]]
-        whole = all(p.is_dir() if size is None else p.stat().st_size == size for p, size in files)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return whole and about.get("request_sha256") == digest
-
-
-def _described(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        return {"count": len(list(path.iterdir()))}
-    entry = file_entry(path)
-    return {"bytes": entry.bytes, "sha256": entry.sha256}
+TEXTS = ("prompt", "negative_prompt", "output", "fallbacks")
 
 
 def write_mp4(result: Video, path: Path, about: Mapping[str, Any], audio: Path | None) -> None:
-    """H.264 in yuv420p, BT.709 and tagged so, with the sidecar's content as metadata, and AAC sound."""
+    """H.264 in yuv420p, BT.709 and tagged so, with `about` as metadata ({}: none), and AAC sound."""
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     frames, rate = result.frames, Fraction(result.fps).limit_denominator(1001)
-    with av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
-        request = about.get("request", {})
-        container.metadata.update({"title": str(request.get("prompt", "")), "encoder": "overcrank"})
-        container.metadata.update({k: str(request[k]) for k in ("prompt", "seed") if k in request})
-        container.metadata.update({"model": str(about.get("model", "")), "comment": json.dumps(about)})
+    options = {"movflags": "use_metadata_tags+faststart"}
+    with av.open(str(path), "w", format="mp4", options=options, metadata_errors="backslashreplace") as container:
+        container.metadata.update(_notes(about) if about else {})
         video = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "medium"})
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         coder: Any = video.codec_context
         coder.colorspace, coder.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
         coder.color_primaries, coder.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
-        heard = _decoded(audio) if audio else _drawn(*result.sound) if result.sound else None
-        sound = container.add_stream("aac", rate=48000) if heard else None
+        heard = sound_of(audio) if audio else _drawn(*result.sound) if result.sound else None
+        sound = container.add_stream("aac", rate=RATE) if heard else None
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             planes = picture.reformat(
@@ -162,11 +146,11 @@ def write_mp4(result: Video, path: Path, about: Mapping[str, Any], audio: Path |
             _mux_sound(container, sound, heard, len(frames) / float(rate))
 
 
-def _decoded(audio: Path) -> Iterator[Any]:
-    import av
-
-    with av.open(str(audio)) as source:
-        yield from source.decode(audio=0)
+def _notes(about: Mapping[str, Any]) -> dict[str, str]:
+    request = about.get("request", {})
+    notes = {"title": str(request.get("prompt", "")), "encoder": "overcrank"}
+    notes |= {k: str(request[k]) for k in ("prompt", "seed") if k in request}
+    return notes | {"model": str(about.get("model", "")), "comment": json.dumps(about)}
 
 
 def _drawn(samples: np.ndarray, rate: int) -> Iterator[Any]:
@@ -180,38 +164,40 @@ def _drawn(samples: np.ndarray, rate: int) -> Iterator[Any]:
 
 
 def _mux_sound(container: Any, sound: Any, heard: Iterator[Any], seconds: float) -> None:
-    """The sound's first `seconds`, resampled to what the AAC encoder takes."""
+    """The sound's first `seconds`, resampled to what the AAC encoder takes; the rest is not decoded."""
     import av
 
-    resampler = av.AudioResampler(format="fltp", layout="stereo", rate=48000, frame_size=1024)
+    resampler = av.AudioResampler(format="fltp", layout="stereo", rate=RATE, frame_size=1024)
+
+    def resampled() -> Iterator[Any]:
+        for decoded in heard:
+            yield from resampler.resample(decoded)
+        yield from resampler.resample(None)
+
     written = 0
-    for decoded in heard:
-        for frame in resampler.resample(decoded):
-            if written >= seconds * 48000:
-                break
-            frame.pts = written
-            written += frame.samples
-            container.mux(sound.encode(frame))
+    for frame in resampled():
+        if written >= seconds * RATE:
+            break
+        frame.pts = written
+        written += frame.samples
+        container.mux(sound.encode(frame))
     container.mux(sound.encode(None))
 
 
-def check_audio(path: Path) -> None:
-    """Raise RequestError for a file that holds no sound."""
-    import av
-
-    try:
-        with av.open(str(path)) as source:
-            if not source.streams.audio:
-                raise RequestError(f"audio {path} holds no sound.")
-    except av.FFmpegError as error:
-        raise RequestError(f"audio {path} cannot be read as sound: {error.strerror}.") from error
-
-
-def _write_gif(video: Video, path: Path) -> None:
+def write_gif(video: Video, path: Path) -> None:
+    """Each frame at its time, in the hundredths of a second that a GIF counts in; of more than 50 a second, some."""
     from PIL import Image
 
-    first, *rest = [Image.fromarray(f) for f in video.frames]
-    first.save(path, format="GIF", save_all=True, append_images=rest, duration=1000 / video.fps, loop=0)
+    times = [round(100 * i / video.fps) for i in range(len(video.frames) + 1)]
+    shown, ends = [0], []
+    for i in range(1, len(video.frames)):
+        if times[i] - times[shown[-1]] >= GIF_SHORTEST:
+            ends.append(times[i])
+            shown.append(i)
+    ends.append(max(times[-1], times[shown[-1]] + GIF_SHORTEST))
+    durations = [10 * (end - times[i]) for i, end in zip(shown, ends, strict=True)]
+    first, *rest = [Image.fromarray(video.frames[i]) for i in shown]
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def _write_frames(frames: np.ndarray, path: Path) -> None:
@@ -219,13 +205,16 @@ def _write_frames(frames: np.ndarray, path: Path) -> None:
 
     path.mkdir()
     for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(path / f"{i:05}.png")
+        Image.fromarray(frame).save(path / FRAME.format(i))
 
 
 def _write_latents(latents: np.ndarray, path: Path) -> None:
     from safetensors.numpy import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
     save_file({"latents": latents}, path)
+    path.chmod(mode)
 
 
 def contact_sheet(frames: np.ndarray) -> Image.Image:

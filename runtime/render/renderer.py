@@ -13,27 +13,31 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from overcrank.engines.refusals import NonFiniteResult, free_memory
 from overcrank.errors import OvercrankError, RenderCancelled, RenderError
-from overcrank.models import hook
+from overcrank.models import family
 from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
+from overcrank.runtime.pipeline.checkpoint import broken_weight
+from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
 from overcrank.runtime.pipeline.load import load, pipeline_for
-from overcrank.runtime.render.media import media_of
-from overcrank.runtime.render.output import Video, check_audio, is_complete, remove_partial_results, write_results
-from overcrank.runtime.render.request import RenderRequest
+from overcrank.runtime.render.media import cropped, media_of
+from overcrank.runtime.render.output import Video, Writing, write_results
+from overcrank.runtime.render.request import RenderRequest, require_memory
+from overcrank.runtime.render.results import Replace, is_complete, remove_partial_results, stop_writing
 from overcrank.runtime.render.sidecar import about_render
 from overcrank.runtime.render.stepcache import StepCache, threshold_of
 from overcrank.runtime.render.steps import NonFinite, Steps, require_finite
 from overcrank.runtime.sessions.session import Record
-from overcrank.runtime.sessions.workspace import free_memory
+from overcrank.runtime.sessions.workspace import memory_of
 
 if TYPE_CHECKING:
     from overcrank.runtime.pipeline.accelerate import Acceleration
@@ -46,6 +50,15 @@ DONE, SKIPPED, FAILED, CANCELLED = "done", "skipped", "failed", "cancelled"
 class RenderJob:
     request: RenderRequest  # completed
     stem: Path  # the results' path without a suffix
+    replace: Replace = "own"
+
+
+class Terminated(KeyboardInterrupt):
+    """The process ends at once: a second Ctrl-C, SIGTERM, or SIGHUP, as when its terminal is gone."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
 
 
 @dataclass
@@ -90,13 +103,15 @@ class Renderer:
         preview: bool = False,
         lanes: int | None = None,
         cache: float = 0.0,
+        metadata: bool = True,
     ) -> None:
         """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1].
 
         One at a time if parts of the pipeline come and go. `cache`: threshold of the step cache
-        (stepcache.py), 0 for none.
+        (stepcache.py), 0 for none. `metadata`: whether MP4s say what they were made of.
         """
         self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
+        self.metadata = metadata
         self.acceleration: Acceleration = pipe.overcrank
         self.cache = StepCache(cache, self.acceleration.variant, self.acceleration.ledger)
         self.lanes = 1 if self.acceleration.moved else lanes or _lanes(device_of(pipe))
@@ -107,33 +122,36 @@ class Renderer:
         """Render every job; one that fails does not stop the rest.
 
         Ctrl-C cancels between steps, keeps finished videos and leaves the rest `cancelled`;
-        a second one stops at once and removes what is half written. `resume` skips jobs
-        whose results lie there whole.
+        a second one stops at once, removes what is half written and raises Terminated, while a step
+        may still be computed in a thread. `resume` skips jobs whose results lie there whole.
         """
-        outcomes = [Outcome(job) for job in jobs]
-        with ThreadPoolExecutor(self.lanes, "render") as pool:
-            running = [pool.submit(self._guarded, outcome, resume) for outcome in outcomes]
-            try:
-                wait(running)
-            except KeyboardInterrupt:
-                try:
-                    self.cancel()
-                    log.warning("cancelling after the current step; Ctrl-C again stops at once.")
-                    wait(running)
-                except KeyboardInterrupt:
-                    self._stop_at_once(jobs)
+        outcomes, at_once = [Outcome(job) for job in jobs], False
+        pool = ThreadPoolExecutor(self.lanes, "render")
+        running = [pool.submit(self._guarded, outcome, resume) for outcome in outcomes]
+        try:
+            self._wait(running)
+        except KeyboardInterrupt as stop:
+            at_once = True
+            stop_writing([job.stem for job in jobs])
+            raise stop if isinstance(stop, Terminated) else Terminated(RenderCancelled.exit_code) from None
+        finally:
+            pool.shutdown(wait=not at_once)
         return outcomes
+
+    def _wait(self, running: Sequence[Future[None]]) -> None:
+        """Until every job has ended; KeyboardInterrupt when they shall end at once."""
+        try:
+            wait(running)
+        except KeyboardInterrupt as stop:
+            self.cancel()
+            if isinstance(stop, Terminated):
+                raise
+            log.warning("cancelling after the current step; Ctrl-C again stops at once.")
+            wait(running)
 
     def cancel(self) -> None:
         """Jobs end after their current step; those not begun do not begin."""
         self._cancelled.set()
-
-    def _stop_at_once(self, jobs: Sequence[RenderJob]) -> None:
-        import os
-
-        for job in jobs:
-            remove_partial_results(job.stem)
-        os._exit(RenderCancelled.exit_code)
 
     def _guarded(self, outcome: Outcome, resume: bool) -> None:
         """Every way a job can end, as its outcome."""
@@ -166,7 +184,7 @@ class Renderer:
 
         device = device_of(self.pipe)
         if isinstance(error, torch.OutOfMemoryError):
-            figures = f" ({free_memory(device)})" if device.type == "cuda" else ""
+            figures = f" ({free_memory(*memory_of(device))})" if device.type == "cuda" else ""
             return f"out of memory{figures}; render fewer frames, a smaller size, with --vram low, or with --lanes 1."
         if isinstance(error, torch.AcceleratorError):
             self._cancelled.set()  # nothing more can be computed in this process
@@ -183,11 +201,14 @@ class Renderer:
                 video, pipe = self.made(outcome)
             except NonFinite as error:
                 used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
+                if broken := broken_weight(self.pipe):
+                    raise RenderError(
+                        f"{error}: {broken} holds NaN or infinities, so the checkpoint is damaged, or is too large for "
+                        f"the part's dtype; download it again, or load that part in bf16 or fp32."
+                    ) from error
                 if not used:
                     raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
-                ledger.fall_back(
-                    used, f"the engines gave {error}", "report it with the sidecar; rendered again eagerly"
-                )
+                ledger.fall_back(used, NonFiniteResult(str(error)))
                 with ledger.eagerly():
                     try:
                         video, pipe = self.made(outcome)
@@ -196,7 +217,8 @@ class Renderer:
             self.acceleration.save_kernels()
             self.watcher.stage(job, "writing")
             about = about_render(self.acceleration, self._settings(), self.model, pipe, job.request, outcome)
-            outcome.files = write_results(video, job.stem, job.request.formats, about, job.request.audio)
+            writing = Writing(job.request.formats, about, job.request.audio, self.metadata, job.replace)
+            outcome.files = write_results(video, job.stem, writing)
 
     def _settings(self) -> dict[str, Any]:
         return self.acceleration.settings() | self.cache.settings()
@@ -213,9 +235,8 @@ class Renderer:
 
         job, variant = outcome.job, self.acceleration.variant
         request = job.request
+        require_memory(request)
         pipe = pipeline_for(self.pipe, variant, request.task, request)
-        if request.audio is not None:
-            check_audio(request.audio)
         media = media_of(request, variant)
         with torch.no_grad(), _own_stream(device_of(pipe)), self._releasing():
             with self.stage(job, "encoding"), self._preloading(request):
@@ -228,10 +249,12 @@ class Renderer:
                     generator=torch.Generator("cpu").manual_seed(request.seed),
                     output_type="np",
                 )
-        frames, sound = hook(variant, "results")(pipe, result)
+        frames, sound = family(variant.family).results(pipe, result)
         outcome.steps = steps.seconds()
         frames = np.asarray(frames)
         require_finite(frames)
+        if request.crop is not None:
+            frames = cropped(frames, request.kept)
         pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
         return Video(pixels, float(request.fps or variant.fps), steps.latents(), sound), pipe
 
@@ -281,8 +304,7 @@ def encoded(pipe: Any, variant: Variant, request: RenderRequest) -> dict[str, An
     negative = request.negative_prompt or ""
     if negative and not guided and negative != variant.rendering(request.task).negative_prompt:
         log.warning("negative_prompt does nothing at guidance %g: only above 1 is it looked at.", request.guidance or 0)
-    made: dict[str, Any] = hook(variant, "encode")(pipe, variant, request.prompt, negative, guided)
-    return made
+    return family(variant.family).encode(pipe, variant, request.prompt, negative, guided)
 
 
 def call_arguments(
@@ -291,7 +313,7 @@ def call_arguments(
     """Arguments of the pipeline's call, without callback, generator and output type."""
     usual = text | _usual_arguments(request)
     own = dict(variant.rendering(request.task).arguments) | _guidance(request)
-    return _taken(pipe, hook(variant, "call_arguments")(pipe, variant, media, usual | own), usual)
+    return _taken(pipe, family(variant.family).call_arguments(pipe, variant, media, usual | own), usual)
 
 
 def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
@@ -338,10 +360,20 @@ def _own_stream(device: Any) -> Iterator[None]:
 
 
 def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
-    """The pipeline of `options.model`, loaded and accelerated in this process."""
+    """The pipeline of `options.model`, loaded and accelerated in this process, which is for rendering alone."""
+    with uncollected(forever=True), suppress(Exception):  # what cannot be imported, `load` tells
+        pipeline_class(next(iter(variant.tasks.values())))
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
     threshold = threshold_of(options.cache, variant)
     pipe = load(options.model, options, watch=unwatched)  # a bar would be drawn over that of the jobs
-    return Renderer(pipe, variant.name, watcher, preview=options.preview, lanes=options.lanes, cache=threshold)
+    return Renderer(
+        pipe,
+        variant.name,
+        watcher,
+        preview=options.preview,
+        lanes=options.lanes,
+        cache=threshold,
+        metadata=options.metadata,
+    )

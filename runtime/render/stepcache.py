@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import UserError
-from overcrank.models import hook
+from overcrank.models import family
 from overcrank.models.base import Variant
 from overcrank.runtime.pipeline.accelerate import denoisers
 from overcrank.runtime.sessions.session import Ledger
@@ -38,7 +38,7 @@ def threshold_of(word: str, variant: Variant) -> float:
 
     0 is off. Raises UserError.
     """
-    levels: dict[str, float] = hook(variant, "cache_levels")(variant)
+    levels = family(variant.family).cache_levels
     if word in ("off", *levels):
         return levels.get(word, 0.0)
     try:

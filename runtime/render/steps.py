@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import RenderError
-from overcrank.models import family, hook
+from overcrank.models import family
 from overcrank.runtime.pipeline.accelerate import device_of
-from overcrank.runtime.render.output import write_preview
+from overcrank.runtime.render.results import write_preview
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,8 +38,8 @@ class Steps:
         variant = renderer.acceleration.variant
         self._scheduler = getattr(pipe, "scheduler", None)  # an upsampler has none, and takes no steps
         previews = renderer.preview and hasattr(self._scheduler, "sigmas")
-        self._preview_of: Any = hook(variant, "preview") if previews else None
-        self._left = hook(variant, "rounds")(variant, job.request.shape)  # times the steps are run through
+        self._preview_of = family(variant.family).preview if previews else None
+        self._left = family(variant.family).rounds(variant, job.request.shape)  # times the steps are run through
 
     @contextmanager
     def denoising(self) -> Iterator[None]:
@@ -90,8 +90,7 @@ class Steps:
         self._guide(pipe, step, steps)
         self._renderer.cache.stepped(step, steps)
         self._renderer.watcher.stepped(self._job, step + 1, steps)
-        if self._preview_of is not None:
-            self._preview(step, steps, latents)
+        self._preview(step, steps, latents)
         if step + 1 == steps:
             self._left -= 1
             if self._left == 0:
@@ -141,6 +140,8 @@ class Steps:
 
     def _preview(self, step: int, steps: int, latents: Tensor) -> None:
         """The video that this step points at: x0 = x - sigma · v, with the velocity v from the last two latents."""
+        if self._preview_of is None:
+            return
         before, self._before = self._before, latents.detach().clone()
         if before is None or (step + 1) % max(1, steps // PREVIEWS) or step + 1 == steps:
             return

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from overcrank.engines.cards import Card, installed_cards
+from overcrank.engines.refusals import CannotServe, CardsUnseen, Refusal, TorchWithoutCuda
 from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, too_old
-from overcrank.errors import CannotServe, TargetError
+from overcrank.errors import TargetError
 
 if TYPE_CHECKING:
     import torch
@@ -34,28 +35,24 @@ def require_driver(card: Card) -> None:
     """Raise CannotServe when no TensorRT that is installed runs on the card's driver."""
     reasons = [too_old(flavour, card.driver) for flavour in DISTRIBUTIONS if flavour_version(flavour)]
     if reasons and all(reasons):
-        raise CannotServe(*next(reason for reason in reasons if reason))
+        raise CannotServe(next(reason for reason in reasons if reason))
 
 
-def why_no_card(version: str, cuda: str | None, cards: Sequence[Card]) -> tuple[str, str] | None:
-    """Why PyTorch sees none of the cards that are here, and what to do; None if there is none to see.
+def why_no_card(version: str, cuda: str | None, cards: Sequence[Card]) -> Refusal | None:
+    """Why PyTorch sees none of the cards that are here; None if there is none to see.
 
     `version`: of PyTorch; `cuda`: the version it was made for, None for a build without.
     """
     if not cards:
         return None
-    names = ", ".join(dict.fromkeys(card.name for card in cards))
+    names = tuple(dict.fromkeys(card.name for card in cards))
     if not cuda:
-        plain = version.partition("+")[0]
-        install = f"install the wheel torch=={plain}+{WHEEL} in its place (pytorch.org/get-started has the command)"
-        return f"PyTorch {version} is a build without CUDA, and this machine has {names}", install
-    if reason := next((r for f in DISTRIBUTIONS if flavour_version(f) and (r := too_old(f, cards[0].driver))), None):
-        return reason
-    what = f"PyTorch {version} for CUDA {cuda} sees no card, and this machine has {names}"
-    return what, f"install a driver for CUDA {cuda} or newer, and look at CUDA_VISIBLE_DEVICES"
+        return TorchWithoutCuda(version, f"torch=={version.partition('+')[0]}+{WHEEL}", names)
+    reasons = (too_old(flavour, cards[0].driver) for flavour in DISTRIBUTIONS if flavour_version(flavour))
+    return next(filter(None, reasons), None) or CardsUnseen(version, cuda, names)
 
 
-def no_card() -> tuple[str, str] | None:
+def no_card() -> Refusal | None:
     """As `why_no_card`, of this machine."""
     import torch
 

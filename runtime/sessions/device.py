@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from overcrank.errors import CannotServe
+from overcrank.engines.refusals import CannotServe, NoCard
 
 if TYPE_CHECKING:
     import torch
@@ -164,5 +164,5 @@ def device_of(index: int) -> Device:
     import torch
 
     if not torch.cuda.is_available():
-        raise CannotServe(f"PyTorch {torch.__version__} sees no card", "overcrank doctor says why", lasting=False)
+        raise CannotServe(NoCard(torch.__version__))
     return Cuda(index)

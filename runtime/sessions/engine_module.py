@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import BuildCancelled, CannotServe, OtherKind, OvercrankError, RenderCancelled, ShapeError
+from overcrank.engines.refusals import (
+    AnotherComponentsCall,
+    CallFailed,
+    CannotServe,
+    OtherLengths,
+    Refusal,
+    SessionFailed,
+    UnfitCall,
+    UnknownArguments,
+    WrongCall,
+)
+from overcrank.errors import BuildCancelled, OtherKind, OvercrankError, RenderCancelled, ShapeError
 from overcrank.models.base import Call, Component
 from overcrank.runtime.sessions.fingerprint import Change, Fingerprint
 from overcrank.runtime.sessions.parked import Parked
@@ -30,28 +41,29 @@ class Slot:
     component: Component
     make: Callable[[], Session]
     session: Session | None = None
-    refused: CannotServe | None = None
+    refused: Refusal | None = None  # for good
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def opened(self) -> Session:
         with self._lock:  # it may be on its way in another thread
             if self.refused is not None:
-                raise CannotServe(self.refused.reason, self.refused.fix)
+                raise CannotServe(self.refused)
             if self.session is None:
                 try:
                     self.session = self.make()
                 except (RenderCancelled, BuildCancelled):
                     raise
+                except CannotServe as error:
+                    self.refuse(error.why)
+                    raise
                 except Exception as error:
-                    refusal = error if isinstance(error, CannotServe) else _unexpected(self.component.name, error, True)
-                    self.refuse(refusal)
-                    raise refusal from error
+                    self.refused = SessionFailed(self.component.name, _first_line(error))
+                    raise CannotServe(self.refused) from error
             return self.session
 
-    def refuse(self, refusal: CannotServe) -> None:
-        """Kept without the frames it was raised in, which hold a call's tensors."""
-        if refusal.lasting:
-            self.refused = CannotServe(refusal.reason, refusal.fix)
+    def refuse(self, why: Refusal) -> None:
+        if why.lasting:
+            self.refused = why
 
     def follow(self, change: Change) -> None:
         """The module was changed: what could not be made may be now, and what stays must hold its weights."""
@@ -115,7 +127,7 @@ class EngineModule:
                 serve = self._uncompiled if "torch._dynamo" in sys.modules else self._by_an_engine
                 return serve(_arguments(self.__signature__, args, kwargs))
             except CannotServe as refusal:
-                self.ledger.fall_back([self.name], refusal.reason, refusal.fix)
+                self.ledger.fall_back([self.name], refusal.why)
         self.ledger.record.served[self.name, EAGER] += 1
         self._parked.fetch()
         return self._eager(*args, **kwargs)
@@ -131,28 +143,24 @@ class EngineModule:
         return disabled
 
     def _by_an_engine(self, arguments: dict[str, Any]) -> Any:
-        """Raises CannotServe with the reason of the slot that came closest.
-
-        That is the first that understood the call, else the first that is for calls of its kind.
-        """
+        """Raises CannotServe with the reason of the slot that came closest to serving, of several the first."""
         self._bind()
-        refused: list[CannotServe] = []
-        unfit: list[CannotServe] = []
-        others: list[CannotServe] = []
+        reasons: list[Refusal] = []
         for slot in self.slots:
             try:
                 return self._served(slot, Call(arguments))
             except CannotServe as error:
-                slot.refuse(error)
-                refused.append(error)
+                slot.refuse(error.why)
+                reasons.append(error.why)
+            except OtherKind as error:
+                reasons.append(AnotherComponentsCall(str(error)))
             except ShapeError as error:
-                reason = CannotServe(str(error), "PyTorch runs it", lasting=False)
-                (others if isinstance(error, OtherKind) else unfit).append(reason)
+                reasons.append(UnfitCall(str(error)))
             except (RenderCancelled, BuildCancelled):
                 raise
             except Exception as error:
-                refused.append(_unexpected(slot.component.name, error))
-        raise (refused or unfit or others)[0]
+                reasons.append(CallFailed(slot.component.name, _first_line(error)))
+        raise CannotServe(min(reasons, key=lambda why: why.distance))
 
     def _bind(self) -> None:
         """Have every session follow what was done to the module; raises CannotServe while it is none of its class's."""
@@ -171,7 +179,7 @@ class EngineModule:
         component = slot.component
         inputs = component.adapt(self.module, call)
         if unread := call.unread(self._defaults):
-            raise ShapeError(f"this call gives {', '.join(unread)}")
+            raise CannotServe(UnknownArguments(tuple(unread)))
         session = self._opened(slot)
         if self._parked.park(session.replaced) and self._bound is not None:
             self._bound.noted()
@@ -201,7 +209,7 @@ class EngineModule:
         try:
             return run_each(session, component, inputs)
         except torch.cuda.OutOfMemoryError as error:
-            raise out_of_memory(component.name, 0, next(iter(inputs.values())).device) from error
+            raise CannotServe(out_of_memory(component.name, next(iter(inputs.values())).device)) from error
 
 
 def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -209,17 +217,16 @@ def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str
     try:
         bound = signature.bind(*args, **kwargs).arguments
     except TypeError as error:  # the stock forward says so in its own words
-        raise CannotServe(str(error), "call it as its class is called", lasting=False) from error
+        raise CannotServe(WrongCall(str(error))) from error
     more = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     return bound | {k: v for name in more for k, v in bound.pop(name, {}).items()}
 
 
-def _unexpected(component: str, error: Exception, lasting: bool = False) -> CannotServe:
-    """Any failure of an engine's path: PyTorch renders, and the reason is told."""
+def _first_line(error: Exception) -> str:
+    """Of a failure that nobody foresaw; all of it is logged."""
+    log.debug("an engine failed", exc_info=error)
     said = str(error).strip().partition("\n")[0].rstrip(".")[:300]
-    kind = "" if isinstance(error, OvercrankError) else f"{type(error).__name__}: "
-    log.debug("%s failed", component, exc_info=error)
-    return CannotServe(f"{component} failed ({kind}{said})", "overcrank doctor tests this machine", lasting)
+    return said if isinstance(error, OvercrankError) else f"{type(error).__name__}: {said}"
 
 
 def _check_fixed(component: Component, inputs: Mapping[str, Any]) -> None:
@@ -232,8 +239,4 @@ def _check_fixed(component: Component, inputs: Mapping[str, Any]) -> None:
             for i, (d, n) in enumerate(zip(spec.dims, shape, strict=True))
         )
         if not fits:
-            raise CannotServe(
-                f"{component.name}: {spec.name} {list(shape)} is not {list(spec.dims)}",
-                "render one video at a time and with the model's own sizes",
-                lasting=False,
-            )
+            raise CannotServe(OtherLengths(component.name, spec.name, tuple(shape), spec.dims))

@@ -72,6 +72,8 @@ PROVIDERS = {
 class OrtSession:
     """Runs one graph in fp32; on CPU its parameters share the memory of the tensors they come from.
 
+    It has as many threads as PyTorch has when it is made (torch.set_num_threads, OMP_NUM_THREADS).
+
     With a GPU provider inputs and outputs pass through host memory: this backend is for
     checking numbers, TensorRT is the fast one.
     """
@@ -84,8 +86,11 @@ class OrtSession:
         """`parameters`: graph input → tensor of the shape the graph declares, or of two fp4 values in a byte."""
         import onnx_ir as ir
         import onnxruntime as ort
+        import torch
 
         options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # PyTorch's threads work between calls
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # it makes integer products of fp8
         loaded = ir.load(model) if isinstance(model, Path) else model

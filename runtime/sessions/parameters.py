@@ -6,15 +6,26 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from overcrank.engines.manifest import ComponentEntry
-from overcrank.errors import CannotServe
+from overcrank.engines.module_refusals import NoParameter, NoRange
+from overcrank.engines.refusals import CannotServe
+from overcrank.errors import CheckpointError
 from overcrank.export.quantization.packing import packed_tensors
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
-from overcrank.runtime.sessions.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+PACKED_TYPES = {
+    "float8e4m3fn": "float8_e4m3fn",
+    "int8": "int8",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float": "float32",
+    "float4e2m1": "uint8",
+}
+"""ONNX's names of what packs hold → PyTorch's."""
 
 
 def parameters_of(entry: ComponentEntry) -> tuple[Parameter, ...]:
@@ -32,28 +43,34 @@ def packed_parameters(
     `compute`: torch's name of the factors' type. Raises CannotServe for a range that was not measured.
     """
 
-    import torch
-
     def weight(layer: str) -> Tensor:
-        owner = module.get_submodule(layer)
-        return owner.values() if isinstance(owner, StoredLinear) else module.get_parameter(f"{layer}.weight").detach()
+        return module.get_parameter(f"{layer}.weight").detach()
 
     made = {}
     device = next(module.parameters()).device
     for layer, form in formats.items():
         if missing := unmeasured(layer, form, ranges):
-            raise CannotServe(
-                f"{missing} needs a range that no recipe gives",
-                "calibrate, and render with --recipe, or build with --activations dynamic",
-            )
-        owner = module.get_submodule(layer)
-        if isinstance(owner, StoredLinear) and owner.engine_format == form:
-            tensors = owner.bound(getattr(torch, compute))
-        else:
-            tensors = packed_tensors(layer, form, weight, ranges, compute)
-        for role, tensor in tensors.items():
+            raise CannotServe(NoRange(missing))
+        for role, tensor in packed_tensors(layer, form, weight, ranges, compute).items():
             made[f"{layer}.{role}"] = tensor.to(device)
     return made
+
+
+def require_packed(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for packed tensors that are not all of the types and shapes that the manifest says.
+
+    An engine is told addresses alone, and reads as many bytes as it was compiled for.
+    """
+    for packed in entry.packed:
+        tensor, wanted = packs.get(packed.input), packed.shape
+        if packed.dtype == "float4e2m1":  # two values in a byte
+            wanted = [*wanted[:-1], wanted[-1] // 2]
+        there = None if tensor is None else (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        if there != (PACKED_TYPES.get(packed.dtype), wanted):
+            raise CheckpointError(
+                f"the weight pack has {packed.input} {'not at all' if there is None else f'as {there[0]} {there[1]}'}, "
+                f"and the engine takes it as {packed.dtype} {packed.shape}; pack it again with the engine's recipe."
+            )
 
 
 def compute_of(entry: ComponentEntry) -> str:
@@ -61,28 +78,18 @@ def compute_of(entry: ComponentEntry) -> str:
     return next((p.dtype for p in entry.packed if p.role.endswith("before")), "bfloat16")
 
 
-def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, Tensor]:
+def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, nn.Parameter]:
     """Graph input → the module's parameter, which follows when the module is moved.
 
-    What a quantized file holds of a layer that the graph multiplies in 16 bit is widened. Raises CannotServe when the
-    module lacks one, as with LoRA layers that are not fused.
+    Raises CannotServe when the module lacks one, as with LoRA layers that are not fused.
     """
-    import torch
-
-    named: dict[str, Tensor] = dict(module.named_parameters())
-    stored = {name: owner for name, owner in module.named_modules() if isinstance(owner, StoredLinear)}
+    named = dict(module.named_parameters())
     prefix = f"{component.attribute}." if component.attribute else ""
     bound = {}
     for parameter in wanted:
-        name = parameter.name.removeprefix(prefix)
-        own = named.get(name)
-        if name.endswith(".weight") and (owner := stored.get(name.removesuffix(".weight"))) is not None:
-            own = owner.values().to(getattr(torch, parameter.dtype))
+        own = named.get(parameter.name.removeprefix(prefix))
         if own is None or tuple(own.shape) != parameter.module_shape:
-            raise CannotServe(
-                f"the {component.subfolder} has no parameter {parameter.name} of shape {list(parameter.module_shape)}",
-                "fuse LoRAs (pipe.fuse_lora(), pipe.unload_lora_weights()) and load the checkpoint unquantized",
-            )
+            raise CannotServe(NoParameter(component.subfolder, parameter.name, parameter.module_shape))
         bound[parameter.input] = own
     return bound
 

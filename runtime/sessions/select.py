@@ -9,11 +9,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overcrank.engines.manifest import ComponentEntry, Manifest, ShapeEntry, check_files, read_manifest
+from overcrank.engines.manifest import (
+    BundledEngine,
+    ComponentEntry,
+    Manifest,
+    ShapeEntry,
+    check_files,
+    read_manifest,
+)
+from overcrank.engines.refusals import (
+    BUILD,
+    CannotServe,
+    Damaged,
+    NoComponent,
+    NoEngine,
+    OtherCard,
+    OtherPrecision,
+    OtherType,
+    Refusal,
+    Untrusted,
+)
 from overcrank.engines.store import Store
-from overcrank.engines.targets import SIXTEEN_BIT, serves
+from overcrank.engines.targets import serves
 from overcrank.engines.trust import Keyring
-from overcrank.errors import CannotServe, IntegrityError, OutdatedBundle, OvercrankError, UserError
+from overcrank.errors import IntegrityError, OutdatedBundle, OvercrankError, UserError
+from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import family
 from overcrank.models.base import Component, Variant
 from overcrank.models.network import differences, network
@@ -24,8 +44,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("overcrank")
 
 
-def rebuild_command(variant: Variant, card: str) -> str:
-    return f"build-engine --model {shlex.quote(variant.where)} --gpu {card}"
+def build_command(variant: Variant, card: str) -> str:
+    """That builds the engines of a variant for a card."""
+    return f"{BUILD} --model {shlex.quote(variant.where)} --gpu {card}"
 
 
 Bundle = tuple[Path, Manifest]
@@ -37,26 +58,37 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
     The newest come first, portable ones last. Raises CannotServe with the nearest miss: no bundle, other networks and
     the field they differ in, other card, another precision than the pipeline's weights, weights embedded.
     """
-    rebuild = rebuild_command(variant, card)
     known, outdated = _read(candidates)
     own = family(variant.family).components(variant)
     alike = [(p, m) for p, m in known if m.family == variant.family and any(_entry(c, m) for c in own)]
     if not alike:
-        reasons = [_nearest_miss(own, [m for _, m in known if m.family == variant.family]), *map(str, outdated[:1])]
-        why = "".join(f"; {r}" for r in reasons if r)
-        raise CannotServe(f"there is no engine of {variant.name}{why}", rebuild)
+        near = _nearest_miss(own, [m for _, m in known if m.family == variant.family])
+        raise CannotServe(NoEngine(variant.name, (*near, *map(str, outdated[:1]))))
     here = [(p, m) for p, m in alike if serves(m.target, m.precision, card)]
     if not here:
-        have = ", ".join(sorted({m.target for _, m in alike}))
-        raise CannotServe(f"the engines of {variant.name} are for {have}, this card is {card}", rebuild)
+        raise CannotServe(OtherCard(variant.name, tuple(sorted({m.target for _, m in alike})), card))
     bindable = [(p, m) for p, m in here if m.weights == "inputs" and m.precision == precision]
     if not bindable:
-        have = ", ".join(sorted({f"{m.precision} with weights as {m.weights}" for _, m in here}))
-        raise CannotServe(
-            f"the engines of {variant.name} for {card} are {have}, and the pipeline's weights are {precision}",
-            f"{rebuild} --precision {precision}" if precision in SIXTEEN_BIT else "load the pipeline in bf16 or fp16",
-        )
+        have = tuple(sorted({f"{m.precision} with weights as {m.weights}" for _, m in here}))
+        raise CannotServe(OtherPrecision(variant.name, card, have, precision))
     return sorted(bindable, key=lambda bundle: (bundle[1].target == card, bundle[1].created), reverse=True)
+
+
+def bundles_with_graphs(candidates: Sequence[Path], variant: Variant) -> list[Bundle]:
+    """Bundles with a graph of this variant's networks that any processor runs, whatever card they are for.
+
+    Their weights are inputs, no layer is quantized. Those in fp32 come first, then the newest.
+    """
+    own = family(variant.family).components(variant)
+    found = [
+        (path, manifest)
+        for path, manifest in _read(candidates)[0]
+        if manifest.family == variant.family
+        and manifest.weights == "inputs"
+        and manifest.precision not in QUANTIZED
+        and any(_entry(component, manifest) for component in own)
+    ]
+    return sorted(found, key=lambda bundle: (bundle[1].precision == "fp32", bundle[1].created), reverse=True)
 
 
 def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle]]:
@@ -67,8 +99,8 @@ def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle
             known.append((path, read_manifest(path)))
         except OutdatedBundle as error:
             outdated.append(error)
-        except IntegrityError:
-            continue
+        except IntegrityError as error:
+            log.warning("a bundle is left out: %s", error)
     return known, outdated
 
 
@@ -81,8 +113,8 @@ def _is_of(entry: ComponentEntry, component: Component) -> bool:
     return (entry.name, entry.cls) == (component.name, component.cls) and entry.config == network(component)
 
 
-def _nearest_miss(own: Sequence[Component], others: Sequence[Manifest]) -> str:
-    """In what the most similar engine of the same class differs; empty if there is none."""
+def _nearest_miss(own: Sequence[Component], others: Sequence[Manifest]) -> tuple[str, ...]:
+    """In what the most similar engine of the same class differs, if there is one."""
     misses = [
         (len(fields), f"the {c.name} of {m.model} differs in {fields[0]}")
         for c in own
@@ -90,44 +122,34 @@ def _nearest_miss(own: Sequence[Component], others: Sequence[Manifest]) -> str:
         for e in m.components
         if (e.name, e.cls) == (c.name, c.cls) and (fields := differences(network(c), e.config, "in the engine"))
     ]
-    return min(misses, default=(0, ""))[1]
+    return (min(misses)[1],) if misses else ()
 
 
-def bundle_of(
-    component: Component, bundles: Sequence[Bundle], rebuild: str, compute: str | None = None
-) -> tuple[Path, Manifest, ComponentEntry]:
+def engine_of(component: Component, bundles: Sequence[Bundle], compute: str | None = None) -> BundledEngine:
     """The first engine of this very network whose bundle is whole and signed as it must be.
 
-    `compute`: the type that the module's weights have; None for a session to which it does not matter.
+    `compute`: the type that the module's weights have; None for a session to which it does not matter. Raises
+    CannotServe with what is wrong with the first that is of this network.
     """
-    misses: list[tuple[str, str]] = []
+    misses: list[Refusal] = []
     for path, manifest in bundles:
         entry = _entry(component, manifest)
         if entry is None:
             continue
         if compute is not None and entry.compute != compute:
-            part = component.subfolder
-            what = f"the engine of {component.name} computes in {entry.compute}, and the pipeline's {part} is {compute}"
-            fix = f"{rebuild} --dtype {part}={compute}, or render with --dtype {part}={entry.compute}"
-            misses.append((what, fix))
-            continue
-        wrong = check_files(path, manifest)
-        if wrong:
-            misses.append((f"bundle {path.name} is damaged: {wrong[0]}", f"overcrank engines rm it, then {rebuild}"))
-            continue
-        try:
-            Keyring().check(path)
-        except IntegrityError as error:
-            misses.append((str(error).rstrip("."), f"or {rebuild}"))
-            continue
-        return path, manifest, entry
+            misses.append(OtherType(component.name, component.subfolder, entry.compute, compute))
+        elif wrong := check_files(path, manifest):
+            misses.append(Damaged(path.name, wrong[0]))
+        else:
+            try:
+                Keyring().check(path)
+                return BundledEngine(path, manifest, entry)
+            except IntegrityError as error:
+                misses.append(Untrusted(str(error).rstrip(".")))
     if misses:
-        raise CannotServe(*misses[0])
-    why = _nearest_miss([component], [m for _, m in bundles])
-    raise CannotServe(
-        f"no bundle has an engine of {component.name}{f'; {why}' if why else ''}",
-        f"{rebuild} --components {component.name}",
-    )
+        raise CannotServe(misses[0])
+    near = _nearest_miss([component], [m for _, m in bundles])
+    raise CannotServe(NoComponent(component.name, near))
 
 
 def compute_type(module: nn.Module) -> str:
@@ -160,10 +182,9 @@ def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> N
     own = family(variant.family).components(variant)
     if manifest.family == variant.family and any(_entry(c, manifest) for c in own):
         return
-    why = _nearest_miss(own, [manifest] if manifest.family == variant.family else [])
-    raise UserError(
-        f"--bundle {bundle} is of {manifest.model}, another network than {variant.name}{f': {why}' if why else ''}."
-    )
+    near = _nearest_miss(own, [manifest] if manifest.family == variant.family else [])
+    what = ": ".join((f"another network than {variant.name}", *near))
+    raise UserError(f"--bundle {bundle} is of {manifest.model}, {what}.")
 
 
 def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring: Keyring) -> None:
@@ -172,7 +193,9 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
     `precision`: a quantized one, or "auto" for the card's 16-bit type. What keeps it from being fetched is a
     warning: the render falls back as without it.
     """
-    from overcrank.engines.remote import Remote, fitting, pull, read_index
+    from overcrank.engines.download import pull
+    from overcrank.engines.place import Remote
+    from overcrank.engines.remote import fitting, read_index
     from overcrank.engines.targets import precision_for, targets_for
     from overcrank.engines.types import own_precision
 
@@ -185,7 +208,7 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
             except CannotServe:
                 pass
             remote = Remote(url)
-            listed = fitting(read_index(remote, ring, store), variant.where, card.name, wanted)
+            listed = fitting(read_index(remote, ring), variant.where, card.name, wanted)
             log.info("fetching %s from %s", listed.name, url)
             pull(remote, listed, store, ring, lambda name, there, size: None)
     except OvercrankError as error:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from overcrank.errors import BackendError, CannotServe
+from overcrank.engines.refusals import BUILD, CannotServe, OtherLengths, Refusal
+from overcrank.errors import BackendError
 from overcrank.models.base import Component
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ def run_each(session: Session, component: Component, inputs: Mapping[str, Tensor
     batch = max((inputs[name].shape[0] for name in single), default=1)
     if batch == 1:
         return session(inputs)
-    if odd := [name for name in single if inputs[name].shape[0] not in (1, batch)]:
-        raise CannotServe(f"{component.name}: {odd[0]} is not of {batch} items", "render one at a time", lasting=False)
+    for name in single:
+        shape = tuple(inputs[name].shape)
+        if shape[0] not in (1, batch):
+            raise CannotServe(OtherLengths(component.name, name, shape, (batch, *shape[1:])))
     batched = {name for name in single if inputs[name].shape[0] == batch}
     made = [session({k: v[i : i + 1] if k in batched else v for k, v in inputs.items()}) for i in range(batch)]
     return {name: torch.cat([out[name] for out in made]) for name in made[0]}
@@ -64,6 +67,7 @@ class Fallback:
     component: str
     reason: str
     fix: str
+    kind: str = ""  # of the refusal
 
 
 @dataclass
@@ -85,9 +89,10 @@ class Record:
 class Ledger:
     """Records calls and fallbacks of a pipeline's engines, by the thread that renders."""
 
-    def __init__(self, strict: bool) -> None:
-        """`strict`: a fallback raises BackendError in place of a warning."""
-        self.strict = strict
+    def __init__(self, strict: bool, precision: str = "") -> None:
+        """`strict`: a fallback raises BackendError in place of a warning; `precision`: that of engines alone."""
+        self.strict, self.precision = strict, precision
+        self.build = BUILD  # the command that builds engines for the pipeline
         self.standing: list[Fallback] = []  # known before any call
         self.look: Callable[[], None] = lambda: None  # for what is asked of no engine, before every call
         self._warned: set[str] = set()
@@ -123,13 +128,15 @@ class Ledger:
         finally:
             self._local.eager = before
 
-    def fall_back(self, components: list[str], reason: str, fix: str, standing: bool = False) -> None:
+    def fall_back(self, components: list[str], why: Refusal, standing: bool = False) -> None:
         """One warning for one reason; raises BackendError when falling back is not allowed."""
+        reason, fix = why.words(self.build)
         if self.strict:
             raise BackendError(f"{', '.join(components)}: {reason}; {fix}.")
-        entries = [Fallback(c, reason, fix) for c in components]
+        entries = [Fallback(c, reason, fix, why.kind) for c in components]
         kept = self.standing if standing else self.record.fallbacks
         kept += [e for e in entries if e not in kept]
         if reason not in self._warned:
             self._warned.add(reason)
-            log.warning("%s: rendering with eager PyTorch: %s; %s.", ", ".join(components), reason, fix)
+            plain = f", not in {self.precision}" if self.precision else ""
+            log.warning("%s: rendering with eager PyTorch%s: %s; %s.", ", ".join(components), plain, reason, fix)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from overcrank.engines.build import RECIPE
 from overcrank.engines.cards import Card
-from overcrank.engines.manifest import Manifest, read_manifest
+from overcrank.engines.manifest import BundledEngine, read_manifest
 from overcrank.engines.measurements import require_not_slower
+from overcrank.engines.refusals import CannotServe, OtherOnProcessor
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
+from overcrank.export.packaged import PRECISION, packaged_graph
 from overcrank.export.quantization.pack import read_pack
 from overcrank.export.quantization.recipe import (
     IN_16_BIT,
@@ -32,8 +34,9 @@ from overcrank.runtime.sessions.parameters import (
     own_parameters,
     packed_parameters,
     parameters_of,
+    require_packed,
 )
-from overcrank.runtime.sessions.select import Bundle, bundle_of, compute_type, require_same_network
+from overcrank.runtime.sessions.select import Bundle, compute_type, engine_of, require_same_network
 from overcrank.runtime.sessions.session import Session
 from overcrank.runtime.sessions.workspace import Workspace
 
@@ -62,22 +65,19 @@ class OfBundles:
     quantization: Quantization | None
     store: Store
     fitting: Sequence[Bundle]
-    rebuild: str
     used: dict[str, str] = field(default_factory=dict)  # component → name of the bundle that runs it
 
-    def packs(
-        self, path: Path, manifest: Manifest, component: Component, part: str, module: nn.Module
-    ) -> Mapping[str, Tensor]:
+    def packs(self, bundled: BundledEngine, component: Component, part: str, module: nn.Module) -> Mapping[str, Tensor]:
         """Tensors of its quantized layers, of the module's weights, with the bundle's ranges if none were given."""
-        entry = manifest.component(component.name)
+        entry = bundled.entry
         recipe = self.quantization.recipe if self.quantization else None
-        if recipe is None and manifest.recipe is not None:
-            recipe = read_recipe(path / RECIPE)
+        if recipe is None and bundled.manifest.recipe is not None:
+            recipe = read_recipe(bundled.folder / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
-        layout = entry.key.recipe
-        return _packs(
-            self.quantization, component, part, module, entry.formats, ranges, layout, compute_of(entry), self.store
-        )
+        layers = QuantizedLayers(component.name, part, entry.formats, ranges, entry.key.recipe, compute_of(entry))
+        packs = _packs(self.quantization, layers, module, self.store)
+        require_packed(entry, packs)
+        return packs
 
 
 @dataclass
@@ -91,30 +91,46 @@ class Engines(OfBundles):
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
         from overcrank.runtime.sessions.trt import TrtSession
 
-        path, manifest, entry = bundle_of(component, self.fitting, self.rebuild, compute_type(module))
+        bundled = engine_of(component, self.fitting, compute_type(module))
+        entry = bundled.entry
         if not self.slow:
             require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
-        packs = self.packs(path, manifest, component, part, module)
+        packs = self.packs(bundled, component, part, module)
         parameters = {**own_parameters(module, component, parameters_of(entry)), **packs}
-        made = TrtSession(manifest, path, entry, parameters, self.workspace, self.rebuild, self.store, self.card)
-        self.used[component.name] = path.name
-        return made
+        session = TrtSession(bundled, parameters, self.workspace, self.store, self.card)
+        self.used[component.name] = bundled.folder.name
+        return session
 
 
 class BundledGraphs(OfBundles):
     """The graphs that a bundle's engines were compiled from, in ONNX Runtime."""
 
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
-        import onnx_ir as ir
+        from overcrank.runtime.sessions.graphs import bundled_graph
         from overcrank.runtime.sessions.ort import OrtSession
 
-        path, manifest, entry = bundle_of(component, self.fitting, self.rebuild)
-        views = bound_parameters(module, component, parameters_of(entry))
-        packs = self.packs(path, manifest, component, part, module)
+        bundled = engine_of(component, self.fitting)
+        views = bound_parameters(module, component, parameters_of(bundled.entry))
+        packs = self.packs(bundled, component, part, module)
         device = next(module.parameters()).device.type
-        made = OrtSession(ir.load(path / entry.graph.name), {**views, **packs}, device)
-        self.used[component.name] = path.name
-        return made
+        session = OrtSession(bundled_graph(bundled.folder, bundled.entry.graph), {**views, **packs}, device)
+        self.used[component.name] = bundled.folder.name
+        return session
+
+
+@dataclass
+class GraphsHere(BundledGraphs):
+    """The graphs in this package and in bundles, in ONNX Runtime: what there is without a card."""
+
+    packaged: bool = True
+
+    def session(self, component: Component, part: str, module: nn.Module) -> Session:
+        own = compute_type(module)
+        if own != PRECISION:
+            raise CannotServe(OtherOnProcessor(PRECISION, own))
+        if self.packaged and packaged_graph(component) is not None:
+            return graph_session(component, part, module, self.store, None)
+        return super().session(component, part, module)
 
 
 def require_renderable(path: Path, variant: Variant, quantization: Quantization | None) -> Bundle:
@@ -137,7 +153,9 @@ def require_renderable(path: Path, variant: Variant, quantization: Quantization 
 def graph_session(
     component: Component, part: str, module: nn.Module, store: Store, quantization: Quantization | None
 ) -> Session:
-    """The component's graph from the store's cache, exported into it the first time, quantized as asked.
+    """The component's graph, quantized as asked, from this package, else from the store's cache.
+
+    It is exported into the cache the first time.
 
     It is of the module's own type, as its constants are; quantized layers compute in bf16.
     """
@@ -146,7 +164,8 @@ def graph_session(
     from overcrank.runtime.sessions.ort import OrtSession
 
     own = compute_type(module)
-    graph = store.graph(component, own if quantization is None and own in ("fp16", "fp32") else "bf16")
+    precision = own if quantization is None and own in ("fp16", "fp32") else "bf16"
+    graph = (packaged_graph(component) if precision == PRECISION else None) or store.graph(component, precision)
     model, parameters = ir.load(graph.onnx), graph.parameters
     packs: Mapping[str, Tensor] = {}
     if quantization is not None:
@@ -154,27 +173,33 @@ def graph_session(
         layout = layout_in(model, recipe)
         parameters, _ = quantize(model, parameters, layout)
         ranges = recipe.ranges.get(part, {})
-        packs = _packs(quantization, component, part, module, layout, ranges, recipe.digest(), "bfloat16", store)
+        layers = QuantizedLayers(component.name, part, layout, ranges, recipe.digest(), "bfloat16")
+        packs = _packs(quantization, layers, module, store)
     views = bound_parameters(module, component, parameters)
     device = next(module.parameters()).device.type
     return OrtSession(model, {**views, **packs}, device)
 
 
+@dataclass(frozen=True)
+class QuantizedLayers:
+    """Those of a component in a part of the pipeline, and what their packed tensors are made by."""
+
+    component: str
+    part: str
+    formats: Mapping[str, LayerFormat]
+    ranges: Mapping[str, ActivationRange]
+    recipe: str  # digest
+    compute: str  # torch's name of the factors' type
+
+
 def _packs(
-    quantization: Quantization | None,
-    component: Component,
-    part: str,
-    module: nn.Module,
-    formats: Mapping[str, LayerFormat],
-    ranges: Mapping[str, ActivationRange],
-    layout: str,
-    compute: str,
-    store: Store,
+    quantization: Quantization | None, layers: QuantizedLayers, module: nn.Module, store: Store
 ) -> Mapping[str, Tensor]:
     """Tensors of the quantized layers: from the pack that was given, else made of the module's weights.
 
     Those of weights that are known are kept in the store.
     """
+    formats, ranges, compute = layers.formats, layers.ranges, layers.compute
     if not formats:
         return {}
     device = next(module.parameters()).device
@@ -184,7 +209,7 @@ def _packs(
             return make()
         described = {name: seen.model_dump() for name, seen in ranges.items()}
         dtype = str(next(module.parameters()).dtype)  # a checkpoint read in 16 bit has other values
-        identity = [quantization.source, dtype, part, layout, sorted(formats.items()), described, compute]
+        identity = [quantization.source, dtype, layers.part, layers.recipe, sorted(formats.items()), described, compute]
         return kept_pack(identity, store, make, device)
-    read = read_pack(quantization.pack, part, component.name, layout, compute)
+    read = read_pack(quantization.pack, layers.part, layers.component, layers.recipe, compute)
     return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}

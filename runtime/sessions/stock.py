@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from overcrank.errors import CannotServe
+from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
+from overcrank.engines.refusals import CannotServe
 from overcrank.models.base import Component
 from overcrank.runtime.sessions.stored_linear import StoredLinear
 
@@ -61,7 +62,7 @@ def _types_and_buffers(made: _Made) -> tuple[Types, Mapping[str, torch.Tensor]]:
     from overcrank.export.module import construct, part
 
     with init_empty_weights(include_buffers=False):
-        whole = construct(made.component, made.component.config)
+        whole = construct(made.component.cls, made.component.config, f"{made.component.subfolder}/config.json")
     module = part(whole, made.component)
     return {path: _type(sub) for path, sub in module.named_modules()}, stored_buffers(module)
 
@@ -82,51 +83,50 @@ def _type(module: nn.Module) -> tuple[str, str]:
 
 
 def require_stock(module: nn.Module, kinds: Kinds) -> None:
-    """Raise CannotServe naming the first thing in a module that its class did not put there, and what undoes it."""
+    """Raise CannotServe naming the first thing in a module that its class did not put there."""
     paths = dict(module.named_modules())
     for path, sub in paths.items():
-        for reason, fix in _foreign(path, sub, kinds):
-            raise CannotServe(reason, fix, lasting=False)
+        for why in _foreign(path, sub, kinds):
+            raise CannotServe(why)
     if (missing := set(kinds.types) - set(paths)) and not kinds.variations:
-        raise CannotServe(f"the module has no {min(missing)}", "load the checkpoint anew", lasting=False)
+        raise CannotServe(ModuleChanged(ModuleChange.MISSING, min(missing)))
     _require_own_constants(module, kinds)
     for cls in {type(m) for m in paths.values()}:
         _require_own_forward(cls)
     _require_no_global_hooks()
 
 
-def _foreign(path: str, sub: nn.Module, kinds: Kinds) -> Iterator[tuple[str, str]]:
+def _foreign(path: str, sub: nn.Module, kinds: Kinds) -> Iterator[ModuleChanged]:
     place = path or "the module"
     yield from _wrong_type(place, path, sub, kinds)
     own = vars(sub)
     hooks = getattr(own.get("_diffusers_hook"), "hooks", None)
     if hooks:
-        yield f"{place} has diffusers hooks ({', '.join(hooks)})", "disable the cache or the casting that set them"
+        yield ModuleChanged(ModuleChange.DIFFUSERS_HOOKS, place, ", ".join(hooks))
     if path and (sub._forward_hooks or sub._forward_pre_hooks):
-        yield f"{place} has forward hooks, which an engine would not call", "remove them"
+        yield ModuleChanged(ModuleChange.HOOKS, place)
     if path and not _is_own(sub, own.get("forward")):
-        what = "has hooks of accelerate" if "_hf_hook" in own else "has a forward that is not its class's"
-        yield f"{place} {what}", "remove it; whole parts are moved with --vram low or enable_model_cpu_offload()"
+        yield ModuleChanged(ModuleChange.ACCELERATE_HOOKS if "_hf_hook" in own else ModuleChange.FORWARD, place)
     if any(own.get(name) is not None for name in FREE_U):
-        yield f"FreeU is on in {place}", "call pipe.disable_freeu()"
+        yield ModuleChanged(ModuleChange.FREE_U, place)
     if sub.training and type(sub).__name__.startswith("Dropout") and getattr(sub, "p", 0) > 0:
-        yield f"{place} drops values at random, as in training", "call eval() on the module"
+        yield ModuleChanged(ModuleChange.DROPOUT, place)
 
 
-def _wrong_type(place: str, path: str, sub: nn.Module, kinds: Kinds) -> Iterator[tuple[str, str]]:
-    found, stock = _type(sub), kinds.types.get(path)
-    if any(cls.__module__.startswith("peft.") for cls in type(sub).__mro__):
-        yield f"{place} has LoRA layers", "fuse them: pipe.fuse_lora(), then pipe.unload_lora_weights()"
-    if found[0] in kinds.variations or _within(path, sub, kinds):
+def _wrong_type(place: str, path: str, sub: nn.Module, kinds: Kinds) -> Iterator[ModuleChanged]:
+    (cls, processor), stock = _type(sub), kinds.types.get(path)
+    if any(base.__module__.startswith("peft.") for base in type(sub).__mro__):
+        yield ModuleChanged(ModuleChange.LORA, place)
+    if cls in kinds.variations or _within(path, sub, kinds):
         return
     if isinstance(sub, StoredLinear) and stock is not None and stock[0] == "Linear":
         return
     if stock is None:
-        yield f"{place} ({found[0]}) is none of the modules that its class makes", "load the checkpoint as published"
-    elif found[0] != stock[0]:
-        yield f"{place} is a {found[0]} where its class makes a {stock[0]}", "load the checkpoint unquantized"
-    elif found[1] != stock[1]:
-        yield f"{place} has the attention processor {found[1] or None}", f"set_attn_processor with {stock[1]}"
+        yield ModuleChanged(ModuleChange.UNKNOWN, place, cls)
+    elif cls != stock[0]:
+        yield ModuleChanged(ModuleChange.OTHER_CLASS, place, cls, stock[0])
+    elif processor != stock[1]:
+        yield ModuleChanged(ModuleChange.PROCESSOR, place, processor or "None", stock[1])
 
 
 def _within(path: str, sub: nn.Module, kinds: Kinds) -> bool:
@@ -151,11 +151,7 @@ def _require_own_constants(module: nn.Module, kinds: Kinds) -> None:
         if value is None and kinds.variations:
             continue
         if value is None or not torch.allclose(value.float().cpu(), stock, rtol=2**-7, atol=2**-8):
-            raise CannotServe(
-                f"{path} has other values than its class gives it, which engines hold as constants",
-                "load the checkpoint as published",
-                lasting=False,
-            )
+            raise CannotServe(ModuleChanged(ModuleChange.CONSTANTS, path))
 
 
 def _require_own_forward(cls: type[nn.Module]) -> None:
@@ -163,15 +159,12 @@ def _require_own_forward(cls: type[nn.Module]) -> None:
     where = next(c for c in cls.__mro__ if "forward" in vars(c))
     forward = vars(where)["forward"]
     if forward.__module__ != where.__module__ and where.__module__ != "torch.nn.modules.module":
-        raise CannotServe(
-            f"{cls.__name__}.forward was replaced by {forward.__name__} of {forward.__module__}",
-            "give the class its own forward back",
-            lasting=False,
-        )
+        own = f"{forward.__name__} of {forward.__module__}"
+        raise CannotServe(ModuleChanged(ModuleChange.CLASS_FORWARD, cls.__name__, own))
 
 
 def _require_no_global_hooks() -> None:
     from torch.nn.modules import module as torch_module
 
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        raise CannotServe("every module has forward hooks (register_module_forward_hook)", "remove them", lasting=False)
+        raise CannotServe(ModuleChanged(ModuleChange.GLOBAL_HOOKS))

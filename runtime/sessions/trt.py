@@ -21,20 +21,32 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.cards import Card
 from overcrank.engines.compile import logger_of
 from overcrank.engines.kernel_cache import Kernels, kernel_cache
-from overcrank.engines.manifest import ComponentEntry, Manifest, TensorEntry
+from overcrank.engines.manifest import BundledEngine, Manifest, TensorEntry
+from overcrank.engines.module_refusals import ParameterUnfit, Unfit
+from overcrank.engines.refusals import (
+    BrokenTensorRT,
+    CannotServe,
+    LoadFailed,
+    LoadOutOfMemory,
+    OtherTensorRT,
+    OutputUnknown,
+    OutsideProfile,
+    RunFailed,
+    ShapeRefused,
+    TensorRefused,
+)
 from overcrank.engines.store import Store
 from overcrank.engines.targets import FLAVOUR_TITLES
-from overcrank.engines.tensorrt import flavour_version, install_command, load_flavour, too_old
-from overcrank.errors import CannotServe, TargetError
+from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, install_command, load_flavour, too_old
+from overcrank.errors import TargetError
 from overcrank.export.quantization.recipe import ATTENTION
 from overcrank.runtime.sessions.device import Device, Stream
-from overcrank.runtime.sessions.workspace import LESS, Workspace, arena_of, no_room
+from overcrank.runtime.sessions.workspace import Workspace, arena_of, no_room
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("overcrank")
-DOCTOR = "overcrank doctor tests the card"
 ACTIVATIONS = ""  # stands among the names of tensors for the memory that activations are in
 NO_MEMORY = re.compile(r"out of memory|outofmemory|cudaErrorMemoryAllocation|bad_alloc", re.IGNORECASE)
 
@@ -42,25 +54,25 @@ NO_MEMORY = re.compile(r"out of memory|outofmemory|cudaErrorMemoryAllocation|bad
 class Loaded:
     """An engine on the card, which the sessions of twins share."""
 
-    def __init__(self, trt: Any, file: Path, device: Device, rebuild: str) -> None:
+    def __init__(self, trt: Any, file: Path, device: Device) -> None:
         """Raises CannotServe for a file that TensorRT cannot load here."""
         self.logger = logger_of(trt)
+        self._file = file
         self._runtime = trt.Runtime(self.logger)  # host code in engines stays disallowed: the default
         device.give_back()
         self.engine = self._runtime.deserialize_cuda_engine(_mapped(file))
         if self.engine is None:
-            raise self.refusal(f"{file.name} could not be loaded on this card", rebuild)
+            raise self.refusal()
 
     def said(self, since: int = 0) -> str:
         """TensorRT's own words, of the errors after the first `since`."""
         errors = self.logger.errors[since:]
-        return f" ({errors[-1].strip()[:300]})" if errors else ""
+        return errors[-1].strip()[:300] if errors else ""
 
-    def refusal(self, what: str, fix: str) -> CannotServe:
-        """Lasting, unless memory ran out: there may be more of it later."""
+    def refusal(self) -> CannotServe:
+        """Why there is no engine, or no context of it."""
         said = self.said()
-        short = bool(NO_MEMORY.search(said))
-        return CannotServe(f"{what}{said}", LESS if short else fix, lasting=not short)
+        return CannotServe((LoadOutOfMemory if NO_MEMORY.search(said) else LoadFailed)(self._file.name, said))
 
 
 class TrtSession:
@@ -68,26 +80,24 @@ class TrtSession:
 
     def __init__(
         self,
-        manifest: Manifest,
-        bundle: Path,
-        entry: ComponentEntry,
+        bundled: BundledEngine,
         parameters: Mapping[str, torch.Tensor],
         workspace: Workspace,
-        rebuild: str,
         store: Store,
         card: Card,
         measuring: bool = False,
     ) -> None:
-        """`parameters`: engine input → a module's parameter or packed tensor; `rebuild`: the command that fixes.
+        """`parameters`: engine input → a module's parameter or packed tensor.
 
         `measuring`: kernels for a shape are compiled before its first call returns, not meanwhile. Raises
         CannotServe, naming what this machine lacks, and not lastingly where it is memory.
         """
-        self.backend, self.engine = manifest.flavour, entry.key.digest()
+        entry = bundled.entry
+        self.backend, self.engine = bundled.manifest.flavour, entry.key.digest()
         self.replaced = tuple(name for name, form in entry.formats.items() if form.kind != ATTENTION)
         self.copies = bool(self.replaced)
-        self._entry, self._rebuild, self._workspace = entry, rebuild, workspace
-        trt = _flavour_of(manifest, card, rebuild)
+        self._entry, self._workspace = entry, workspace
+        trt = _flavour_of(bundled.manifest, card)
         self._device = workspace.device_of(card)
         self._arena = arena_of(self._device)
         self._dtypes = _torch_dtypes(trt)
@@ -96,11 +106,10 @@ class TrtSession:
         self._steady = not entry.attribute  # a whole module is what steps call; a part of a VAE, once or in chunks
         self._kernels: Kernels | None = None
         with self._device.active():
-            file = bundle / entry.engine.name
-            self._loaded = workspace.engine(self.engine, lambda: Loaded(trt, file, self._device, rebuild))
+            self._loaded = workspace.engine(self.engine, lambda: Loaded(trt, bundled.plan, self._device))
             self._context = self._made_context(trt, kernel_cache(store, self.engine, card.name, card.driver), measuring)
             if self._context is None:
-                raise self._loaded.refusal(f"{entry.engine.name} could not be prepared on this card", rebuild)
+                raise self._loaded.refusal()
             self._ready = self._device.stream().mark()  # other streams wait for what this thread has enqueued
         self._lock = threading.RLock()
         self._streams: set[int] = set()  # that wait for it, and are known to use what it reads
@@ -183,7 +192,7 @@ class TrtSession:
                 needed = self._needed
             self._forget()
             self._workspace.make_room()
-        raise no_room(self._entry.name, needed, self._device)
+        raise CannotServe(no_room(self._entry.name, needed, self._device))
 
     def _run(self, inputs: Mapping[str, torch.Tensor], stream: Stream) -> dict[str, torch.Tensor]:
         self._follow(stream)
@@ -208,7 +217,7 @@ class TrtSession:
         said = self._loaded.said(before)
         if NO_MEMORY.search(said):
             raise torch.OutOfMemoryError(said)
-        raise CannotServe(f"the engine of {self._entry.name} failed while running{said}", DOCTOR)
+        raise CannotServe(RunFailed(self._entry.name, said))
 
     def _take_shapes(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Tell the shapes that are others than before, and learn those of outputs and the bytes for activations."""
@@ -217,15 +226,15 @@ class TrtSession:
         if shapes == self._shapes:
             return
         for spec in specs:
-            check_shape(self._entry.name, spec, shapes[spec.name], self._rebuild)
+            check_shape(self._entry.name, spec, shapes[spec.name])
         self._forget(parameters=False)
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise self._refused(f"refuses {name} {list(shape)}", self._rebuild)
+                raise CannotServe(ShapeRefused(self._entry.name, self._loaded.said(), name, shape))
         for out in self._entry.outputs:
             shape = tuple(self._context.get_tensor_shape(out.name))
             if min(shape, default=0) < 0:
-                raise self._refused(f"cannot tell the shape of {out.name}", self._rebuild)
+                raise CannotServe(OutputUnknown(self._entry.name, self._loaded.said(), out.name))
             self._results[out.name] = shape
         self._needed = int(self._context.update_device_memory_size_for_shapes())
         self._shapes = shapes
@@ -305,23 +314,20 @@ class TrtSession:
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         """A parameter as the engine takes it; what is not may be later, such as when its module is moved back."""
-        wanted, fix = self._dtype(name), "keep it as it was loaded"
+        wanted, alignment = self._dtype(name), self._device.alignment
         if not self._device.holds(tensor):
-            what = f"holds {name} on {tensor.device}, where the engine is not"
-            fix = "keep the whole part on the card, or let it come and go with --vram low"
+            why = ParameterUnfit(Unfit.PLACE, name, str(tensor.device))
         elif not tensor.is_contiguous():
-            what, fix = f"holds {name} in another memory format", "keep it contiguous"
+            why = ParameterUnfit(Unfit.LAYOUT, name)
         elif tensor.dtype != wanted:
-            what = f"holds {name} as {tensor.dtype}, and the engine takes it as {wanted}"
-            fix = f"load the pipeline with dtype={wanted}"
+            why = ParameterUnfit(Unfit.TYPE, name, str(tensor.dtype), str(wanted))
         elif tensor.numel() != self._sizes[name]:
-            what = f"holds {name} with {tensor.numel()} values, and the engine takes {self._sizes[name]}"
-        elif tensor.data_ptr() % self._device.alignment:
-            what = f"holds {name} at an address that is no multiple of {self._device.alignment} bytes"
-            fix = "give each parameter memory of its own (parameter.data = parameter.data.clone())"
+            why = ParameterUnfit(Unfit.SIZE, name, str(tensor.numel()), str(self._sizes[name]))
+        elif tensor.data_ptr() % alignment:
+            why = ParameterUnfit(Unfit.ADDRESS, name, wanted=str(alignment))
         else:
             return
-        raise CannotServe(f"the pipeline {what}", fix, lasting=False)
+        raise CannotServe(why)
 
     def _tell(self, name: str, tensor: torch.Tensor) -> None:
         """An address that the context does not know yet."""
@@ -333,31 +339,26 @@ class TrtSession:
         if name == ACTIVATIONS:
             self._context.set_device_memory(address, tensor.numel())
         elif not self._context.set_tensor_address(name, address):
-            raise self._refused(f"refuses the address of {name}", DOCTOR)
+            raise CannotServe(TensorRefused(self._entry.name, self._loaded.said(), name))
         self._bound[name] = told
-
-    def _refused(self, what: str, fix: str) -> CannotServe:
-        return CannotServe(f"the engine of {self._entry.name} {what}{self._loaded.said()}", fix, lasting=False)
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._dtypes[self._loaded.engine.get_tensor_dtype(name)]
 
 
-def _flavour_of(manifest: Manifest, card: Card, rebuild: str) -> Any:
+def _flavour_of(manifest: Manifest, card: Card) -> Any:
     """The module of the flavour the bundle was built with, in that very version, on a driver that it runs on."""
     flavour, built_with = manifest.flavour, manifest.flavour_version
-    if reason := too_old(flavour, card.driver):
-        raise CannotServe(*reason)
-    found = flavour_version(flavour)
-    if found != built_with:
-        installed = f"{found} is installed" if found else "it is not installed"
-        what = f"the engine was built with {FLAVOUR_TITLES.get(flavour, flavour)} {built_with} and {installed}"
-        command = install_command(flavour, built_with)
-        raise CannotServe(what, f"{command}, or build again: {rebuild}" if command else rebuild)
+    if why := too_old(flavour, card.driver):
+        raise CannotServe(why)
+    installed = flavour_version(flavour)
+    if installed != built_with:
+        title, install = FLAVOUR_TITLES.get(flavour, flavour), install_command(flavour, built_with)
+        raise CannotServe(OtherTensorRT(title, built_with, installed or "", install))
     try:
         return load_flavour(flavour)
     except TargetError as error:
-        raise CannotServe(str(error).rstrip("."), "repair the installation with pip") from error
+        raise CannotServe(BrokenTensorRT(DISTRIBUTIONS[flavour], built_with, str(error).rstrip("."))) from error
 
 
 def _mapped(file: Path) -> mmap.mmap:
@@ -366,7 +367,7 @@ def _mapped(file: Path) -> mmap.mmap:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def check_shape(component: str, spec: TensorEntry, shape: tuple[int, ...], rebuild: str) -> None:
+def check_shape(component: str, spec: TensorEntry, shape: tuple[int, ...]) -> None:
     """Raise CannotServe when an input's shape lies outside the engine's profile."""
     if spec.min is None or spec.max is None:
         return
@@ -374,11 +375,7 @@ def check_shape(component: str, spec: TensorEntry, shape: tuple[int, ...], rebui
         low <= n <= high for low, n, high in zip(spec.min, shape, spec.max, strict=True)
     )
     if not inside:
-        raise CannotServe(
-            f"{component}: {spec.name} {list(shape)} lies outside the engine's profile {spec.min} … {spec.max}",
-            f"{rebuild} with --max-height, --max-width or --max-frames large enough",
-            lasting=False,
-        )
+        raise CannotServe(OutsideProfile(component, spec.name, shape, tuple(spec.min), tuple(spec.max)))
 
 
 def _torch_dtypes(trt: Any) -> dict[Any, torch.dtype]:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
 
 from overcrank.engines.cards import Card
-from overcrank.errors import CannotServe
+from overcrank.engines.refusals import OutOfMemory
 from overcrank.runtime.sessions import device as devices
 from overcrank.runtime.sessions.device import Device, Stream
 
 if TYPE_CHECKING:
     import torch
-
-LESS = "render fewer frames or a smaller size, with --vram low, or free the card"
 
 
 class Arena:
@@ -144,33 +142,21 @@ class Workspace:
         arena_of(self._device).release(stream)
 
 
-def free_memory(device: torch.device) -> str:
-    """Of the card, now that PyTorch has given back what it had kept."""
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free, now that PyTorch has given back what it had kept, and all there are."""
     import torch
 
     torch.cuda.empty_cache()
-    return _words(*torch.cuda.mem_get_info(device))
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free), int(total)
 
 
-def _words(free: int, total: int) -> str:
-    from overcrank.units import human_bytes
-
-    return f"{human_bytes(free)} of {human_bytes(total)} are free"
-
-
-def out_of_memory(component: str, needed: int, device: torch.device) -> CannotServe:
-    """Why a call cannot be served: bytes needed (0: unknown) and free; a later, smaller one may be."""
-    return _no_room(component, needed, free_memory(device))
+def out_of_memory(component: str, device: torch.device) -> OutOfMemory:
+    """Of a call outside TensorRT; a later, smaller one may be served."""
+    return OutOfMemory(component, 0, *memory_of(device))
 
 
-def no_room(component: str, needed: int, device: Device) -> CannotServe:
-    """As `out_of_memory`, told by a session."""
+def no_room(component: str, needed: int, device: Device) -> OutOfMemory:
+    """As `out_of_memory`, told by a session; `needed`: bytes for activations."""
     device.give_back()
-    return _no_room(component, needed, _words(*device.memory()))
-
-
-def _no_room(component: str, needed: int, free: str) -> CannotServe:
-    from overcrank.units import human_bytes
-
-    needs = f"it needs {human_bytes(needed)} for activations and " if needed else ""
-    return CannotServe(f"the engine of {component} ran out of GPU memory: {needs}{free}", LESS, lasting=False)
+    return OutOfMemory(component, needed, *device.memory())

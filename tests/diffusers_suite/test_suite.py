@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,9 @@ def spread() -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cells.Suite]:
-    own = tmp_path_factory.getbasetemp()
+def suite(shared_store: Path) -> Iterator[cells.Suite]:
     with cells.shared_sessions():
-        yield cells.Suite((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "store")
+        yield cells.Suite(shared_store)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +90,8 @@ class Card:
         self.loads = 0
         """Engines that were deserialized."""
         self.faults: list[str] = []
+        self.latest_context: Callable[[], Any] = lambda: None
+        """The context that was made last, while somebody holds it."""
         self._lock = threading.RLock()
         self._regions: dict[int, Region] = {}
         self._starts: list[int] = []
@@ -97,7 +99,7 @@ class Card:
         self._quarantine: list[Region] = []
         self._default = Stream(0)
         self._handles = itertools.count(1)
-        self._streams: dict[int, Stream] = {0: self._default}
+        self.streams: dict[int, Stream] = {0: self._default}
         self._local = threading.local()
 
     def fault(self, sentence: str) -> Fault:
@@ -125,7 +127,7 @@ class Card:
     def new_stream(self) -> Stream:
         with self._lock:
             made = Stream(next(self._handles))
-            self._streams[made.handle] = made
+            self.streams[made.handle] = made
             return made
 
     @contextmanager
@@ -255,7 +257,7 @@ class Card:
 
     def _freed(self, region: Region) -> None:
         with self._lock:
-            stream = self._streams[region.stream]
+            stream = self.streams[region.stream]
             users = {*([region.written] if region.written else []), *region.read.items()}
             for user in users:
                 if user[0] not in region.known and not stream.after(user):

@@ -25,7 +25,7 @@ from overcrank.runtime.sessions.workspace import Workspace
 
 from tests.simulated_tensorrt.card import Card
 from tests.simulated_tensorrt.plans import Plans
-from tests.simulated_tensorrt.runtime import module
+from tests.simulated_tensorrt.runtime import IExecutionContext, module
 
 CARD = cards.Card(0, "Simulated card", "sm_89", 0, 0, "580.95.05")
 BYTES = 2  # of activations for each byte of the largest inputs
@@ -33,6 +33,8 @@ BYTES = 2  # of activations for each byte of the largest inputs
 
 class Here:
     """engines.workers.Workers, one job after the other in this process."""
+
+    count = 1
 
     def submit(self, work: Any, job: Any) -> Future[None]:
         done: Future[None] = Future()
@@ -69,6 +71,13 @@ class Simulated:
         patch("overcrank.runtime.sessions.device.device_of", lambda index: self.card)
         patch("overcrank.runtime.pipeline.accelerate._card", self.brought)
         patch("overcrank.runtime.render.renderer._own_stream", self.own_stream)
+
+    @property
+    def context(self) -> IExecutionContext:
+        """The last that was made, while its session lives."""
+        made = self.card.latest_context()
+        assert made is not None
+        return made
 
     def brought(self, pipe: Any) -> cards.Card:
         """The card, with all parts of the pipeline on it, as `load` puts them there."""

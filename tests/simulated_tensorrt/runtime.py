@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, IntEnum
@@ -129,15 +130,16 @@ class ICudaEngine:
         if not self._card.take(256, context):
             self._logger.log(Severity.ERROR, "CUDA error 2: out of memory")
             return None
+        self._card.latest_context = weakref.ref(context)
         return context
 
 
 class IExecutionContext:
     def __init__(self, card: Card, plan: Plan, config: IRuntimeConfig, logger: Any) -> None:
-        self._card, self._plan, self._config, self._logger = card, plan, config, logger
-        self._busy = threading.Lock()
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
+        self._card, self.plan, self.config, self.logger = card, plan, config, logger
+        self.busy = threading.Lock()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
         self._needed: int | None = None  # None: shapes have changed since it was asked
         self._captured: Any = None
@@ -145,51 +147,51 @@ class IExecutionContext:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
+        if not self.busy.acquire(blocking=False):
             raise self._card.fault("two threads are in one context")
         try:
             yield
         finally:
-            self._busy.release()
+            self.busy.release()
 
     def _require(self, good: bool, sentence: str) -> None:
         if not good:
-            raise self._card.fault(f"{self._plan.entry.name}: {sentence}")
+            raise self._card.fault(f"{self.plan.entry.name}: {sentence}")
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         with self._alone():
             self._require(memory % self._card.alignment == 0, f"{name} is bound at the misaligned address {memory}")
-            if name not in self._plan.dtypes:
-                self._logger.log(Severity.ERROR, f"there is no tensor {name}")
+            if name not in self.plan.dtypes:
+                self.logger.log(Severity.ERROR, f"there is no tensor {name}")
                 return False
-            self._addresses[name] = memory
+            self.addresses[name] = memory
             return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         with self._alone():
-            spec = next(s for s in self._plan.inputs if s.name == name)
+            spec = next(s for s in self.plan.inputs if s.name == name)
             low, high = (b or [d for d in spec.dims if isinstance(d, int)] for b in (spec.min, spec.max))
             inside = len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
             self._require(inside, f"{name} {list(shape)} is outside {low} … {high}")
-            if self._shapes.get(name) != tuple(shape):
-                self._shapes[name], self._needed, self._memory = tuple(shape), None, None
+            if self.shapes.get(name) != tuple(shape):
+                self.shapes[name], self._needed, self._memory = tuple(shape), None, None
             return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         with self._alone():
-            if name in self._shapes:
-                return self._shapes[name]
+            if name in self.shapes:
+                return self.shapes[name]
             self._require_shapes()
-            return self._plan.results(self._shapes)[name]
+            return self.plan.results(self.shapes)[name]
 
     def _require_shapes(self) -> None:
-        for spec in self._plan.inputs:
-            self._require(spec.name in self._shapes, f"the shape of {spec.name} is not set")
+        for spec in self.plan.inputs:
+            self._require(spec.name in self.shapes, f"the shape of {spec.name} is not set")
 
     def update_device_memory_size_for_shapes(self) -> int:
         with self._alone():
             self._require_shapes()
-            self._needed = self._plan.activations(self._shapes)
+            self._needed = self.plan.activations(self.shapes)
             return self._needed
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -203,16 +205,16 @@ class IExecutionContext:
             return self._run(stream_handle)
 
     def _run(self, handle: int) -> bool:
-        card, plan = self._card, self._plan
-        stream = card._streams[handle]
+        card, plan = self._card, self.plan
+        stream = card.streams[handle]
         self._require_shapes()
         self._require(self._needed is not None, "shapes have changed and nobody has asked for the memory they need")
         self._require(self._memory is not None, "no memory for activations was given since shapes were set")
         (address, size), needed = self._memory or (0, 0), self._needed or 0
         self._require(size >= needed, f"{size} bytes were given for activations, and {needed} are needed")
-        results = plan.results(self._shapes)
+        results = plan.results(self.shapes)
         for name in plan.dtypes:
-            self._require(name in self._addresses, f"no address is set for {name}")
+            self._require(name in self.addresses, f"no address is set for {name}")
         if not self._compiled():
             return False
         self._capture(handle)
@@ -220,7 +222,7 @@ class IExecutionContext:
         _at(address, (max(size, 1),), torch.uint8).fill_(SCRIBBLE)
         given = {}
         for name, dims in plan.dims.items():
-            shape = self._shapes.get(name) or tuple(d for d in dims if isinstance(d, int))
+            shape = self.shapes.get(name) or tuple(d for d in dims if isinstance(d, int))
             given[name] = self._tensor(name, shape, stream, writes=False)
         made = plan.run(given)
         for name, shape in results.items():
@@ -230,31 +232,31 @@ class IExecutionContext:
         return True
 
     def _tensor(self, name: str, shape: tuple[int, ...], stream: Any, *, writes: bool) -> torch.Tensor:
-        dtype = TORCH[self._plan.dtypes[name]]
-        if self._plan.dtypes[name] == ir.DataType.FLOAT4E2M1:
+        dtype = TORCH[self.plan.dtypes[name]]
+        if self.plan.dtypes[name] == ir.DataType.FLOAT4E2M1:
             shape = (*shape[:-1], shape[-1] // 2)
         count = int(torch.Size(shape).numel()) * dtype.itemsize
-        what = f"{name} of {self._plan.entry.name}"
-        self._card.touched(self._addresses[name], count, stream, writes=writes, what=what)
-        return _at(self._addresses[name], shape, dtype)
+        what = f"{name} of {self.plan.entry.name}"
+        self._card.touched(self.addresses[name], count, stream, writes=writes, what=what)
+        return _at(self.addresses[name], shape, dtype)
 
     def _compiled(self) -> bool:
         """Kernels of a shape that is new, into memory of TensorRT's own."""
-        word = str(sorted(self._shapes.items()))
-        cache = self._config.get_runtime_cache()
+        word = str(sorted(self.shapes.items()))
+        cache = self.config.get_runtime_cache()
         if word in cache.kernels:
             return True
         if not self._card.take(1, self):
-            self._logger.log(Severity.ERROR, "CUDA error 2: out of memory")
+            self.logger.log(Severity.ERROR, "CUDA error 2: out of memory")
             return False
         cache.kernels.add(word)
         return True
 
     def _capture(self, handle: int) -> None:
-        if self._config.cuda_graph_strategy != CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
+        if self.config.cuda_graph_strategy != CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
             return
         self._require(handle != 0, "the default stream cannot be captured")
-        now = (dict(self._shapes), dict(self._addresses), self._memory)
+        now = (dict(self.shapes), dict(self.addresses), self._memory)
         if now != self._captured:
             self._captured = now
             self.tally.captures += 1

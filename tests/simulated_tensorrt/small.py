@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from overcrank.engines.manifest import ComponentEntry, EngineKey, Manifest, TensorEntry, file_entry
+from overcrank.engines.manifest import BundledEngine, ComponentEntry, EngineKey, Manifest, TensorEntry, file_entry
 from overcrank.engines.store import Store
 from overcrank.engines.tensorrt import flavour_version
 from overcrank.runtime.sessions.trt import TrtSession
@@ -67,10 +67,8 @@ def session(on: Simulated, folder: Path, attribute: str = "", name: str = "denoi
     if weight is None:
         weight = torch.nn.Parameter(torch.eye(WIDTH, dtype=torch.float16), requires_grad=False)
     card = more.pop("card", CARD)
-    made = TrtSession(
-        more.pop("manifest", manifest()), folder, entry, {"w": weight}, on.workspace, "rebuild", Store(folder), card,
-        **more,
-    )  # fmt: skip
+    bundled = BundledEngine(folder, more.pop("manifest", manifest()), entry)
+    made = TrtSession(bundled, {"w": weight}, on.workspace, Store(folder), card, **more)
     made.weight = weight  # type: ignore[attr-defined]
     return made
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from overcrank.errors import CheckpointError
-from overcrank.models.single_file import Origins, origins, shape_of
+from overcrank.export.files.single_file import Origins, origins, shape_of
 
 TABLE = Path(__file__).parent / "networks.json"
 _NUMBER = re.compile(r"\d+")

@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CheckpointError
+from overcrank.export.headers import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LONGEST_HEADER = 100_000_000
-"""Bytes, as safetensors' own reader allows."""
 TYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-"""safetensors' types: PyTorch's name, and bytes of a value."""
+"""safetensors' types: PyTorch's names."""
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -90,42 +88,15 @@ def open_weights(path: Path) -> WeightFile:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise CheckpointError(f"{path} is not a whole safetensors file: its header is cut off; download it again.")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no safetensors file: its header is no JSON.") from error
-    metadata = header.pop("__metadata__", None) or {} if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} is no safetensors file: its header is no table of tensors.")
-    tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    end = 8 + length
-    for stored in sorted(tensors.values(), key=lambda s: (s.offset, s.bytes)):
-        if stored.offset < end:
-            raise CheckpointError(f"{path}: the bytes of tensor '{stored.name}' overlap another's; download it again.")
-        end = stored.offset + stored.bytes
-    return tensors, {str(k): str(v) for k, v in metadata.items()}
+    from safetensors import safe_open
 
-
-def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> Stored:
-    try:
-        dtype, each = TYPES[entry["dtype"]]
-        shape = tuple(entry["shape"])
-        first, last = entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: what the header says of tensor '{name}' cannot be read ({error}).") from error
-    if not whole or last - first != prod(shape) * each:
-        raise CheckpointError(f"{path}: tensor '{name}' has other bytes than its shape {list(shape)} of {dtype}.")
-    if start + last > size:
-        raise CheckpointError(
-            f"{path} is truncated: tensor '{name}' ends at byte {start + last:,} of {size:,}; download it again."
-        )
-    return Stored(name, dtype, shape, path, start + first, last - first)
+    tensors = {}
+    for name, entry in read_header(path).items():
+        if entry.dtype not in TYPES:
+            raise CheckpointError(f"{path}: tensor '{name}' is {entry.dtype}, which is not read here.")
+        tensors[name] = Stored(name, TYPES[entry.dtype], entry.shape, path, entry.start, entry.end - entry.start)
+    with safe_open(path, framework="numpy") as opened:
+        return tensors, opened.metadata() or {}
 
 
 def _sharded(index: Path) -> WeightFile:

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from overcrank.errors import CheckpointError
-from overcrank.models.weight_file import Stored, WeightFile
+from overcrank.export.files.weight_file import Stored, WeightFile
 
 PLAIN = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 FP8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from overcrank.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from overcrank.models.weight_file import Stored, WeightFile
+    from overcrank.export.files.weight_file import Stored, WeightFile
 
 FIRST = 64 * 2**10
 LARGEST = 256 * 2**20
@@ -25,7 +25,7 @@ def header_twin(url: str, folder: Path) -> Path:
     Raises CheckpointError where `url` cannot be read in ranges.
     """
     import fsspec
-    from overcrank.models.weight_file import open_weights
+    from overcrank.export.files.weight_file import open_weights
 
     twin = folder / (url.partition("?")[0].rpartition("/")[2] or "file")
     try:
