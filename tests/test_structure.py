@@ -63,6 +63,23 @@ def test_packages_are_the_tree() -> None:
     assert set(listed) == tree
 
 
+def test_data_is_in_the_wheel() -> None:
+    """A file that is not listed is there in development and absent from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for layer in LAYERS:
+        for file in (ROOT / layer).rglob("*.json"):
+            patterns = {
+                owner: patterns
+                for package, patterns in listed.items()
+                if file.is_relative_to(owner := ROOT.joinpath(*package.split(".")[1:]))
+            }
+            assert any(
+                file.relative_to(o).match(p) or p == f"{file.relative_to(o).parts[0]}/**"
+                for o, ps in patterns.items()
+                for p in ps
+            ), file
+
+
 def test_no_family_is_named_outside_models() -> None:
     from overcrank.models import families
 
