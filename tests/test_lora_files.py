@@ -35,6 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of biases, which it takes for shards
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_what_peft_trains_is_merged_as_peft_merges_it(module: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
     """Trained by PEFT, written by diffusers, merged by both."""
