@@ -70,8 +70,8 @@ def _traced(component: Component, config: Config, precision: str, repeats: tuple
     except Exception as error:
         first = str(error).strip().splitlines()[:1]
         raise ExportError(f"{component.name}: {stage} failed: {' '.join(first)}") from error
-    for node in model.graph:
-        node.metadata_props.clear()
+    for described in (model.graph, *model.graph):  # where torch.export lists sets, in another order every time
+        described.metadata_props.clear()
     return model
 
 
