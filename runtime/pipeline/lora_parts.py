@@ -16,8 +16,8 @@ _WRITTEN = re.compile(r"(?P<part>[A-Za-z_]\w*)=(?P<file>.+)", re.DOTALL)
 
 def lora_of(argument: str) -> LoraFile:
     """FILE, FILE:SCALE or PART=FILE:SCALE; raises UserError for a file that does not exist."""
-    written = None if Path(argument).is_file() else _WRITTEN.fullmatch(argument)
-    part, rest = (written["part"], written["file"]) if written else ("", argument)
+    match = None if Path(argument).is_file() else _WRITTEN.fullmatch(argument)
+    part, rest = (match["part"], match["file"]) if match else ("", argument)
     path, colon, scale = rest.rpartition(":")
     try:
         file, factor = (Path(path), float(scale)) if colon else (Path(rest), 1.0)
@@ -30,7 +30,7 @@ def lora_of(argument: str) -> LoraFile:
     return LoraFile(file.expanduser(), factor, part)
 
 
-def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: Mapping[str, str]) -> list[Lora]:
+def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: Mapping[str, str]) -> list[Lora]:
     """Every file for its part of a pipeline of class `pipeline` with these modules.
 
     `words`: what people call the parts of one architecture, such as the experts of a model that has two; they mean
@@ -39,14 +39,14 @@ def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
     nothing.
     """
     experts = dict(words) if set(words.values()) <= parts.keys() else {}
-    made: list[Lora] = []
+    loras: list[Lora] = []
     unwritten: dict[str, LoraFile] = {}  # expert → the file that was taken for it
-    for one in asked:
+    for one in files:
         contents = _placed(one, read_contents(one.file, pipeline, parts), pipeline, parts, experts)
         unmatched = contents.unmatched(parts)
         if unmatched or not (contents.pairs or contents.differences):
-            said = layout_of(unmatched) or f"is for another model: nothing here matches {listed(unmatched) or 'it'}"
-            raise CheckpointError(f"--lora {one.file} {said}.")
+            problem = layout_of(unmatched) or f"is for another model: nothing here matches {listed(unmatched) or 'it'}"
+            raise CheckpointError(f"--lora {one.file} {problem}.")
         expert = next((p for p in contents.parts() if p in experts.values()), "")
         if expert and not one.part:
             if expert in unwritten:
@@ -55,19 +55,19 @@ def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
                     f"expert each is for: {_examples([unwritten[expert].file, one.file], experts)}."
                 )
             unwritten[expert] = one
-        made.append(contents.lora(one))
-    return made
+        loras.append(contents.lora(one))
+    return loras
 
 
 def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> Contents:
     """The contents under the part they are for."""
-    said = said_by(one.file.name, experts)
+    words = said_by(one.file.name, experts)
     if one.part:
         part = _part_named(one, pipeline, parts, experts)
-        if said and part in experts.values() and part not in {experts[w] for w in said}:
+        if words and part in experts.values() and part not in {experts[w] for w in words}:
             raise UserError(
-                f"--lora {one.part}={one.file}: the file's name says {said[0]}, and {one.part} is the other expert; "
-                f"write --lora {said[0]}={one.file}."
+                f"--lora {one.part}={one.file}: the file's name says {words[0]}, and {one.part} is the other expert; "
+                f"write --lora {words[0]}={one.file}."
             )
         if len(contents.parts()) > 1:
             raise UserError(
@@ -81,12 +81,12 @@ def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, exp
         return contents.moved(fitting[0])
     if not fitting:
         return contents  # of another model
-    if len(said) != 1:
+    if len(words) != 1:
         raise UserError(
             f"--lora {one.file}: it fits {len(fitting)} experts of {pipeline.__name__}, and its name does not say "
             f"which it is for; write {_examples([one.file, one.file], experts)}, or one of the two."
         )
-    return contents.moved(experts[said[0]])
+    return contents.moved(experts[words[0]])
 
 
 def said_by(name: str, words: Mapping[str, str]) -> list[str]:
@@ -111,8 +111,8 @@ def _part_named(one: LoraFile, pipeline: type, parts: Parts, experts: Mapping[st
 
 def _examples(files: Sequence[Path], experts: Mapping[str, str]) -> str:
     """What to write: each file with the word of its name, else the words in their order."""
-    left = [w for w in experts if not any(w in said_by(f.name, experts) for f in files)] or list(experts)
-    written = [(said_by(f.name, experts) or [left[i % len(left)]])[0] for i, f in enumerate(files)]
-    if len(set(written)) < len(files):
-        written = list(experts)[: len(files)]
-    return " ".join(f"--lora {word}={file}" for word, file in zip(written, files, strict=True))
+    rest = [w for w in experts if not any(w in said_by(f.name, experts) for f in files)] or list(experts)
+    words = [(said_by(f.name, experts) or [rest[i % len(rest)]])[0] for i, f in enumerate(files)]
+    if len(set(words)) < len(files):
+        words = list(experts)[: len(files)]
+    return " ".join(f"--lora {word}={file}" for word, file in zip(words, files, strict=True))

@@ -174,13 +174,13 @@ class ClusterRenderer:
 
     def _lost(self, number: int, actor: Any) -> None:
         """Load the model anew where the process was, and render the job where there is room."""
-        job, tried = self._jobs[number], self._attempt[number]
+        job, attempts = self._jobs[number], self._attempt[number]
         self._free = [a for a in self._free if a is not actor]
         if actor not in self._starting.values():
             self._starting[self._asked(actor)] = actor
         remove_partial_results(job.stem)
-        if tried > RETRIES:
-            self._outcomes[number] = _failure(job, f"its process was lost {tried} times (out of memory?)")
+        if attempts > RETRIES:
+            self._outcomes[number] = _failure(job, f"its process was lost {attempts} times (out of memory?)")
             self._watcher.ended(self._outcomes[number])
             return
         log.warning("%s: its process was lost; it is rendered again.", job.stem.name)

@@ -200,15 +200,15 @@ class Renderer:
             try:
                 video, pipe = self.made(outcome)
             except NonFinite as error:
-                used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
+                components = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
                 if broken := broken_weight(self.pipe):
                     raise RenderError(
                         f"{error}: {broken} holds NaN or infinities, so the checkpoint is damaged, or is too large for "
                         f"the part's dtype; download it again, or load that part in bf16 or fp32."
                     ) from error
-                if not used:
+                if not components:
                     raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
-                ledger.fall_back(used, NonFiniteResult(str(error)))
+                ledger.fall_back(components, NonFiniteResult(str(error)))
                 with ledger.eagerly():
                     try:
                         video, pipe = self.made(outcome)
@@ -328,14 +328,14 @@ def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
 
 def _guidance(request: RenderRequest) -> dict[str, Any]:
     """Kinds of guidance that not every pipeline has."""
-    asked = {"guidance_scale_2": request.guidance_2, "guidance_rescale": request.guidance_rescale or None}
-    return {k: v for k, v in asked.items() if v is not None}
+    values = {"guidance_scale_2": request.guidance_2, "guidance_rescale": request.guidance_rescale or None}
+    return {k: v for k, v in values.items() if v is not None}
 
 
 def _taken(pipe: Any, arguments: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """The arguments but those of the usual ones that this pipeline lacks: not every one takes a size, or guidance."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    return {k: v for k, v in arguments.items() if k in known or k not in usual}
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {k: v for k, v in arguments.items() if k in parameters or k not in usual}
 
 
 def _lanes(device: Any) -> int:

@@ -181,32 +181,32 @@ class RenderRequest(BaseModel):
             raise RequestError("seconds and frames both say how long the video is; give one of them.")
         if self.seconds is not None:
             step, offset = family(variant.family).grid(variant)["frames"]
-            asked = max(1, round(self.seconds * present(self.fps, "fps of the request")))
-            return asked if self.fit else max(offset or step, round((asked - offset) / step) * step + offset)
+            count = max(1, round(self.seconds * present(self.fps, "fps of the request")))
+            return count if self.fit else max(offset or step, round((count - offset) / step) * step + offset)
         if self.fit and "video" in paths and not family(variant.family).clip_of(variant, variant.native)[1]:
             return length_of(paths["video"], usual)
         return usual
 
     def _fitted(self, variant: Variant, values: Mapping[str, object]) -> dict[str, object]:
         """The size that is computed, and of it what is kept; raises ShapeError for one that has to be rounded first."""
-        asked = self.model_copy(update=dict(values)).shape
+        shape = self.model_copy(update=dict(values)).shape
         if not self.fit:
             try:
-                check_shape(variant, asked)
+                check_shape(variant, shape)
             except ShapeError as error:
                 raise ShapeError(f"{error} {FITTING}") from error
-            computed = (asked.height, asked.width, asked.frames)
-            if self.crop and any(not 1 <= kept <= whole for kept, whole in zip(self.crop, computed, strict=True)):
+            computed = (shape.height, shape.width, shape.frames)
+            if self.crop and any(not 1 <= length <= whole for length, whole in zip(self.crop, computed, strict=True)):
                 raise RequestError(f"crop {list(self.crop)}: give height, width and frames within {list(computed)}.")
             return {"seconds": None}
         sizes = {}
         for axis, (step, offset) in family(variant.family).grid(variant).items():
-            sizes[axis] = max(offset or step, -(-(getattr(asked, axis) - offset) // step) * step + offset)
-        kept = (asked.height, asked.width, asked.frames)
-        if "mp4" in self.formats and (asked.height % 2 or asked.width % 2):
-            raise ShapeError(f"An MP4 has even sides, and {asked.width}x{asked.height} has not; ask for even ones.")
-        whole = all(sizes[axis] == getattr(asked, axis) for axis in sizes)
-        return {"seconds": None, "fit": False, **sizes} | ({} if whole else {"crop": kept})
+            sizes[axis] = max(offset or step, -(-(getattr(shape, axis) - offset) // step) * step + offset)
+        crop = (shape.height, shape.width, shape.frames)
+        if "mp4" in self.formats and (shape.height % 2 or shape.width % 2):
+            raise ShapeError(f"An MP4 has even sides, and {shape.width}x{shape.height} has not; ask for even ones.")
+        whole = all(sizes[axis] == getattr(shape, axis) for axis in sizes)
+        return {"seconds": None, "fit": False, **sizes} | ({} if whole else {"crop": crop})
 
     @property
     def shape(self) -> VideoShape:
@@ -263,7 +263,7 @@ def read_jobs(file: Path, variant: Variant) -> list[RenderRequest]:
     lines = _lines(file, str(file))
     jobs: list[RenderRequest] = []
     wrong: list[str] = []
-    taken: dict[str, int] = {}
+    outputs: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -272,7 +272,7 @@ def read_jobs(file: Path, variant: Variant) -> list[RenderRequest]:
         except UserError as error:
             wrong.append(f"line {number}: {error}")
             continue
-        first = taken.setdefault(same_name(job.output), number)
+        first = outputs.setdefault(same_name(job.output), number)
         if first != number:
             wrong.append(f"line {number}: output '{job.output}' is also that of line {first}; give each its own.")
         jobs.append(job)
@@ -345,5 +345,5 @@ def _reason(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{field}: no such field; there are {', '.join(RenderRequest.model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (got {shorten(repr(error['input']), 80)})"
-    return f"{field}: {message[0].lower()}{message[1:]}{given}"
+    value = "" if error["type"] in ("missing", "value_error") else f" (got {shorten(repr(error['input']), 80)})"
+    return f"{field}: {message[0].lower()}{message[1:]}{value}"

@@ -118,10 +118,10 @@ class _Part:
 
     def _within(self, branch: _Branch, x: Tensor) -> bool:
         """Whether the outputs of this step may be extrapolated; on a GPU waits for its input, once a step."""
-        seen, self._seen = self._seen, x.detach().clone()
-        if seen is None or not branch.follows(x):
+        before, self._seen = self._seen, x.detach().clone()
+        if before is None or not branch.follows(x):
             return False
-        self._error = self._error + branch.rate() * (x.float() - seen).abs().mean()
+        self._error = self._error + branch.rate() * (x.float() - before).abs().mean()
         if bool(self._error < self._cache.threshold):
             return True
         self._error = 0.0
