@@ -113,7 +113,7 @@ def _placed(pipe: Any, variant: Variant, device: torch.device, vram: str | int, 
     parts = parts_of(pipe, [module for module, _ in denoisers(pipe, variant)])
     plan = planned(parts, working_bytes(engines_of(store, variant)), vram, card_of(device).free)
     if plan.moved:
-        log.info("--vram %s: %s", vram, plan.line())
+        log.info("%s: %s", option("vram", vram), plan.line())
     place(pipe, plan.moved, device)
     return plan.moved
 

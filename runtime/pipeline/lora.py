@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CheckpointError, UserError, present
+from overcrank.options import option
 from overcrank.runtime.pipeline.lora_layouts import TRAINER, halves_that_disagree, layout_of, odd_setting
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class Lora:
             whole = self.differences[part, parameter].float() * self.scale
             added = whole if added is None else added + whole.reshape(added.shape)
         if added is not None and not bool(added.isfinite().all()):
-            raise CheckpointError(f"--lora {self.file} holds NaN or infinities in {part}.{parameter}; save it again.")
+            raise CheckpointError(
+                f"{lora_option(self.file)} holds NaN or infinities in {part}.{parameter}; save it again."
+            )
         return added
 
     def about(self) -> dict[str, Any]:
@@ -94,6 +97,11 @@ class Lora:
         digest = sha256(self.file.read_bytes()).hexdigest()
         entry = {"file": self.file.name, "sha256": digest, "scale": self.scale, "parts": self.parts}
         return entry | ({"repository": self.repository} if self.repository else {})
+
+
+def lora_option(file: object, part: str = "") -> str:
+    """A LoRA as it is asked for, in a message."""
+    return option("loras", [f"{part}={file}" if part else file])
 
 
 def merge(loras: Sequence[Lora], parts: Parts) -> None:
@@ -145,14 +153,14 @@ def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
     strange = [key for key in rest if not _UNDERSTOOD.fullmatch(key)]
     if strange:
         problem = layout_of(strange) or f"is for another model: nothing here matches {listed(strange)}"
-        raise CheckpointError(f"--lora {file} {problem}.")
+        raise CheckpointError(f"{lora_option(file)} {problem}.")
     layers = _count_pairs(file, rest)
     state, alphas = _named(file, pipeline, rest)
     contents = _paired(file, state, alphas, adapter, parts)
     count = len(contents.pairs) + len(contents.odd)
     if count < layers:
         raise CheckpointError(
-            f"--lora {file}: diffusers drops {layers - count} of its {layers} layers; it is not merged."
+            f"{lora_option(file)}: diffusers drops {layers - count} of its {layers} layers; it is not merged."
         )
     own = next((p for p in ("transformer", "unet") if p in parts), "")
     for match in filter(None, map(_DIFFERENCE.fullmatch, tensors)):
@@ -170,13 +178,13 @@ def _count_pairs(file: Path, tensors: Mapping[str, Tensor]) -> int:
             same = layers.setdefault(match["layer"], {})
             if half in same:
                 raise CheckpointError(
-                    f"--lora {file} holds several adapters, such as {same[half]} and {key}; save one alone."
+                    f"{lora_option(file)} holds several adapters, such as {same[half]} and {key}; save one alone."
                 )
             same[half] = key
     for layer, halves in layers.items():
         a, b = (tensors.get(halves.get(half, "")) for half in "AB")
         if wrong := halves_that_disagree(a, b):
-            raise CheckpointError(f"--lora {file} is not whole: {layer} {wrong}; download or save it again.")
+            raise CheckpointError(f"{lora_option(file)} is not whole: {layer} {wrong}; download or save it again.")
     return len(layers)
 
 
@@ -194,22 +202,24 @@ def _loaded(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as reader:
             header = reader.metadata() or {}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"--lora {file} cannot be read as safetensors: {str(error).rstrip('.')}.") from error
+        raise UserError(f"{lora_option(file)} cannot be read as safetensors: {str(error).rstrip('.')}.") from error
     if any("dora_scale" in k or "magnitude_vector" in k for k in tensors):
-        raise UserError(f"--lora {file} is a DoRA, which cannot be merged here; merge it into the checkpoint first.")
+        raise UserError(
+            f"{lora_option(file)} is a DoRA, which cannot be merged here; merge it into the checkpoint first."
+        )
     if quantized := next((k for k, tensor in tensors.items() if not tensor.is_floating_point()), ""):
         raise CheckpointError(
-            f"--lora {file}: tensor '{quantized}' is {tensors[quantized].dtype}, no floating type; take the file in "
-            f"bf16 or fp16."
+            f"{lora_option(file)}: tensor '{quantized}' is {tensors[quantized].dtype}, no floating type; take the file "
+            f"in bf16 or fp16."
         )
     try:
         adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
         adapter = None
     if not isinstance(adapter, dict):
-        raise UserError(f"--lora {file}: its lora_adapter_metadata is no JSON object; save the LoRA again.")
+        raise UserError(f"{lora_option(file)}: its lora_adapter_metadata is no JSON object; save the LoRA again.")
     if odd := odd_setting(adapter):
-        raise UserError(f"--lora {file}: its lora_adapter_metadata has {odd}; it is not merged here: {TRAINER}.")
+        raise UserError(f"{lora_option(file)}: its lora_adapter_metadata has {odd}; it is not merged here: {TRAINER}.")
     return tensors, adapter
 
 
@@ -217,7 +227,7 @@ def _named(file: Path, pipeline: type, rest: Mapping[str, Tensor]) -> tuple[Mapp
     """The tensors under diffusers' names, and the alphas it does not multiply in."""
     reader: Any = getattr(pipeline, "lora_state_dict", None)
     if reader is None:
-        raise UserError(f"--lora {file}: {pipeline.__name__} takes no LoRA.")
+        raise UserError(f"{lora_option(file)}: {pipeline.__name__} takes no LoRA.")
     if not rest:
         return {}, {}
     alphas = {} if "return_alphas" not in inspect.signature(reader).parameters else {"return_alphas": True}
@@ -228,7 +238,7 @@ def _named(file: Path, pipeline: type, rest: Mapping[str, Tensor]) -> tuple[Mapp
             f"is for another model: diffusers does not understand its names, such as {listed(sorted(rest)[:2])} "
             f"({type(error).__name__}: {str(error)[:160]})"
         )
-        raise CheckpointError(f"--lora {file} {problem}.") from error
+        raise CheckpointError(f"{lora_option(file)} {problem}.") from error
     state, scales = result if isinstance(result, tuple) else (result, None)
     return state, scales or {}
 
@@ -278,7 +288,7 @@ class _Factor:
         except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, re.error):
             scale = math.nan
         if not math.isfinite(scale):
-            raise UserError(f"--lora {self.file}: the alpha of {part}.{layer} is no number; save the LoRA again.")
+            raise UserError(f"{lora_option(self.file)}: the alpha of {part}.{layer} is no number; save the LoRA again.")
         return scale
 
     def _alpha(self, config: Mapping[str, Any], part: str, layer: str) -> float | None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from overcrank.errors import CheckpointError, UserError
-from overcrank.runtime.pipeline.lora import Contents, Lora, LoraFile, Parts, listed, read_contents
+from overcrank.options import option
+from overcrank.runtime.pipeline.lora import Contents, Lora, LoraFile, Parts, listed, lora_option, read_contents
 from overcrank.runtime.pipeline.lora_layouts import layout_of
 
 _WRITTEN = re.compile(r"(?P<part>[A-Za-z_]\w*)=(?P<file>.+)", re.DOTALL)
@@ -24,9 +25,11 @@ def lora_of(argument: str) -> LoraFile:
     except ValueError:  # a colon of the path, as in C:\
         file, factor = Path(rest), 1.0
     if not file.expanduser().is_file():
-        raise UserError(f"--lora {argument}: {file} does not exist; give FILE or FILE:SCALE, or PART=FILE:SCALE.")
+        raise UserError(f"{lora_option(argument)}: {file} does not exist; give FILE or FILE:SCALE, or PART=FILE:SCALE.")
     if not math.isfinite(factor):
-        raise UserError(f"--lora {argument}: the scale {factor} is no number to multiply with; give one such as 0.8.")
+        raise UserError(
+            f"{lora_option(argument)}: the scale {factor} is no number to multiply with; give one such as 0.8."
+        )
     return LoraFile(file.expanduser(), factor, part)
 
 
@@ -46,13 +49,13 @@ def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
         unmatched = contents.unmatched(parts)
         if unmatched or not (contents.pairs or contents.differences):
             problem = layout_of(unmatched) or f"is for another model: nothing here matches {listed(unmatched) or 'it'}"
-            raise CheckpointError(f"--lora {one.file} {problem}.")
+            raise CheckpointError(f"{lora_option(one.file)} {problem}.")
         expert = next((p for p in contents.parts() if p in experts.values()), "")
         if expert and not one.part:
             if expert in unwritten:
                 raise UserError(
-                    f"--lora {unwritten[expert].file} and --lora {one.file} would both go into {expert}; say which "
-                    f"expert each is for: {_examples([unwritten[expert].file, one.file], experts)}."
+                    f"{lora_option(unwritten[expert].file)} and {lora_option(one.file)} would both go into "
+                    f"{expert}; say which expert each is for: {_examples([unwritten[expert].file, one.file], experts)}."
                 )
             unwritten[expert] = one
         loras.append(contents.lora(one))
@@ -61,18 +64,16 @@ def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
 
 def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> Contents:
     """The contents under the part they are for."""
-    words = said_by(one.file.name, experts)
+    words, asked = said_by(one.file.name, experts), lora_option(one.file, one.part)
     if one.part:
         part = _part_named(one, pipeline, parts, experts)
         if words and part in experts.values() and part not in {experts[w] for w in words}:
             raise UserError(
-                f"--lora {one.part}={one.file}: the file's name says {words[0]}, and {one.part} is the other expert; "
-                f"write --lora {words[0]}={one.file}."
+                f"{asked}: the file's name says {words[0]}, and {one.part} is the other expert; write "
+                f"{lora_option(one.file, words[0])}."
             )
         if len(contents.parts()) > 1:
-            raise UserError(
-                f"--lora {one.part}={one.file} holds layers of {' and '.join(contents.parts())}; leave {one.part}= out."
-            )
+            raise UserError(f"{asked} holds layers of {' and '.join(contents.parts())}; leave {one.part}= out.")
         return contents.moved(part)
     if not any(part in experts.values() for part in contents.parts()) or len(contents.parts()) != 1:
         return contents
@@ -83,8 +84,8 @@ def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, exp
         return contents  # of another model
     if len(words) != 1:
         raise UserError(
-            f"--lora {one.file}: it fits {len(fitting)} experts of {pipeline.__name__}, and its name does not say "
-            f"which it is for; write {_examples([one.file, one.file], experts)}, or one of the two."
+            f"{lora_option(one.file)}: it fits {len(fitting)} experts of {pipeline.__name__}, and its name does not "
+            f"say which it is for; write {_examples([one.file, one.file], experts)}, or one of the two."
         )
     return contents.moved(experts[words[0]])
 
@@ -106,7 +107,7 @@ def _part_named(one: LoraFile, pipeline: type, parts: Parts, experts: Mapping[st
         return part
     called = {part: word for word, part in experts.items()}
     there = ", ".join(f"{p} ({called[p]})" if p in called else p for p in sorted(parts))
-    raise UserError(f"--lora {one.part}={one.file}: {pipeline.__name__} has no part '{one.part}'; it has {there}.")
+    raise UserError(f"{lora_option(one.file, one.part)}: {pipeline.__name__} has no part '{one.part}'; it has {there}.")
 
 
 def _examples(files: Sequence[Path], experts: Mapping[str, str]) -> str:
@@ -115,4 +116,4 @@ def _examples(files: Sequence[Path], experts: Mapping[str, str]) -> str:
     words = [(said_by(f.name, experts) or [rest[i % len(rest)]])[0] for i, f in enumerate(files)]
     if len(set(words)) < len(files):
         words = list(experts)[: len(files)]
-    return " ".join(f"--lora {word}={file}" for word, file in zip(words, files, strict=True))
+    return option("loras", [f"{word}={file}" for word, file in zip(words, files, strict=True)])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.manifest import ComponentEntry, ShapeEntry, TensorEntry
 from overcrank.errors import UserError
+from overcrank.options import option
 from overcrank.units import human_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ def vram_of(word: str) -> str | int:
     if word in MODES:
         return word
     try:
-        size = 0 if word.strip().isdigit() else parse_size(word, "--vram")
+        size = 0 if word.strip().isdigit() else parse_size(word, option("vram"))
     except UserError:
         size = 0
     if not size:
-        raise UserError(f"--vram {word}: use {', '.join(MODES)}, or an amount such as 8GB.")
+        raise UserError(f"{option('vram', word)}: use {', '.join(MODES)}, or an amount such as 8GB.")
     return size
 
 
@@ -84,12 +85,15 @@ def planned(parts: Sequence[Part], working: int, vram: str | int, free: int) -> 
     least = min(plans, key=lambda plan: plan.peak)
     weights = _peak(parts, least.moved, 0)
     if isinstance(vram, int) and vram < weights:
-        raise UserError(f"--vram {human_bytes(vram)}: one part alone has {human_bytes(weights)} of weights; give more.")
+        raise UserError(
+            f"{option('vram', human_bytes(vram))}: one part alone has {human_bytes(weights)} of weights; give more."
+        )
     log.warning(
         "with one part at a time weights and engines take %s at the engines' largest shapes, and there is %s: a large "
-        "video may not fit; quantize with --precision, or build for smaller ones.",
+        "video may not fit; quantize with %s, or build for smaller ones.",
         human_bytes(least.peak),
         human_bytes(budget),
+        option("precision"),
     )
     return least
 

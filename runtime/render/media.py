@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from overcrank.errors import RequestError, present
 from overcrank.models import family
 from overcrank.models.base import Media, Variant, VideoShape
+from overcrank.options import option
 from overcrank.runtime.render.pictures import on_white, picture_of
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def fitted_video(path: Path, shape: VideoShape, count: int, last: bool, pad: boo
         if last:
             frames = deque(ImageOps.fit(_shown(frame, aspect), size, Image.Resampling.LANCZOS) for frame in frames)
     if not frames or (len(frames) < count and not pad):
-        fix = "give a longer one" if last else "lower --frames, or add --fit to go on with its last frame"
+        further = f"lower {option('frames')}, or add {option('fit', True)} to go on with its last frame"
+        fix = "give a longer one" if last else further
         raise RequestError(f"video {path} has {len(frames)} frames and {count} are used; {fix}.")
     return [*frames, *[frames[-1]] * (count - len(frames))]
 

@@ -24,6 +24,7 @@ from overcrank.errors import OvercrankError, RenderCancelled, RenderError
 from overcrank.models import family
 from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
+from overcrank.options import merged, option
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
 from overcrank.runtime.pipeline.checkpoint import broken_weight
@@ -99,22 +100,21 @@ class Renderer:
         pipe: Any,
         model: str,
         watcher: Watcher,
-        *,
-        preview: bool = False,
-        lanes: int | None = None,
-        cache: float = 0.0,
-        metadata: bool = True,
+        options: RenderOptions | None = None,
+        **changes: Any,
     ) -> None:
-        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1].
+        """`pipe`: an accelerated pipeline. `changes`: fields of RenderOptions, over those of `options`.
 
-        One at a time if parts of the pipeline come and go. `cache`: threshold of the step cache
-        (stepcache.py), 0 for none. `metadata`: whether MP4s say what they were made of.
+        Of the options its own fields are looked at; the pipeline is loaded. One job at a time if parts of it come
+        and go, whatever `lanes` says. Raises UserError for an unknown option or word.
         """
-        self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
-        self.metadata = metadata
+        options = merged(RenderOptions, options, changes)
+        self.pipe, self.model, self.watcher = pipe, model, watcher
+        self.preview, self.metadata = options.preview, options.metadata
         self.acceleration: Acceleration = pipe.overcrank
-        self.cache = StepCache(cache, self.acceleration.variant, self.acceleration.ledger)
-        self.lanes = 1 if self.acceleration.moved else lanes or _lanes(device_of(pipe))
+        variant = self.acceleration.variant
+        self.cache = StepCache(threshold_of(options.cache, variant), variant, self.acceleration.ledger)
+        self.lanes = 1 if self.acceleration.moved else options.lanes or _lanes(device_of(pipe))
         self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
         self._cancelled = threading.Event()
 
@@ -185,7 +185,8 @@ class Renderer:
         device = device_of(self.pipe)
         if isinstance(error, torch.OutOfMemoryError):
             figures = f" ({free_memory(*memory_of(device))})" if device.type == "cuda" else ""
-            return f"out of memory{figures}; render fewer frames, a smaller size, with --vram low, or with --lanes 1."
+            less = f"with {option('vram', 'low')}, or with {option('lanes', 1)}"
+            return f"out of memory{figures}; render fewer frames, a smaller size, {less}."
         if isinstance(error, torch.AcceleratorError):
             self._cancelled.set()  # nothing more can be computed in this process
             first = str(error).strip().splitlines()[0]
@@ -366,14 +367,6 @@ def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) ->
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    threshold = threshold_of(options.cache, variant)
+    threshold_of(options.cache, variant)  # a wrong word is told before anything is loaded
     pipe = load(options.model, options, watch=unwatched)  # a bar would be drawn over that of the jobs
-    return Renderer(
-        pipe,
-        variant.name,
-        watcher,
-        preview=options.preview,
-        lanes=options.lanes,
-        cache=threshold,
-        metadata=options.metadata,
-    )
+    return Renderer(pipe, variant.name, watcher, options)

@@ -16,6 +16,7 @@ from overcrank.errors import RequestError, ShapeError, UserError, present
 from overcrank.models import check_shape, family, local_folder
 from overcrank.models._schedulers import RESCALING
 from overcrank.models.base import Rendering, Variant, VideoShape
+from overcrank.options import option
 from overcrank.runtime.render.media import length_of, rate_of, require_sound, size_of_picture
 from overcrank.runtime.render.names import check_name, same_name
 from overcrank.runtime.render.schedule import scheduled
@@ -29,7 +30,6 @@ PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
 FILES = ("image", "last_image", "video", "audio")
 LONGEST_SIDE, MOST_FRAMES = 16_384, 100_000
 SLOWEST, FASTEST = 0.1, 240.0  # frames a second
-FITTING = 'With --fit, or "fit": true in a job, it is rounded up and cropped back.'
 LARGEST_TEXT = 64_000_000
 """Bytes of a file of jobs or prompts."""
 
@@ -100,7 +100,7 @@ class RenderRequest(BaseModel):
         if self.video is not None and (self.image is not None or self.last_image is not None):
             raise RequestError("video and image both condition the render; give one of them.")
         if self.task not in variant.tasks:
-            what = variant.name + (f" with --preset {variant.preset}" if variant.preset else "")
+            what = variant.name + (f" with {option('preset', variant.preset)}" if variant.preset else "")
             raise RequestError(f"{what} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
         rendering = variant.rendering(self.task)
         if self.guidance_until < 1 and not family(variant.family).guides_apart:
@@ -194,7 +194,8 @@ class RenderRequest(BaseModel):
             try:
                 check_shape(variant, shape)
             except ShapeError as error:
-                raise ShapeError(f"{error} {FITTING}") from error
+                fitting = f'With {option("fit", True)}, or "fit": true in a job, it is rounded up and cropped back.'
+                raise ShapeError(f"{error} {fitting}") from error
             computed = (shape.height, shape.width, shape.frames)
             if self.crop and any(not 1 <= length <= whole for length, whole in zip(self.crop, computed, strict=True)):
                 raise RequestError(f"crop {list(self.crop)}: give height, width and frames within {list(computed)}.")
@@ -289,9 +290,9 @@ def prompts_of(file: Path | None, variant: Variant) -> list[str]:
     """Lines of the file, else of the model's own prompts.txt, else of the set that ships."""
     own = local_folder(variant.name)
     default = own / "prompts.txt" if own is not None and (own / "prompts.txt").is_file() else PROMPTS
-    lines = [line.strip() for line in _lines(file or default, f"--prompts {file}") if line.strip()]
+    lines = [line.strip() for line in _lines(file or default, option("prompts", str(file))) if line.strip()]
     if not lines:
-        raise RequestError(f"--prompts {file} is empty; write one prompt a line.")
+        raise RequestError(f"{option('prompts', str(file))} is empty; write one prompt a line.")
     return lines
 
 

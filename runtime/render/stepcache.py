@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import UserError
 from overcrank.models import family
 from overcrank.models.base import Variant
+from overcrank.options import option
 from overcrank.runtime.pipeline.accelerate import denoisers
 from overcrank.runtime.sessions.session import Ledger
 
@@ -46,7 +47,7 @@ def threshold_of(word: str, variant: Variant) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number <= 1:
-        raise UserError(f"--cache {word}: use off, {', '.join(levels)}, or a number from 0 to 1 such as 0.08.")
+        raise UserError(f"{option('cache', word)}: use off, {', '.join(levels)}, or a number from 0 to 1 such as 0.08.")
     return number
 
 

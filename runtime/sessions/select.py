@@ -37,6 +37,7 @@ from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import family
 from overcrank.models.base import Component, Variant
 from overcrank.models.network import differences, network
+from overcrank.options import option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,7 +185,7 @@ def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> N
         return
     near = _nearest_miss(own, [manifest] if manifest.family == variant.family else [])
     what = ": ".join((f"another network than {variant.name}", *near))
-    raise UserError(f"--bundle {bundle} is of {manifest.model}, {what}.")
+    raise UserError(f"{option('bundle', bundle)} is of {manifest.model}, {what}.")
 
 
 def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring: Keyring) -> None:
@@ -212,4 +213,4 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
             log.info("fetching %s from %s", bundle.name, url)
             pull(remote, bundle, store, ring, lambda name, there, size: None)
     except OvercrankError as error:
-        log.warning("--pull %s: %s", url, error)
+        log.warning("%s: %s", option("pull", url), error)

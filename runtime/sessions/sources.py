@@ -27,6 +27,7 @@ from overcrank.export.quantization.recipe import (
     recipe_of,
 )
 from overcrank.models.base import Component, Variant
+from overcrank.options import option
 from overcrank.runtime.sessions.packs import kept_pack
 from overcrank.runtime.sessions.parameters import (
     bound_parameters,
@@ -141,12 +142,14 @@ def require_renderable(path: Path, variant: Variant, quantization: Quantization 
     manifest = read_manifest(path)
     require_same_network(variant, manifest, path.name)
     if manifest.weights != "inputs":
-        raise UserError(f"--bundle {path.name} has weights of its own; its graphs are not run in ONNX Runtime.")
+        raise UserError(
+            f"{option('bundle', path.name)} has weights of its own; its graphs are not run in ONNX Runtime."
+        )
     precision = quantization.precision if quantization else ""
     own = manifest.precision if manifest.precision in QUANTIZED else ""
     if precision != own:
-        fix = f"add --precision {own}" if own else "leave --precision out"
-        raise UserError(f"--bundle {path.name} is in {manifest.precision}; {fix}, or name another bundle.")
+        fix = f"add {option('precision', own)}" if own else f"leave {option('precision')} out"
+        raise UserError(f"{option('bundle', path.name)} is in {manifest.precision}; {fix}, or name another bundle.")
     return path, manifest
 
 
