@@ -64,16 +64,16 @@ def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
 
 def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> Contents:
     """The contents under the part they are for."""
-    words, asked = said_by(one.file.name, experts), lora_option(one.file, one.part)
+    words, name = said_by(one.file.name, experts), lora_option(one.file, one.part)
     if one.part:
         part = _part_named(one, pipeline, parts, experts)
         if words and part in experts.values() and part not in {experts[w] for w in words}:
             raise UserError(
-                f"{asked}: the file's name says {words[0]}, and {one.part} is the other expert; write "
+                f"{name}: the file's name says {words[0]}, and {one.part} is the other expert; write "
                 f"{lora_option(one.file, words[0])}."
             )
         if len(contents.parts()) > 1:
-            raise UserError(f"{asked} holds layers of {' and '.join(contents.parts())}; leave {one.part}= out.")
+            raise UserError(f"{name} holds layers of {' and '.join(contents.parts())}; leave {one.part}= out.")
         return contents.moved(part)
     if not any(part in experts.values() for part in contents.parts()) or len(contents.parts()) != 1:
         return contents
