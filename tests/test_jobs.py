@@ -196,7 +196,9 @@ def test_seconds_are_frames_of_the_grid() -> None:
 
 
 def test_a_size_that_is_not_made_is_refused_and_fit_is_offered() -> None:
-    with pytest.raises(UserError, match=r"height 60 is not a multiple of 32 .* With --fit, or \"fit\": true in a job"):
+    with pytest.raises(
+        UserError, match=r"height 60 is not a multiple of 32 .* With fit=True, or \"fit\": true in a job"
+    ):
         completed(height=60)
     fitted = completed(height=60, width=64, frames=16, fit=True)
     assert str(fitted.shape) == "64x64x17"

@@ -141,7 +141,7 @@ def test_presets_that_are_not_there() -> None:
     with pytest.raises(RequestError, match=r"there is no such preset; svd-xt-1\.1 has no preset"):
         with_preset(resolve("svd"), "xyz")
     rendered, _ = with_preset(resolve("wan-2.2-i2v-a14b"), "lightx2v-4step")
-    with pytest.raises(RequestError, match="with --preset lightx2v-4step cannot do text-to-video"):
+    with pytest.raises(RequestError, match="with preset='lightx2v-4step' cannot do text-to-video"):
         RenderRequest(prompt="a").completed(rendered)
 
 
