@@ -137,12 +137,12 @@ def fallen_back(layout: Mapping[str, LayerFormat], plan: PlanReport) -> list[str
     """Layers that the plan does not multiply in their format; none is claimed of a plan that cannot be read."""
     if not plan.known:
         return []
-    kept = {n: (f, n in plan.dequantized) for n, f in plan.formats.items()}
+    formats = {n: (f, n in plan.dequantized) for n, f in plan.formats.items()}
     return [
         n
         for n, form in layout.items()
         if (form.kind == ATTENTION and plan.attended.get(n) != form.format)
-        or (form.kind != ATTENTION and kept.get(n) != (form.format, form.activations == SIXTEEN))
+        or (form.kind != ATTENTION and formats.get(n) != (form.format, form.activations == SIXTEEN))
     ]
 
 
