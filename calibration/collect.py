@@ -71,9 +71,9 @@ def collected(
             every()
             for layer, quantizer in quantizers.items():
                 _load(layer, quantizer, method)
-    found = {layer: _range(layer, q.amax, q.pre_quant_scale) for layer, q in quantizers.items()}
-    found |= {name: _range(name, calibrator.compute_amax(), None) for name, calibrator in sorted(operands.items())}
-    return {part: _within(part, found) for part in modules}
+    ranges = {layer: _range(layer, q.amax, q.pre_quant_scale) for layer, q in quantizers.items()}
+    ranges |= {name: _range(name, calibrator.compute_amax(), None) for name, calibrator in sorted(operands.items())}
+    return {part: _within(part, ranges) for part in modules}
 
 
 def _model_optimizer() -> tuple[Any, Any, Any]:
@@ -110,8 +110,8 @@ def _load(layer: str, quantizer: Any, method: Method) -> None:
         quantizer.load_calib_amax()
 
 
-def _within(part: str, found: Mapping[str, ActivationRange]) -> dict[str, ActivationRange]:
-    return {name.removeprefix(f"{part}."): seen for name, seen in found.items() if name.startswith(f"{part}.")}
+def _within(part: str, ranges: Mapping[str, ActivationRange]) -> dict[str, ActivationRange]:
+    return {name.removeprefix(f"{part}."): value for name, value in ranges.items() if name.startswith(f"{part}.")}
 
 
 def _range(layer: str, amax: Tensor | None, scale: Tensor | None) -> ActivationRange:
@@ -180,10 +180,10 @@ def _restored(calibrators: Mapping[str, Any], state: Path) -> int:
 
     if not state.is_file():
         return 0
-    kept = torch.load(state, weights_only=True)
+    record = torch.load(state, weights_only=True)
     for layer, calibrator in calibrators.items():
-        vars(calibrator).update(kept["calibrators"][layer])
-    return int(kept["done"])
+        vars(calibrator).update(record["calibrators"][layer])
+    return int(record["done"])
 
 
 @contextmanager

@@ -108,13 +108,13 @@ def _part(
 
 def _without_shared(part: Part, earlier: Sequence[Part]) -> Part:
     """Components that describe one module share its layers, which are written once."""
-    known = {p.input: p for other in earlier if other.name == part.name for p in other.packed}
+    entries = {p.input: p for other in earlier if other.name == part.name for p in other.packed}
     for entry in part.packed:
-        if known.get(entry.input, entry) != entry:
+        if entries.get(entry.input, entry) != entry:
             raise UserError(
                 f"the recipe has {entry.layer} of {part.name} in two formats, one in {part.component}; make them agree."
             )
-    return replace(part, packed=tuple(p for p in part.packed if p.input not in known))
+    return replace(part, packed=tuple(p for p in part.packed if p.input not in entries))
 
 
 def _graph(component: Component, compute: str, store: Store) -> tuple[ir.Model, tuple[Parameter, ...]]:
@@ -129,12 +129,12 @@ def _loras(variant: Variant, folder: Path, arguments: Sequence[str]) -> list[Lor
         return []
     import diffusers
 
-    asked = [lora_of(argument) for argument in arguments]
-    known: dict[str, Any] = {}
+    files = [lora_of(argument) for argument in arguments]
+    modules: dict[str, Any] = {}
     for component in components(variant):
         if not component.attribute:
             module = abstract_module(component, component.config, "bf16")
             there = [part for part in (component.subfolder, *component.also_serves) if (folder / part).is_dir()]
-            known |= dict.fromkeys(there, module)
+            modules |= dict.fromkeys(there, module)
     pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
-    return read_loras(asked, pipeline, known, family(variant.family).part_words)
+    return read_loras(files, pipeline, modules, family(variant.family).part_words)

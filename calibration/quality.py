@@ -115,7 +115,7 @@ def layer_errors(
     """Collects, at call `at` of the module, how far each quantized layer's output is from its own, relative in norm."""
     import torch
 
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     calls = -1
 
     def count(*_: Any) -> None:
@@ -133,7 +133,7 @@ def layer_errors(
         return hook
 
     def note(name: str, quantized: Tensor, own: Tensor) -> None:
-        found[name] = round(float((quantized - own).norm() / own.norm().clamp_min(1e-12)), 6)
+        errors[name] = round(float((quantized - own).norm() / own.norm().clamp_min(1e-12)), 6)
 
     def attend(name: str, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> None:
         if calls == at:
@@ -145,7 +145,7 @@ def layer_errors(
     handles += [module.get_submodule(name).register_forward_hook(compare(name)) for name in linear]
     try:
         with intercepted(module, formats.keys() - set(linear), attend):
-            yield found
+            yield errors
     finally:
         for handle in handles:
             handle.remove()
@@ -232,9 +232,9 @@ def _plot_frames(report: Report, runs: Mapping[str, list[Video]], path: Path) ->
     """First, middle and last frame of up to four prompts, each way of rendering in a row."""
     from matplotlib.figure import Figure
 
-    shown = min(4, len(report.prompts))
-    figure = Figure(figsize=(3.6 * shown, 1.35 * len(runs)), layout="constrained")
-    grid = figure.subplots(len(runs), 3 * shown, squeeze=False)
+    count = min(4, len(report.prompts))
+    figure = Figure(figsize=(3.6 * count, 1.35 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), 3 * count, squeeze=False)
     for row, (name, videos) in zip(grid, runs.items(), strict=True):
         for i, axes in enumerate(row):
             frames = videos[i // 3].frames
