@@ -37,18 +37,18 @@ def print_recipe(recipe: Recipe, out: Path, seconds: float) -> None:
     )
 
 
-def print_search(found: SearchResult, target: QualityTarget) -> None:
+def print_search(result: SearchResult, target: QualityTarget) -> None:
     """What a person reads of the search."""
 
     console = SafeConsole()
-    for block, effect in list(found.effects.items())[: max(5, len(found.kept))]:
+    for block, effect in list(result.effects.items())[: max(5, len(result.kept))]:
         console.print(
-            f"{'16 bit ' if block in found.kept else found.recipe.precision:<8} {effect:8.3%} of the output  {block}"
+            f"{'16 bit ' if block in result.kept else result.recipe.precision:<8} {effect:8.3%} of the output  {block}"
         )
-    now, low, high = (n / 1e6 for n in found.bytes)
-    counts = f"{len(found.kept)} of {len(found.effects)} blocks in 16 bit"
-    console.print(f"reached  {QualityTarget(target.kind, found.reached)}, asked {target}; {counts}")
-    whole = f"{low:,.1f} MB all in {found.recipe.precision}, {high:,.1f} MB in 16 bit"
+    now, low, high = (n / 1e6 for n in result.bytes)
+    counts = f"{len(result.kept)} of {len(result.effects)} blocks in 16 bit"
+    console.print(f"reached  {QualityTarget(target.kind, result.reached)}, asked {target}; {counts}")
+    whole = f"{low:,.1f} MB all in {result.recipe.precision}, {high:,.1f} MB in 16 bit"
     console.print(f"weights  {now:,.1f} MB of these layers; {whole}")
 
 
@@ -73,14 +73,14 @@ def print_quality(
     """Make the report and print its figures; `weights` may be None for a model that ships with its own."""
 
     variant = variant_from_manifest(read_manifest(bundle))
-    found = weights or local_folder(variant.name)
-    if found is None:
+    checkpoint = weights or local_folder(variant.name)
+    if checkpoint is None:
         raise UserError("--report renders, for which it needs the checkpoint: give --weights FOLDER.")
     lines = prompts_of(prompts, variant)[-samples:]  # calibration takes the first ones
     requests = [
         RenderRequest(prompt=p, seed=1000 + i, steps=steps, formats=("latents",)).completed(variant)
         for i, p in enumerate(lines)
     ]
-    report = quality_report(bundle, found, requests, folder)
+    report = quality_report(bundle, checkpoint, requests, folder)
     Console().print(Markdown(markdown(report).partition("![cosine")[0]))
     print(f"report   {folder / 'report.md'}")
