@@ -24,6 +24,7 @@ from overcrank.errors import TargetError, UserError
 from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat
 from overcrank.files import atomic_write
 from overcrank.models import components, resolve
+from overcrank.options import option
 from overcrank.units import human_bytes, human_seconds
 
 
@@ -76,11 +77,11 @@ def expanded(cells: Sequence[Cell], static: bool = False, flavour: str = "tensor
 
 def cells_of(models: str, gpus: str, precisions: str) -> list[Cell]:
     """Every combination of three comma-separated lists; raises UserError for an empty one."""
-    lists = {"--models": models, "--gpus": gpus, "--precisions": precisions}
+    lists = {"models": models, "gpus": gpus, "precisions": precisions}
     words = {name: text.replace(",", " ").split() for name, text in lists.items()}
     for name, values in words.items():
         if not values:
-            raise UserError(f"{name} is empty; separate several with commas.")
+            raise UserError(f"{option(name)} is empty; separate several with commas.")
     a, b, c = words.values()
     return [Cell(model, gpu, precision) for model in a for gpu in b for precision in c]
 

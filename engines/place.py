@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from overcrank.errors import IntegrityError, StoreError, UserError
 from overcrank.files import atomic_write
+from overcrank.options import option
 
 CHUNK = 1_000_000
 SILENCE = 30.0
@@ -157,7 +158,8 @@ class Remote:
             upgraded = old.hostname == new.hostname and (_port(old), _port(new)) == (80, 443)
             if not upgraded and not self.follow:
                 raise StoreError(
-                    f"{self.url} redirects to another host, {new.hostname}; add --follow if its publisher says so."
+                    f"{self.url} redirects to another host, {new.hostname}; add "
+                    f"{option('follow', True)} if its publisher says so."
                 )
             if not upgraded:
                 headers.pop("Authorization", None)

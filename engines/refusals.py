@@ -1,7 +1,8 @@
 """Every reason for which an engine does not serve: its kind, its figures, and the sentence made of them.
 
 Whoever finds the reason raises CannotServe with one of these; only here is it put into words: `what` is wrong, and
-the `fix`. The names in them are the kind's fields, and {build} is the command that builds for this pipeline and card.
+the `fix`. The names in them are the kind's fields, {build} is the command that builds for this pipeline and card, and
+{option:vram low} an option as the caller knows it, of the command line or of Python.
 What was done to a module and its parameters is in module_refusals.py.
 """
 
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from overcrank.engines.targets import SIXTEEN_BIT
+from overcrank.options import option
 from overcrank.units import human_bytes
 
 BUILD = "build-engine"
 SLOW_ENGINES = "--slow-engines"
 DOCTOR = "run overcrank doctor, which tests this machine"
-SMALLER = "render fewer frames or a smaller size, with --vram low, or free the card"
+SMALLER = "render fewer frames or a smaller size, with {option:vram low}, or free the card"
 
 
 class Refusal:
@@ -40,7 +42,7 @@ class Refusal:
     def words(self, build: str = BUILD) -> tuple[str, str]:
         """What is wrong, and what to do."""
         figures = {name: _shown(value) for name, value in vars(self).items()}
-        return self.what.format(**figures), self.fix.format(**figures, build=build)
+        return filled(self.what, **figures), filled(self.fix, **figures, build=build)
 
     def sentence(self, build: str = BUILD) -> str:
         return "; ".join(self.words(build))
@@ -55,6 +57,18 @@ class CannotServe(Exception):
 
     def __str__(self) -> str:
         return self.why.sentence()
+
+
+class _Option:
+    def __format__(self, words: str) -> str:
+        """Of a name, or a name and a value, which is True for a switch."""
+        name, _, value = words.partition(" ")
+        return option(name, True if value == "True" else value or None)
+
+
+def filled(text: str, /, **figures: str) -> str:
+    """A sentence with its figures, and options named as the caller knows them."""
+    return text.format(**figures, option=_Option())
 
 
 def _shown(value: object) -> str:
@@ -108,7 +122,7 @@ class OtherOnProcessor(Refusal):
     graphs: str
     weights: str
     what = "on a processor, ONNX Runtime computes in {graphs}, and the pipeline's weights are {weights}"
-    fix = "render with --dtype {graphs}"
+    fix = "render with {option:dtype {graphs}}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ class OtherType(Refusal):
     engine: str
     pipeline: str
     what = "the engine of {component} computes in {engine}, and the pipeline's {part} is {pipeline}"
-    fix = "{build} --dtype {part}={pipeline}, or render with --dtype {part}={engine}"
+    fix = "{build} --dtype {part}={pipeline}, or render with {option:dtype {part}={engine}}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,7 @@ class Slower(Refusal):
         "the engine of {component} took {engine_ms} ms a call on this card and eager PyTorch {eager_ms} ms "
         "({shape}, {date})"
     )
-    fix = f"measure again with ./build.sh bench-gpu, or add {SLOW_ENGINES}"
+    fix = "measure again with ./build.sh bench-gpu, or add {option:slow_engines True}"
 
 
 # ── card, driver, libraries ──────────────────────────────────────────────────────────
@@ -298,7 +312,7 @@ class OutOfMemory(OfThisCall):
     def words(self, build: str = BUILD) -> tuple[str, str]:
         needs = f"it needs {human_bytes(self.needed)} for activations and " if self.needed else ""
         free = free_memory(self.free, self.total)
-        return f"the engine of {self.component} ran out of GPU memory: {needs}{free}", self.fix
+        return f"the engine of {self.component} ran out of GPU memory: {needs}{free}", super().words(build)[1]
 
 
 def free_memory(free: int, total: int) -> str:

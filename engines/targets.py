@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from overcrank.engines.cards import installed_cards
 from overcrank.errors import TargetError
+from overcrank.options import option
 
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "nvfp4")
 SIXTEEN_BIT = ("fp16", "bf16")
@@ -121,12 +122,12 @@ def targets_for(words: Iterable[str], flavour: str) -> tuple[Target, ...]:
             if flavour not in target.flavours:
                 raise TargetError(
                     f"{FLAVOUR_TITLES[flavour]} cannot build for {target.name} ({target.generation}: "
-                    f"{', '.join(target.cards)}); use --flavour tensorrt on a machine that has TensorRT, "
+                    f"{', '.join(target.cards)}); use {option('flavour', 'tensorrt')} on a machine that has TensorRT, "
                     f"or one of {', '.join(t.name for t in TARGETS if flavour in t.flavours)}."
                 )
             targets[target.name] = target
     if not targets:
-        raise TargetError("--gpu is empty; give sm_75 … sm_121, a card such as rtx4090, 'all' or 'auto'.")
+        raise TargetError(f"{option('gpu')} is empty; give sm_75 … sm_121, a card such as rtx4090, 'all' or 'auto'.")
     return tuple(targets.values())
 
 
@@ -148,7 +149,7 @@ def precision_for(target: Target, precision: str, own: str = "") -> str:
     if precision not in target.precisions:
         have = [t.name for t in TARGETS if precision in t.precisions]
         raise TargetError(
-            f"{target.name} ({target.generation}) has no {precision}: use --precision "
+            f"{target.name} ({target.generation}) has no {precision}: use {option('precision')} "
             f"{'|'.join(target.precisions)}; {precision} needs one of {', '.join(have)}."
         )
     return precision
@@ -209,8 +210,8 @@ def _local_cards() -> tuple[Target, ...]:
         cards = installed_cards()
     except TargetError as error:
         raise TargetError(
-            f"--gpu auto needs an NVIDIA card and driver on this machine, and {error}; name the card instead, "
-            f"for example --gpu rtx4090 (no GPU is needed to build)."
+            f"{option('gpu', 'auto')} needs an NVIDIA card and driver on this machine, and {error}; name the card "
+            f"instead, for example {option('gpu', 'rtx4090')} (no GPU is needed to build)."
         ) from error
     for card in cards:
         if card.target not in BY_NAME:

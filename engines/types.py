@@ -53,14 +53,15 @@ def compute_of(
         if target.fp32_products:
             return FP32
         if override:
+            part, instead = component.subfolder, f"{component.subfolder}={sixteen_bit(target)}"
             raise TargetError(
-                f"--dtype {component.subfolder}=fp32: TensorRT for RTX compiles no fp32 products for {target.name} "
-                f"({target.generation}); use --dtype {component.subfolder}={sixteen_bit(target)}."
+                f"{option('dtype', f'{part}=fp32')}: TensorRT for RTX compiles no fp32 products for {target.name} "
+                f"({target.generation}); use {option('dtype', instead)}."
             )
         dtype = sixteen_bit(target)
     elif override and dtype not in target.precisions:
         raise TargetError(
-            f"--dtype {component.subfolder}={dtype}: {target.name} ({target.generation}) has no {dtype}; "
+            f"{option('dtype', f'{component.subfolder}={dtype}')}: {target.name} ({target.generation}) has no {dtype}; "
             f"use {sixteen_bit(target)}."
         )
     if override:
@@ -80,11 +81,11 @@ def notes(variant: Variant, target: Target, precision: str, dtypes: dict[str, st
         if compute == FP32:
             sentences[part] = (
                 f"{variant.name}: {part} is built in fp32, as it is published; it takes twice the memory of 16 bit, "
-                f"which --dtype {part}={sixteen_bit(target)} saves (here and when rendering)."
+                f"which {option('dtype', f'{part}={sixteen_bit(target)}')} saves (here and when rendering)."
             )
         elif variant.dtype_of(part) == FP32 and part not in (dtypes or {}):
             sentences[part] = (
                 f"{variant.name}: {part} is published in fp32 and built in {compute} for {target.name}, for which "
-                f"TensorRT for RTX compiles no fp32 products; render with --dtype {part}={compute}."
+                f"TensorRT for RTX compiles no fp32 products; render with {option('dtype', f'{part}={compute}')}."
             )
     return list(sentences.values())

@@ -12,6 +12,7 @@ import pytest
 from overcrank.engines import module_refusals, refusals
 from overcrank.engines.module_refusals import ModuleChange, ModuleChanged, ParameterUnfit, Unfit
 from overcrank.engines.refusals import CannotServe, Refusal
+from overcrank.options import named_as_flags
 from overcrank.runtime.sessions.session import Ledger
 
 pytestmark = pytest.mark.quick
@@ -70,7 +71,7 @@ def test_there_are_as_many_as_are_raised() -> None:
         (
             refusals.OutOfMemory("denoiser", 2_000_000_000, 1_000_000_000, 8_000_000_000),
             "the engine of denoiser ran out of GPU memory: it needs 2.0 GB for activations and 1.0 GB of 8.0 GB are "
-            "free; render fewer frames or a smaller size, with --vram low, or free the card",
+            "free; render fewer frames or a smaller size, with vram='low', or free the card",
         ),
         (
             refusals.LoadFailed("denoiser.engine", "CUDA error 35"),
@@ -100,6 +101,24 @@ def test_there_are_as_many_as_are_raised() -> None:
 )
 def test_sentences_as_a_person_reads_them(why: Refusal, sentence: str) -> None:
     assert why.sentence(BUILD) == sentence
+
+
+@pytest.mark.parametrize(
+    ("why", "in_python", "as_flags"),
+    [
+        (refusals.OtherOnProcessor("fp32", "bf16"), "dtype='fp32'", "--dtype fp32"),
+        (refusals.OtherType("denoiser", "{part}", "bf16", "fp32"), "with dtype='{part}=bf16'", "--dtype {part}=bf16"),
+        (refusals.Slower("denoiser", 3.0, 2.0, "64x64x17", "2026-11-21"), "slow_engines=True", "add --slow-engines"),
+        (module_refusals.NoRange("to_q"), "with recipe, or build with activations='dynamic'", "--activations dynamic"),
+        (ModuleChanged(ModuleChange.FORWARD, "a"), "with vram='low' or", "with --vram low or"),
+        (ParameterUnfit(Unfit.PLACE, "w", "cpu"), "go with vram='low'", "go with --vram low"),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_options_are_named_as_the_caller_knows_them(why: Refusal, in_python: str, as_flags: str) -> None:
+    assert in_python in why.sentence(BUILD)
+    with named_as_flags():
+        assert as_flags in why.sentence(BUILD)
 
 
 def test_a_warning_has_the_command_for_this_pipeline(caplog: pytest.LogCaptureFixture) -> None:
