@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from overcrank.errors import CalibrationError, UserError
 from overcrank.export.quantization.attention import intercepted
 from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, ActivationRange, LayerFormat, Method
+from overcrank.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +51,7 @@ def collected(
     layers = {f"{part}.{layer}": form for part in modules for layer, form in layout.items()}
     formats = {form.format for form in layers.values()}
     if method in ("smoothquant", "mse") and formats != {"int8"}:  # Model Optimizer 0.47 fails at mse in fp8
-        raise UserError(f"--method {method} is for int8, and this recipe has {', '.join(sorted(formats))}.")
+        raise UserError(f"{option('method', method)} is for int8, and this recipe has {', '.join(sorted(formats))}.")
     linear = {layer: form for layer, form in layers.items() if form.kind != ATTENTION}
     attended = layers.keys() - linear.keys()
     operands = {f"{a}.{operand}": MaxCalibrator(8, None, False) for a in attended for operand in OPERANDS}

@@ -21,6 +21,7 @@ from overcrank.export.quantization.attention import attended, intercepted, packe
 from overcrank.export.quantization.packing import packed_layer
 from overcrank.export.quantization.recipe import ATTENTION, ActivationRange, LayerFormat, Recipe, read_recipe
 from overcrank.export.quantization.reference import multiplied
+from overcrank.options import option
 from overcrank.runtime.pipeline.accelerate import main_module
 from overcrank.runtime.render.output import Video
 from overcrank.runtime.render.request import RenderRequest
@@ -86,7 +87,9 @@ def _formats(manifest: Manifest) -> tuple[dict[str, LayerFormat], str]:
     for entry in manifest.components:
         if entry.formats:
             return entry.formats, compute_of(entry)
-    raise UserError(f"--report is for quantized bundles, and this one is {manifest.precision}; verify it without.")
+    raise UserError(
+        f"{option('report')} is for quantized bundles, and this one is {manifest.precision}; verify it without."
+    )
 
 
 def _activations(manifest: Manifest, formats: Mapping[str, LayerFormat]) -> str:
