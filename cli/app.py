@@ -181,13 +181,13 @@ def calibrate(**options: Any) -> None:
 @store_option
 def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> None:
     """Quantize a checkpoint's layers, one at a time, into a file that engines and renders read."""
+    from overcrank.calibration.pack import Packing
     from overcrank.cli.calibration import timed_pack
     from overcrank.engines.store import Store
     from overcrank.export.quantization.recipe import layers_of
 
     recipe, layers = layers_of(options["precision"], options["activations"], options["recipe"])
-    made = {"model": model, "layers": layers, "recipe": recipe, "compute": compute, "loras": loras, "out": out}
-    timed_pack(quiet, **made, store=Store(options["store"]))
+    timed_pack(model, Packing(layers, recipe, compute, loras), out, Store(options["store"]), quiet)
 
 
 @main.command(

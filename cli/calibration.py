@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from overcrank.calibration.pack import pack
+from overcrank.calibration.pack import Packing, pack
 from overcrank.calibration.quality import markdown, quality_report
 from overcrank.calibration.sensitivity import QualityTarget, SearchResult
 from overcrank.cli.display import downloading
 from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.manifest import read_manifest
+from overcrank.engines.store import Store
 from overcrank.errors import UserError
 from overcrank.export.quantization.recipe import Recipe
 from overcrank.models import hub_folder, local_folder, resolve, variant_from_manifest
@@ -56,15 +56,15 @@ def print_pack(out: Path, seconds: float) -> None:
     print(f"pack     {out}  {out.stat().st_size / 1e9:.2f} GB in {seconds:.1f} s")
 
 
-def timed_pack(quiet: bool, **options: Any) -> None:
+def timed_pack(model: str, packing: Packing, out: Path, store: Store, quiet: bool) -> None:
     """`pack` with a line a layer on a terminal, and its size and time at the end."""
 
     started = time.monotonic()
-    if local_folder(options["model"]) is None:  # first, for a terminal shows one thing that moves
-        hub_folder(resolve(options["model"]), home=options["store"].root, watch=partial(downloading, quiet=quiet))
+    if local_folder(model) is None:  # first, for a terminal shows one thing that moves
+        hub_folder(resolve(model), home=store.root, watch=partial(downloading, quiet=quiet))
     with Console(stderr=True, quiet=quiet).status("packing") as status:
-        pack(**options, progress=lambda layer: status.update(f"packing {layer}"))
-    print_pack(options["out"], time.monotonic() - started)
+        pack(model, packing, out, store, lambda layer: status.update(f"packing {layer}"))
+    print_pack(out, time.monotonic() - started)
 
 
 def print_quality(
