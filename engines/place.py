@@ -66,15 +66,15 @@ class Remote:
 
         scheme, _, rest = self.url.rpartition("://")
         scheme = scheme.lower()
-        url = f"{scheme}://{rest}" if scheme else self.url
-        self.url = shown(url)
+        address = f"{scheme}://{rest}" if scheme else self.url
+        self.url = shown(address)
         if scheme not in SCHEMES:  # or several, with :: between them
             raise UserError(
                 f"{self.url} is no place for engines: give a folder, or an http(s), s3, gs, hf, az or sftp URL."
             )
         try:
-            self.place, self._secret = _place_of(url)
-            self.fs, root = fsspec.core.url_to_fs(self.url if scheme in WEB else url)
+            self.place, self._secret = _place_of(address)
+            self.fs, root = fsspec.core.url_to_fs(self.url if scheme in WEB else address)
         except Exception as error:  # every file system has its own
             raise UserError(
                 f"{self.url} cannot be used: {said(error)}; s3, gs and others need their package."
