@@ -44,6 +44,17 @@ def named_as_flags() -> Iterator[None]:
         _as_flags = before
 
 
+def flags_in_use() -> bool:
+    """Whether messages of this process name options as the command line does."""
+    return _as_flags
+
+
+def use_flags(flags: bool) -> None:
+    """In a process that works for another, what `flags_in_use` told there."""
+    global _as_flags
+    _as_flags = flags
+
+
 def option(name: str, value: object = None) -> str:
     """An option in a message, with a value or without: vram='low', on the command line --vram low.
 

@@ -9,13 +9,13 @@ from overcrank.engines.manifest import profile_line
 from overcrank.units import human_bytes
 
 
-def summary(built: list[Built], seconds: float) -> None:
+def summary(bundles: list[Built], seconds: float) -> None:
     """The table a person reads after a build, and the command to type next."""
     from overcrank.cli.terminal import SafeConsole
     from rich.table import Table
 
     console = SafeConsole(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
-    for bundle in built:
+    for bundle in bundles:
         manifest = bundle.manifest
         table = Table(
             title=f"{manifest.model} · {manifest.target} · {manifest.precision} · weights {manifest.weights[:15]}"

@@ -258,11 +258,11 @@ class TensorRTRefusal(Refusal):
     """TensorRT's own words stand behind the sentence."""
 
     subject: str  # the component, or the engine's file
-    said: str
+    message: str
 
     def words(self, build: str = BUILD) -> tuple[str, str]:
         what, fix = super().words(build)
-        return f"{what} ({self.said})" if self.said else what, fix
+        return f"{what} ({self.message})" if self.message else what, fix
 
 
 class LoadFailed(TensorRTRefusal):
@@ -364,9 +364,9 @@ class UnknownArguments(OfThisCall):
 
 @dataclass(frozen=True)
 class UnfitCall(OfThisCall):
-    said: str  # by the component
+    message: str  # by the component
     distance = 1
-    what = "{said}"
+    what = "{message}"
     fix = "PyTorch runs it"
 
 

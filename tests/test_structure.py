@@ -98,6 +98,18 @@ def test_files_and_functions_stay_small(file: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
 
 
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_functions_take_few_parameters(file: Path) -> None:
+    """What belongs together is one thing with a name; a network's forward takes what its checkpoint's does."""
+    if file.relative_to(ROOT).parts[0] == "models":
+        return
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            assert len([name for name in names if name not in ("self", "cls")]) <= 6, node.name
+
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("build-engine", "overcrank")
 

@@ -481,7 +481,7 @@ def test_a_store_of_another_user(somebody: Path, demo_store: Path) -> None:
     os.seteuid(0)
     store.bundles.chmod(0o700)
     os.seteuid(65534)
-    with pytest.raises(StoreError, match=r"bundles cannot be read \(Permission denied\); give another --store"):
+    with pytest.raises(StoreError, match=r"bundles cannot be read \(Permission denied\); give another store"):
         store.list()
 
 

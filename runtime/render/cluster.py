@@ -9,13 +9,12 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from overcrank.engines.cluster import RETRIES, heard
 from overcrank.errors import OvercrankError, RenderError, UserError
 from overcrank.models.base import Variant
-from overcrank.options import named_as_flags
+from overcrank.options import use_flags
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.render.renderer import (
     CANCELLED,
@@ -38,8 +37,7 @@ class _RemoteRenderer:
     """Lives in a process of the cluster; loads the pipeline when it is first needed."""
 
     def __init__(self) -> None:
-        self._words = ExitStack()
-        self._words.enter_context(named_as_flags())  # for good: a command started this process
+        use_flags(True)  # a command started this process
         self._loading = threading.Lock()
         self._renderer: Renderer | None = None
         self._attempts: dict[RenderJob, tuple[int, int]] = {}
