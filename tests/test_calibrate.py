@@ -293,9 +293,12 @@ def test_pictures_to_calibrate_with_ship(tmp_path: Path) -> None:
     from overcrank.engines.store import Store
     from PIL import Image
 
-    found = photographs(Store(tmp_path))
-    assert len(found) == len({Image.open(p).tobytes() for p in found}) == 5
-    assert all(Image.open(p).mode == "RGB" for p in found)
+    pictures = []
+    for file in photographs(Store(tmp_path)):
+        with Image.open(file) as picture:
+            assert picture.mode == "RGB"
+            pictures.append(picture.tobytes())
+    assert len(pictures) == len(set(pictures)) == 5
 
 
 def test_a_recipe_of_another_checkpoint_is_refused(made: Any, tmp_path: Path, run: Any) -> None:

@@ -19,6 +19,7 @@ from overcrank.models import check_shape, resolve
 from overcrank.runtime.render.names import check_name
 from overcrank.runtime.render.request import RenderRequest, prompts_of, read_jobs, require_memory
 from overcrank.runtime.render.results import SUFFIXES
+from overcrank.units import safe_text
 from PIL import Image
 
 DEMO = resolve("ltx-demo")
@@ -152,7 +153,7 @@ def test_names_that_some_file_system_refuses(name: str, tmp_path: Path, run: Any
     if "/" not in name:
         result = run("overcrank", "render", "x", "--quiet", "-o", tmp_path / f"{name}.mp4")
         assert result.exit_code == 2
-        assert f"--out '{name}' " in result.output
+        assert f"--out '{safe_text(name)}' " in result.output
         assert [p.name for p in tmp_path.iterdir()] == ["jobs.jsonl"]
 
 
