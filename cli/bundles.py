@@ -14,10 +14,10 @@ from overcrank.engines.remote import Listed
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
 from overcrank.engines.trust import Keyring, fingerprint, is_unsigned
-from overcrank.errors import IntegrityError
+from overcrank.errors import IntegrityError, safe_text
 from overcrank.models import components, variant_from_manifest
 from overcrank.models.base import Component
-from overcrank.units import human_bytes, safe_text
+from overcrank.units import human_bytes
 
 
 def listed(store: Store) -> list[dict[str, Any]]:

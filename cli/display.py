@@ -15,9 +15,10 @@ from typing import Any
 
 from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.build import ALL
+from overcrank.errors import safe_text
 from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, SKIPPED, Outcome, RenderJob, Silent
 from overcrank.runtime.render.sidecar import timing
-from overcrank.units import human_bytes, safe_text
+from overcrank.units import human_bytes
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
 from overcrank.engines.plan import UNKNOWN, PlanCounts
-from overcrank.errors import IntegrityError, OutdatedBundle, UserError
+from overcrank.errors import CONTROLS, IntegrityError, OutdatedBundle, UserError, safe_text
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import families
-from overcrank.units import CONTROLS, safe_text
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 SCHEMA = 2

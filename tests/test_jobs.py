@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from overcrank.errors import UserError
+from overcrank.errors import UserError, safe_text
 from overcrank.models import check_shape, resolve
 from overcrank.runtime.render.names import check_name
 from overcrank.runtime.render.request import RenderRequest, prompts_of, read_jobs, require_memory
 from overcrank.runtime.render.results import SUFFIXES
-from overcrank.units import safe_text
 from PIL import Image
 
 DEMO = resolve("ltx-demo")
