@@ -75,12 +75,12 @@ def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
 
 def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], over: Replace) -> int:
     """`over`: what results may take the place of; in a batch ("own") a job that would take more fails alone."""
+    typed(options["dtype"])
     quiet = options["quiet"] or options["as_json"]
     if not quiet:
         click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
         for note in {note for request, _ in work if (note := prompt_note(variant, request.prompt))}:
             click.echo(f"note: {note}.", err=True)
-    typed(options["dtype"])
     for request, stem in work:
         remove_partial_results(stem)
         if over != "own":
