@@ -58,17 +58,17 @@ def build(
     In a script, call this under `if __name__ == "__main__":`, for it starts processes. Raises UserError for what
     cannot be built, ExportError and CompileError where it fails.
     """
-    asked = merged(BuildOptions, options, changes)
+    options = merged(BuildOptions, options, changes)
     where, variant = Store(store), resolve(model)
     checkpoint = None
-    if asked.weights == "embedded":
+    if options.weights == "embedded":
         checkpoint = local_folder(model) or hub_folder(variant, home=where.root, watch=watch)
-    elif asked.weights != "inputs":
-        raise UserError(f"{option('weights', asked.weights)}: use inputs or embedded.")
-    requests = requests_for(variant, [gpu] if isinstance(gpu, str) else gpu, asked, checkpoint)
+    elif options.weights != "inputs":
+        raise UserError(f"{option('weights', options.weights)}: use inputs or embedded.")
+    requests = requests_for(variant, [gpu] if isinstance(gpu, str) else gpu, options, checkpoint)
     for note in request_notes(requests):
         log.warning("note: %s", note)
-    return build_requests(requests, where, progress, partial(LocalWorkers, asked.jobs))
+    return build_requests(requests, where, progress, partial(LocalWorkers, options.jobs))
 
 
 def verify(bundle: Path | str, weights: Path | None = None, *, store: Place = None) -> list[Check]:
@@ -139,18 +139,18 @@ def pull(
     `changes`: fields of PullOptions, over those of `options`. Raises UserError where nothing there serves, with the
     nearest there is, and IntegrityError for anything that is off.
     """
-    asked = merged(PullOptions, options, changes)
-    where, ring, place = Store(store), Keyring(), Remote(url, asked.follow)
-    targets = targets_for([asked.gpu], "tensorrt_rtx")
+    options = merged(PullOptions, options, changes)
+    where, ring, place = Store(store), Keyring(), Remote(url, options.follow)
+    targets = targets_for([options.gpu], "tensorrt_rtx")
     if len(targets) > 1:
         names = ", ".join(t.name for t in targets)
         raise UserError(
-            f"{option('gpu', asked.gpu)} stands for {len(targets)} cards ({names}); a pull is for one of them."
+            f"{option('gpu', options.gpu)} stands for {len(targets)} cards ({names}); a pull is for one of them."
         )
     target = targets[0]
-    index = remote.read_index(place, ring, asked.allow_unsigned)
-    listed = remote.fitting(index, model, target.name, precision_for(target, asked.precision))
-    return download.pull(place, listed, where, ring, progress, asked.allow_unsigned)
+    index = remote.read_index(place, ring, options.allow_unsigned)
+    listed = remote.fitting(index, model, target.name, precision_for(target, options.precision))
+    return download.pull(place, listed, where, ring, progress, options.allow_unsigned)
 
 
 def search(url: str, model: str = "", *, follow: bool = False) -> list[remote.Listed]:

@@ -24,9 +24,17 @@ CannotServe (engines/refusals.py) is none of them: it becomes a fallback to eage
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 T = TypeVar("T")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+"""What moves a terminal's cursor, ends a line, turns its direction, or is no character."""
+
+
+def safe_text(text: object) -> str:
+    """Text of others on one line: control characters are spelled out, so that no terminal obeys them."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 class OvercrankError(Exception):
@@ -80,7 +88,9 @@ class CompileError(OvercrankError):
 
 
 class IntegrityError(OvercrankError):
-    pass
+    def __str__(self) -> str:
+        """What others wrote is in it."""
+        return safe_text(super().__str__())
 
 
 class OutdatedBundle(IntegrityError):

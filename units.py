@@ -1,4 +1,4 @@
-"""Amounts as people write them, and text of others as a terminal may show it."""
+"""Amounts as people write them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import re
 
 from overcrank.errors import UserError
 
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-"""What moves a terminal's cursor, ends a line, turns its direction, or is no character."""
 SECONDS = {"d": 86_400.0, "h": 3600.0, "m": 60.0}
 
 
@@ -46,8 +44,3 @@ def parse_age(text: str, option: str) -> float:
     if not match:
         raise UserError(f"{option} {text}: use a number of days, hours or minutes such as 30d, 12h or 45m.")
     return float(match[1]) * SECONDS[match[2]]
-
-
-def safe_text(text: object) -> str:
-    """Text of others on one line: control characters are spelled out, so that no terminal obeys them."""
-    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

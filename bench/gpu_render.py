@@ -48,7 +48,7 @@ def rendered(case: Case, way: Way, at: Setting, reference: Path) -> dict[str, An
 def _one(case: Case, pipe: Any, level: str, at: Setting, reference: Path) -> dict[str, Any]:
     variant, shape = pipe.overcrank.variant, case.shape
     threshold = threshold_of(level, resolve(case.model))
-    driver = Renderer(pipe, variant.name, Silent(), cache=threshold, lanes=1)
+    driver = Renderer(pipe, variant.name, Silent(), cache=level, lanes=1)
     size = {"height": shape.height, "width": shape.width, "frames": shape.frames}
     request = RenderRequest(prompt=PROMPT, formats=("latents",), **size).completed(variant)
     if level == LEVELS[0]:

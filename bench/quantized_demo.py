@@ -134,7 +134,7 @@ def compared(made: Rendered, reference: Rendered) -> dict[str, Any]:
     ]
     return {
         "scores": {k: round(v, 4) for k, v in scores(done).items()},
-        "same_verdict": sum(a.found == b.found for a, b in zip(done, exact, strict=True)),
+        "same_verdict": sum(a.verdict == b.verdict for a, b in zip(done, exact, strict=True)),
         "prompts": len(done),
         "lowest_mean_cosine": round(float(cosines.mean(1).min()), 5),
         "lowest_cosine": round(float(cosines.min()), 5),

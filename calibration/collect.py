@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from overcrank.errors import CalibrationError, UserError
 from overcrank.export.quantization.attention import intercepted
 from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, ActivationRange, LayerFormat, Method
+from overcrank.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +51,7 @@ def collected(
     layers = {f"{part}.{layer}": form for part in modules for layer, form in layout.items()}
     formats = {form.format for form in layers.values()}
     if method in ("smoothquant", "mse") and formats != {"int8"}:  # Model Optimizer 0.47 fails at mse in fp8
-        raise UserError(f"--method {method} is for int8, and this recipe has {', '.join(sorted(formats))}.")
+        raise UserError(f"{option('method', method)} is for int8, and this recipe has {', '.join(sorted(formats))}.")
     linear = {layer: form for layer, form in layers.items() if form.kind != ATTENTION}
     attended = layers.keys() - linear.keys()
     operands = {f"{a}.{operand}": MaxCalibrator(8, None, False) for a in attended for operand in OPERANDS}
@@ -71,9 +72,9 @@ def collected(
             every()
             for layer, quantizer in quantizers.items():
                 _load(layer, quantizer, method)
-    found = {layer: _range(layer, q.amax, q.pre_quant_scale) for layer, q in quantizers.items()}
-    found |= {name: _range(name, calibrator.compute_amax(), None) for name, calibrator in sorted(operands.items())}
-    return {part: _within(part, found) for part in modules}
+    ranges = {layer: _range(layer, q.amax, q.pre_quant_scale) for layer, q in quantizers.items()}
+    ranges |= {name: _range(name, calibrator.compute_amax(), None) for name, calibrator in sorted(operands.items())}
+    return {part: _within(part, ranges) for part in modules}
 
 
 def _model_optimizer() -> tuple[Any, Any, Any]:
@@ -110,8 +111,8 @@ def _load(layer: str, quantizer: Any, method: Method) -> None:
         quantizer.load_calib_amax()
 
 
-def _within(part: str, found: Mapping[str, ActivationRange]) -> dict[str, ActivationRange]:
-    return {name.removeprefix(f"{part}."): seen for name, seen in found.items() if name.startswith(f"{part}.")}
+def _within(part: str, ranges: Mapping[str, ActivationRange]) -> dict[str, ActivationRange]:
+    return {name.removeprefix(f"{part}."): value for name, value in ranges.items() if name.startswith(f"{part}.")}
 
 
 def _range(layer: str, amax: Tensor | None, scale: Tensor | None) -> ActivationRange:
@@ -180,10 +181,10 @@ def _restored(calibrators: Mapping[str, Any], state: Path) -> int:
 
     if not state.is_file():
         return 0
-    kept = torch.load(state, weights_only=True)
+    record = torch.load(state, weights_only=True)
     for layer, calibrator in calibrators.items():
-        vars(calibrator).update(kept["calibrators"][layer])
-    return int(kept["done"])
+        vars(calibrator).update(record["calibrators"][layer])
+    return int(record["done"])
 
 
 @contextmanager

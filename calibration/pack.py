@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,33 +29,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Packing:
+    """What becomes of a checkpoint's weights."""
+
+    layers: LayerFormat
+    recipe: Recipe | None = None
+    compute: str = "bf16"
+    """The engines' 16-bit type, or "fp16"."""
+    loras: Sequence[str] = ()
+    """Merged before packing: [PART=]FILE[:SCALE]."""
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A diffusers folder, and what is merged into it."""
+
+    folder: Path
+    loras: Sequence[Lora]
+
+
 def pack(
-    model: str,
-    layers: LayerFormat,
-    recipe: Recipe | None,
-    compute: str,
-    loras: Sequence[str],
-    out: Path,
-    store: Store,
-    progress: Callable[[str], None] = lambda layer: None,
+    model: str, packing: Packing, out: Path, store: Store, progress: Callable[[str], None] = lambda layer: None
 ) -> None:
-    """Write `out`. `compute`: the engines' 16-bit type, "bf16" or "fp16".
+    """Write `out`.
 
     Raises UserError for a model without quantizable layers, CheckpointError for files that
     are damaged or of another architecture.
     """
     variant = resolve(model)
     folder = local_folder(model) or hub_folder(variant, home=store.root)
-    require_calibrated_on(folder, recipe, variant, store)
+    require_calibrated_on(folder, packing.recipe, variant, store)
     parts: list[Part] = []
     files: list[Path] = []
-    merged = _loras(variant, folder, loras)
+    weights = _Weights(folder, _loras(variant, folder, packing.loras))
     for component in components(variant):
-        own = recipe_of(recipe, component, layers)
+        own = recipe_of(packing.recipe, component, packing.layers)
         for name in (component.subfolder, *component.also_serves):
             if not own.rules or not (folder / name).is_dir():
                 continue
-            part = _part(component, name, own, compute, folder / name, merged, store)
+            part = _part(component, name, own, weights, packing.compute, store)
             if part.formats:
                 files += weight_files(folder / name)
                 parts.append(_without_shared(part, parts))
@@ -63,33 +76,28 @@ def pack(
         raise UserError(f"{variant.name} has no layer that this recipe quantizes.")
     about = {
         "model": variant.name,
-        "precision": layers.format,
-        "recipe": recipe.digest() if recipe else "",
+        "precision": packing.layers.format,
+        "recipe": packing.recipe.digest() if packing.recipe else "",
         "checkpoint": weights_digest(dict.fromkeys(files)),
-        "loras": json.dumps([[x.about()["sha256"], x.scale, x.parts] for x in merged]),
+        "loras": json.dumps([[x.about()["sha256"], x.scale, x.parts] for x in weights.loras]),
     }
     with atomic_write(out) as partial, partial.open("wb") as stream:
         write_pack(stream, parts, about, progress)
 
 
 def _part(
-    component: Component,
-    name: str,
-    recipe: ComponentRecipe,
-    compute: str,
-    folder: Path,
-    loras: Sequence[Lora],
-    store: Store,
+    component: Component, name: str, recipe: ComponentRecipe, weights: _Weights, compute: str, store: Store
 ) -> Part:
     model, parameters = _graph(component, compute, store)
     layout = layout_in(model, recipe)
-    weights = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
-    values = checkpoint_values(component_files(component, folder) if layout else (), weights.values())
+    own = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
+    files = component_files(component, weights.folder / name) if layout else ()
+    values = checkpoint_values(files, own.values())
     _, packed = quantize(model, parameters, layout)
 
     def read(layer: str) -> Tensor:
-        weight: Tensor = values(weights[layer].name)
-        for lora in loras:
+        weight: Tensor = values(own[layer].name)
+        for lora in weights.loras:
             added = lora.delta(name, f"{layer}.weight")
             weight = weight if added is None else weight.float() + added.reshape(weight.shape)
         return weight
@@ -108,13 +116,13 @@ def _part(
 
 def _without_shared(part: Part, earlier: Sequence[Part]) -> Part:
     """Components that describe one module share its layers, which are written once."""
-    known = {p.input: p for other in earlier if other.name == part.name for p in other.packed}
+    entries = {p.input: p for other in earlier if other.name == part.name for p in other.packed}
     for entry in part.packed:
-        if known.get(entry.input, entry) != entry:
+        if entries.get(entry.input, entry) != entry:
             raise UserError(
                 f"the recipe has {entry.layer} of {part.name} in two formats, one in {part.component}; make them agree."
             )
-    return replace(part, packed=tuple(p for p in part.packed if p.input not in known))
+    return replace(part, packed=tuple(p for p in part.packed if p.input not in entries))
 
 
 def _graph(component: Component, compute: str, store: Store) -> tuple[ir.Model, tuple[Parameter, ...]]:
@@ -129,12 +137,12 @@ def _loras(variant: Variant, folder: Path, arguments: Sequence[str]) -> list[Lor
         return []
     import diffusers
 
-    asked = [lora_of(argument) for argument in arguments]
-    known: dict[str, Any] = {}
+    files = [lora_of(argument) for argument in arguments]
+    modules: dict[str, Any] = {}
     for component in components(variant):
         if not component.attribute:
             module = abstract_module(component, component.config, "bf16")
             there = [part for part in (component.subfolder, *component.also_serves) if (folder / part).is_dir()]
-            known |= dict.fromkeys(there, module)
+            modules |= dict.fromkeys(there, module)
     pipeline = getattr(diffusers, next(iter(variant.tasks.values())))
-    return read_loras(asked, pipeline, known, family(variant.family).part_words)
+    return read_loras(files, pipeline, modules, family(variant.family).part_words)

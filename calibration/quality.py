@@ -21,6 +21,7 @@ from overcrank.export.quantization.attention import attended, intercepted, packe
 from overcrank.export.quantization.packing import packed_layer
 from overcrank.export.quantization.recipe import ATTENTION, ActivationRange, LayerFormat, Recipe, read_recipe
 from overcrank.export.quantization.reference import multiplied
+from overcrank.options import option
 from overcrank.runtime.pipeline.accelerate import main_module
 from overcrank.runtime.render.output import Video
 from overcrank.runtime.render.request import RenderRequest
@@ -86,7 +87,9 @@ def _formats(manifest: Manifest) -> tuple[dict[str, LayerFormat], str]:
     for entry in manifest.components:
         if entry.formats:
             return entry.formats, compute_of(entry)
-    raise UserError(f"--report is for quantized bundles, and this one is {manifest.precision}; verify it without.")
+    raise UserError(
+        f"{option('report')} is for quantized bundles, and this one is {manifest.precision}; verify it without."
+    )
 
 
 def _activations(manifest: Manifest, formats: Mapping[str, LayerFormat]) -> str:
@@ -115,7 +118,7 @@ def layer_errors(
     """Collects, at call `at` of the module, how far each quantized layer's output is from its own, relative in norm."""
     import torch
 
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     calls = -1
 
     def count(*_: Any) -> None:
@@ -133,7 +136,7 @@ def layer_errors(
         return hook
 
     def note(name: str, quantized: Tensor, own: Tensor) -> None:
-        found[name] = round(float((quantized - own).norm() / own.norm().clamp_min(1e-12)), 6)
+        errors[name] = round(float((quantized - own).norm() / own.norm().clamp_min(1e-12)), 6)
 
     def attend(name: str, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> None:
         if calls == at:
@@ -145,7 +148,7 @@ def layer_errors(
     handles += [module.get_submodule(name).register_forward_hook(compare(name)) for name in linear]
     try:
         with intercepted(module, formats.keys() - set(linear), attend):
-            yield found
+            yield errors
     finally:
         for handle in handles:
             handle.remove()
@@ -232,9 +235,9 @@ def _plot_frames(report: Report, runs: Mapping[str, list[Video]], path: Path) ->
     """First, middle and last frame of up to four prompts, each way of rendering in a row."""
     from matplotlib.figure import Figure
 
-    shown = min(4, len(report.prompts))
-    figure = Figure(figsize=(3.6 * shown, 1.35 * len(runs)), layout="constrained")
-    grid = figure.subplots(len(runs), 3 * shown, squeeze=False)
+    count = min(4, len(report.prompts))
+    figure = Figure(figsize=(3.6 * count, 1.35 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), 3 * count, squeeze=False)
     for row, (name, videos) in zip(grid, runs.items(), strict=True):
         for i, axes in enumerate(row):
             frames = videos[i // 3].frames

@@ -117,16 +117,16 @@ def calibrate(
     Raises UserError for an unknown option, for prompts, images or a model that cannot be used, CalibrationError for
     activations that are not finite.
     """
-    asked = merged(CalibrationOptions, options, changes)
-    if asked.samples < 1:
-        raise UserError(f"{option('samples', asked.samples)} measures nothing; give at least 1.")
-    if asked.precision not in QUANTIZED:
-        raise UserError(f"{option('precision', asked.precision)}: use {', '.join(QUANTIZED)}.")
-    target = target_of(asked.quality) if asked.quality else None
+    options = merged(CalibrationOptions, options, changes)
+    if options.samples < 1:
+        raise UserError(f"{option('samples', options.samples)} measures nothing; give at least 1.")
+    if options.precision not in QUANTIZED:
+        raise UserError(f"{option('precision', options.precision)}: use {', '.join(QUANTIZED)}.")
+    target = target_of(options.quality) if options.quality else None
     model = model or packaged_model()
-    form = LayerFormat(asked.precision, "static")  # type: ignore[arg-type]
-    out = Path(asked.out).expanduser()
-    run = _Run(model, asked, form, resolve(model), Store(asked.store), out, watching or Watching())
+    form = LayerFormat(options.precision, "static")  # type: ignore[arg-type]
+    out = Path(options.out).expanduser()
+    run = _Run(model, options, form, resolve(model), Store(options.store), out, watching or Watching())
     return _calibrated(run, target)
 
 
@@ -206,10 +206,10 @@ def _requests(options: CalibrationOptions, variant: Variant, store: Store) -> li
 def _pictures(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
-    found = sorted(p.absolute() for p in folder.glob("*") if p.suffix.lower() in PICTURES)
-    if not found:
+    pictures = sorted(p.absolute() for p in folder.glob("*") if p.suffix.lower() in PICTURES)
+    if not pictures:
         raise RequestError(f"{option('images', folder)} holds no picture ({', '.join(PICTURES)}).")
-    return found
+    return pictures
 
 
 def photographs(store: Store) -> list[Path]:
@@ -229,12 +229,12 @@ def photographs(store: Store) -> list[Path]:
 
 def _layouts(variant: Variant, form: LayerFormat, store: Store) -> dict[str, tuple[Component, ComponentRecipe]]:
     """Components of which the default recipe quantizes something."""
-    found = {}
+    layouts = {}
     for component in components(variant):
         recipe = default_recipe(component, form)
         if layout_of(component, recipe, store):
-            found[component.name] = component, recipe
-    return found
+            layouts[component.name] = component, recipe
+    return layouts
 
 
 def layout_of(component: Component, recipe: ComponentRecipe, store: Store) -> dict[str, LayerFormat]:

@@ -105,8 +105,8 @@ def searched(
     parts = _parts(pipe, recipe, layouts)
     blocks = list(dict.fromkeys(block_of(layer) for part in parts.values() for layer in part.formats))
     tries = len(blocks).bit_length() + 1
-    chosen = list(requests)[:VIDEOS]
-    exact, calls = _rendered_with_calls(pipe, parts, chosen)
+    sample = list(requests)[:VIDEOS]
+    exact, calls = _rendered_with_calls(pipe, parts, sample)
     effects = {}
     for i, block in enumerate(blocks):
         progress(i, len(blocks) + tries)
@@ -119,19 +119,19 @@ def searched(
         done += 1
         progress(done, len(blocks) + tries)
         with _quantized(parts, set(list(worst)[:count])):
-            figures = difference("quantized", videos(pipe, chosen), "16 bit", exact)
+            figures = difference("quantized", videos(pipe, sample), "16 bit", exact)
         return figures.psnr if target.kind == "dB" else min(figures.cosines)
 
     count, figure = _fewest(reached, len(blocks), target)
     progress(len(blocks) + tries, len(blocks) + tries)
     kept = list(worst)[:count]
-    made = _with_rules(recipe, layouts, {b: worst[b] for b in kept})
+    recipe = _with_rules(recipe, layouts, {b: worst[b] for b in kept})
     about = (
-        made.calibration.model_copy(update={"quality": f"{QualityTarget(target.kind, figure)}, asked {target}"})
-        if made.calibration
+        recipe.calibration.model_copy(update={"quality": f"{QualityTarget(target.kind, figure)}, asked {target}"})
+        if recipe.calibration
         else None
     )
-    return SearchResult(made.model_copy(update={"calibration": about}), worst, kept, figure, _bytes(parts, set(kept)))
+    return SearchResult(recipe.model_copy(update={"calibration": about}), worst, kept, figure, _bytes(parts, set(kept)))
 
 
 def block_of(layer: str) -> str:
@@ -148,8 +148,8 @@ def _fewest(reached: Callable[[int], float], most: int, target: QualityTarget) -
     fails, holds, figure = 0, most, float("nan")
     while holds - fails > 1:
         middle = (holds + fails) // 2
-        if (found := reached(middle)) >= target.value:
-            holds, figure = middle, found
+        if (quality := reached(middle)) >= target.value:
+            holds, figure = middle, quality
         else:
             fails = middle
     if holds == most:
@@ -160,13 +160,13 @@ def _fewest(reached: Callable[[int], float], most: int, target: QualityTarget) -
 
 
 def _parts(pipe: Any, recipe: Recipe, layouts: Layouts) -> dict[str, _Part]:
-    found: dict[str, _Part] = {}
+    parts: dict[str, _Part] = {}
     for component, (names, formats) in layouts.items():
         for name in names:
             module = getattr(pipe, name, None)
-            if module is not None and name not in found:
-                found[name] = _Part(module, formats, recipe.components[component].ranges[name])
-    return found
+            if module is not None and name not in parts:
+                parts[name] = _Part(module, formats, recipe.components[component].ranges[name])
+    return parts
 
 
 @contextmanager
@@ -189,12 +189,12 @@ def _rendered_with_calls(
         return lambda *_: counts.__setitem__(name, counts[name] + 1)
 
     def capturing(name: str) -> Any:
-        wanted = {counts[name] * i // CALLS for i in range(CALLS)}
+        indices = {counts[name] * i // CALLS for i in range(CALLS)}
         numbers = iter(range(counts[name]))
 
-        def capture(_: Any, __: Any, given: dict[str, Any]) -> None:
-            if next(numbers, -1) in wanted:
-                calls[name].append(copy.deepcopy(given))
+        def capture(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+            if next(numbers, -1) in indices:
+                calls[name].append(copy.deepcopy(arguments))
 
         return capture
 
@@ -225,21 +225,21 @@ def _effect(part: _Part, block: str, calls: list[dict[str, Any]]) -> float:
 
 
 def _output(module: nn.Module, call: dict[str, Any]) -> Tensor:
-    made = module(**copy.deepcopy(call))  # caches among the arguments are written to
-    first: Tensor = made[0] if isinstance(made, tuple) else next(iter(made.values()))
+    result = module(**copy.deepcopy(call))  # caches among the arguments are written to
+    first: Tensor = result[0] if isinstance(result, tuple) else next(iter(result.values()))
     return first.float()
 
 
-def _with_rules(recipe: Recipe, layouts: Layouts, kept: Mapping[str, float]) -> Recipe:
+def _with_rules(recipe: Recipe, layouts: Layouts, effects: Mapping[str, float]) -> Recipe:
     """Rules for the blocks kept, before all others."""
-    reasons = {b: f"sensitive: alone it moves the output by {effect:.2%}" for b, effect in kept.items()}
-    made: dict[str, ComponentRecipe] = {}
+    reasons = {b: f"sensitive: alone it moves the output by {effect:.2%}" for b, effect in effects.items()}
+    components: dict[str, ComponentRecipe] = {}
     for name, component in recipe.components.items():
         formats = layouts[name][1]
-        own = [b for b in kept if any(block_of(layer) == b for layer in formats)]
+        own = [b for b in effects if any(block_of(layer) == b for layer in formats)]
         rules = [Rule(layers=b if b in formats else f"{b}.*", format=SIXTEEN, reason=reasons[b]) for b in own]
-        made[name] = component.model_copy(update={"rules": rules + component.rules})
-    return recipe.model_copy(update={"components": made})
+        components[name] = component.model_copy(update={"rules": rules + component.rules})
+    return recipe.model_copy(update={"components": components})
 
 
 def _bytes(parts: Mapping[str, _Part], kept: set[str]) -> tuple[int, int, int]:

@@ -31,8 +31,8 @@ from overcrank.cli.options import (
 from overcrank.errors import UserError
 
 
-def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if not wanted:
+def _versions(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value:
         return
     from importlib import metadata
 
@@ -45,14 +45,14 @@ def _versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
         "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
     }
     for title, distributions in names.items():
-        found = "not installed"
+        version = "not installed"
         for name in distributions:
             try:
-                found = f"{metadata.version(name)}{' (' + name + ')' if title == 'onnxruntime' else ''}"
+                version = f"{metadata.version(name)}{' (' + name + ')' if title == 'onnxruntime' else ''}"
                 break
             except metadata.PackageNotFoundError:
                 continue
-        click.echo(f"{title} {found}")
+        click.echo(f"{title} {version}")
     context.exit()
 
 
@@ -91,7 +91,7 @@ def verify(
     report: Path | None,
     as_json: bool,
     store: Path | None,
-    **asked: Any,
+    **options: Any,
 ) -> None:
     """Run a bundle's graphs in ONNX Runtime against the eager modules."""
     from overcrank.cli.checks import print_checks
@@ -111,7 +111,7 @@ def verify(
     if report is not None:
         from overcrank.cli.calibration import print_quality
 
-        print_quality(path, folder, report, **asked)
+        print_quality(path, folder, report, **options)
     if not good:
         sys.exit(1)
 
@@ -159,10 +159,10 @@ def calibrate(**options: Any) -> None:
     if quality is not None and not auto:
         raise UserError("--quality is what --auto searches for; add --auto.")
     model, quiet = options.pop("model") or "", options.pop("quiet")
-    asked = calibration.CalibrationOptions(**options, quality=(quality or "35dB") if auto else "")
+    settings = calibration.CalibrationOptions(**options, quality=(quality or "35dB") if auto else "")
     watching = calibration.Watching(partial(downloading, quiet=quiet), partial(counting, quiet=quiet), print_search)
     started = time.monotonic()
-    recipe = calibration.calibrate(model, asked, watching=watching)
+    recipe = calibration.calibrate(model, settings, watching=watching)
     print_recipe(recipe, options["out"], time.monotonic() - started)
 
 
@@ -181,13 +181,13 @@ def calibrate(**options: Any) -> None:
 @store_option
 def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> None:
     """Quantize a checkpoint's layers, one at a time, into a file that engines and renders read."""
+    from overcrank.calibration.pack import Packing
     from overcrank.cli.calibration import timed_pack
     from overcrank.engines.store import Store
     from overcrank.export.quantization.recipe import layers_of
 
     recipe, layers = layers_of(options["precision"], options["activations"], options["recipe"])
-    made = {"model": model, "layers": layers, "recipe": recipe, "compute": compute, "loras": loras, "out": out}
-    timed_pack(quiet, **made, store=Store(options["store"]))
+    timed_pack(model, Packing(layers, recipe, compute, loras), out, Store(options["store"]), quiet)
 
 
 @main.command(
@@ -334,6 +334,6 @@ def doctor(quick: bool, as_json: bool, store: Path | None) -> None:
 
     if not as_json:
         sys.exit(0 if print_doctor(Store(store), quick) else 1)
-    found = every_finding(Store(store), quick)
-    print_json("doctor", findings=found)
-    sys.exit(1 if any(f.verdict == "bad" for f in found) else 0)
+    findings = every_finding(Store(store), quick)
+    print_json("doctor", findings=findings)
+    sys.exit(1 if any(f.verdict == "bad" for f in findings) else 0)

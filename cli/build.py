@@ -80,19 +80,19 @@ def build_engine(**options: Any) -> None:
     started = time.monotonic()
     quiet = options["quiet"] or options["as_json"]
     options["components"] = options["components"].replace(",", " ").split()
-    asked = BuildOptions(**{field.name: options[field.name] for field in fields(BuildOptions)})
+    settings = BuildOptions(**{field.name: options[field.name] for field in fields(BuildOptions)})
     store = Store(options["store"], options["out"])
     with building(quiet) as progress:
-        built = build(
+        bundles = build(
             options["model"],
             options["gpus"],
-            asked,
+            settings,
             store=store,
             progress=progress,
             watch=partial(downloading, quiet=quiet),
         )
     seconds = time.monotonic() - started
     if options["as_json"]:
-        print_json("build", seconds=round(seconds, 2), bundles=built)
+        print_json("build", seconds=round(seconds, 2), bundles=bundles)
     else:
-        report.summary(built, seconds)
+        report.summary(bundles, seconds)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 from overcrank.engines.build import Built
 from overcrank.engines.manifest import profile_line
+from overcrank.export.quantization.recipe import QUANTIZED
+from overcrank.models.registry import variant_named
 from overcrank.units import human_bytes
 
 
-def summary(built: list[Built], seconds: float) -> None:
+def summary(bundles: list[Built], seconds: float) -> None:
     """The table a person reads after a build, and the command to type next."""
     from overcrank.cli.terminal import SafeConsole
     from rich.table import Table
 
     console = SafeConsole(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
-    for bundle in built:
+    for bundle in bundles:
         manifest = bundle.manifest
         table = Table(
             title=f"{manifest.model} · {manifest.target} · {manifest.precision} · weights {manifest.weights[:15]}"
@@ -41,10 +44,8 @@ def summary(built: list[Built], seconds: float) -> None:
         )
         console.print(f"{how}, this command took {seconds:.1f} s", highlight=False)
         console.print(f"path     {bundle.path}", highlight=False, soft_wrap=True)
-        console.print(f"next     overcrank verify {_quoted(str(bundle.path))}\n", highlight=False, soft_wrap=True)
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
+        console.print(f"next     overcrank verify {shlex.quote(str(bundle.path))}", highlight=False, soft_wrap=True)
+        if bundle.manifest.weights == "inputs" and variant_named(manifest.model) is not None:
+            precision = f" --precision {manifest.precision}" if manifest.precision in QUANTIZED else ""
+            console.print(f'         overcrank render "a prompt" --model {manifest.model}{precision}', soft_wrap=True)
+        console.print()

@@ -14,10 +14,10 @@ from overcrank.engines.remote import Listed
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
 from overcrank.engines.trust import Keyring, fingerprint, is_unsigned
-from overcrank.errors import IntegrityError
+from overcrank.errors import IntegrityError, safe_text
 from overcrank.models import components, variant_from_manifest
 from overcrank.models.base import Component
-from overcrank.units import human_bytes, safe_text
+from overcrank.units import human_bytes
 
 
 def listed(store: Store) -> list[dict[str, Any]]:
@@ -51,13 +51,13 @@ def published(bundle: Listed) -> dict[str, Any]:
 
 def print_list(store: Store) -> None:
     """Each bundle's name on a line of its own, unbroken for pasting, and what it is below."""
-    found = store.list()
+    bundles = store.list()
     console = SafeConsole()
-    if not found:
+    if not bundles:
         console.print(f"no bundles in {store.bundles}; build one: build-engine --model ltx --gpu sm_89")
         return
     console.print(str(store.bundles))
-    for path, manifest in found:
+    for path, manifest in bundles:
         console.print(f"\n{path.name}")
         for line in _about(manifest):
             console.print(f"  {line}")
@@ -131,8 +131,8 @@ def _product(shape: list[int]) -> int:
 def print_items(items: Sequence[Item], store: Store) -> None:
     console = SafeConsole()
     for item in items:
-        shown = item.path.relative_to(store.root) if item.path.is_relative_to(store.root) else item.path
-        console.print(f"{human_bytes(item.bytes):>10}  {safe_text(shown)}: {safe_text(item.why)}")
+        path = item.path.relative_to(store.root) if item.path.is_relative_to(store.root) else item.path
+        console.print(f"{human_bytes(item.bytes):>10}  {safe_text(path)}: {safe_text(item.why)}")
 
 
 def lint_report(bundle: Path, compare: bool) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from overcrank.calibration.pack import pack
+from overcrank.calibration.pack import Packing, pack
 from overcrank.calibration.quality import markdown, quality_report
 from overcrank.calibration.sensitivity import QualityTarget, SearchResult
 from overcrank.cli.display import downloading
 from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.manifest import read_manifest
+from overcrank.engines.store import Store
 from overcrank.errors import UserError
 from overcrank.export.quantization.recipe import Recipe
 from overcrank.models import hub_folder, local_folder, resolve, variant_from_manifest
@@ -37,18 +37,18 @@ def print_recipe(recipe: Recipe, out: Path, seconds: float) -> None:
     )
 
 
-def print_search(found: SearchResult, target: QualityTarget) -> None:
+def print_search(result: SearchResult, target: QualityTarget) -> None:
     """What a person reads of the search."""
 
     console = SafeConsole()
-    for block, effect in list(found.effects.items())[: max(5, len(found.kept))]:
+    for block, effect in list(result.effects.items())[: max(5, len(result.kept))]:
         console.print(
-            f"{'16 bit ' if block in found.kept else found.recipe.precision:<8} {effect:8.3%} of the output  {block}"
+            f"{'16 bit ' if block in result.kept else result.recipe.precision:<8} {effect:8.3%} of the output  {block}"
         )
-    now, low, high = (n / 1e6 for n in found.bytes)
-    counts = f"{len(found.kept)} of {len(found.effects)} blocks in 16 bit"
-    console.print(f"reached  {QualityTarget(target.kind, found.reached)}, asked {target}; {counts}")
-    whole = f"{low:,.1f} MB all in {found.recipe.precision}, {high:,.1f} MB in 16 bit"
+    now, low, high = (n / 1e6 for n in result.bytes)
+    counts = f"{len(result.kept)} of {len(result.effects)} blocks in 16 bit"
+    console.print(f"reached  {QualityTarget(target.kind, result.reached)}, asked {target}; {counts}")
+    whole = f"{low:,.1f} MB all in {result.recipe.precision}, {high:,.1f} MB in 16 bit"
     console.print(f"weights  {now:,.1f} MB of these layers; {whole}")
 
 
@@ -56,15 +56,15 @@ def print_pack(out: Path, seconds: float) -> None:
     print(f"pack     {out}  {out.stat().st_size / 1e9:.2f} GB in {seconds:.1f} s")
 
 
-def timed_pack(quiet: bool, **options: Any) -> None:
+def timed_pack(model: str, packing: Packing, out: Path, store: Store, quiet: bool) -> None:
     """`pack` with a line a layer on a terminal, and its size and time at the end."""
 
     started = time.monotonic()
-    if local_folder(options["model"]) is None:  # first, for a terminal shows one thing that moves
-        hub_folder(resolve(options["model"]), home=options["store"].root, watch=partial(downloading, quiet=quiet))
+    if local_folder(model) is None:  # first, for a terminal shows one thing that moves
+        hub_folder(resolve(model), home=store.root, watch=partial(downloading, quiet=quiet))
     with Console(stderr=True, quiet=quiet).status("packing") as status:
-        pack(**options, progress=lambda layer: status.update(f"packing {layer}"))
-    print_pack(options["out"], time.monotonic() - started)
+        pack(model, packing, out, store, lambda layer: status.update(f"packing {layer}"))
+    print_pack(out, time.monotonic() - started)
 
 
 def print_quality(
@@ -73,14 +73,14 @@ def print_quality(
     """Make the report and print its figures; `weights` may be None for a model that ships with its own."""
 
     variant = variant_from_manifest(read_manifest(bundle))
-    found = weights or local_folder(variant.name)
-    if found is None:
+    checkpoint = weights or local_folder(variant.name)
+    if checkpoint is None:
         raise UserError("--report renders, for which it needs the checkpoint: give --weights FOLDER.")
     lines = prompts_of(prompts, variant)[-samples:]  # calibration takes the first ones
     requests = [
         RenderRequest(prompt=p, seed=1000 + i, steps=steps, formats=("latents",)).completed(variant)
         for i, p in enumerate(lines)
     ]
-    report = quality_report(bundle, found, requests, folder)
+    report = quality_report(bundle, checkpoint, requests, folder)
     Console().print(Markdown(markdown(report).partition("![cosine")[0]))
     print(f"report   {folder / 'report.md'}")

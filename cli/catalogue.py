@@ -56,16 +56,16 @@ def print_models(as_json: bool) -> None:
         return
     rows = [described(v) for v in variants()]
     width = max(len(r["name"]) for r in rows)
-    shown = ""
+    heading = ""
     for row in rows:
-        if row["family"] != shown:
-            shown = row["family"]
-            click.echo(f"\n{family(shown).title} ({shown}): {', '.join(row['default_components'])}")
+        if row["family"] != heading:
+            heading = row["family"]
+            click.echo(f"\n{family(heading).title} ({heading}): {', '.join(row['default_components'])}")
         cells = f"{_billions(row['parameters']):>8}  {row['native']:>12} at {row['fps']:>2} fps"
         click.echo(f"  {row['name']:<{width}}  {cells}  {', '.join(row['tasks'])}")
     click.echo("\nA family's name alone means its first variant. Precisions built for each target:")
-    for target, built in precisions().items():
-        click.echo(f"  {target:<7} {', '.join(built)}")
+    for target, names in precisions().items():
+        click.echo(f"  {target:<7} {', '.join(names)}")
     click.echo("overcrank models show NAME explains one.")
 
 
@@ -108,8 +108,8 @@ def print_model(name: str) -> None:
         console.print(f"{task:<17}{pipeline}")
     for component in family(variant.family).components(variant):
         size = f"{_billions(counts[component.name])} parameters" if component.name in counts else ""
-        built = "" if component.default else " (built with --components)"
-        console.print(f"{component.name}{built}  {component.cls}  {size}", style="bold")
+        note = "" if component.default else " (built with --components)"
+        console.print(f"{component.name}{note}  {component.cls}  {size}", style="bold")
         for tensor in component.inputs[:8]:
             console.print(f"    {tensor.name} [{', '.join(map(str, tensor.dims))}]")
         if len(component.inputs) > 8:
@@ -190,14 +190,14 @@ def _builds(rows: list[dict[str, Any]], parity: list[dict[str, Any]]) -> list[st
     for p in parity:
         key = (p["class"], p["component"])
         worst[key] = max(worst.get(key, 0.0), p["parity"])
-    made = []
+    table = []
     for r in sorted(rows, key=lambda r: (r["family"], r["variant"], r["component"], r["target"])):
         (component,) = components(resolve(r["variant"]), (r["component"],))
-        found = worst.get((component.cls, component.name))
+        error = worst.get((component.cls, component.name))
         cells = [
             r[k] for k in ("variant", "component", "target", "export_s", "compile_s", "engine_mb", "activation_gb")
         ]
-        made.append([*cells, "not compared" if found is None else f"{found:.0e}"])
+        table.append([*cells, "not compared" if error is None else f"{error:.0e}"])
     totals = {r["variant"]: (r["build_s"], r["peak_ram_gb"]) for r in rows}
     return [
         "",
@@ -207,7 +207,7 @@ def _builds(rows: list[dict[str, Any]], parity: list[dict[str, Any]]) -> list[st
         "Parity is the largest error, relative to the largest value, of the same class and component at tiny widths",
         "(`python bench/parity.py`).",
         "",
-        *_table("model | component | target | export s | compile s | engine MB | activation GB | parity", made),
+        *_table("model | component | target | export s | compile s | engine MB | activation GB | parity", table),
         "",
         *_table("model | all targets together, s | peak RAM GB", [(n, *t) for n, t in sorted(totals.items())]),
     ]
@@ -215,5 +215,6 @@ def _builds(rows: list[dict[str, Any]], parity: list[dict[str, Any]]) -> list[st
 
 def _pipelines(rows: list[dict[str, Any]]) -> list[str]:
     """Renders of tiny pipelines through the public command, ONNX Runtime against eager PyTorch."""
-    made = [(r["pipeline"], {"": "text"}.get(r["media"], r["media"]), r["psnr"]) for r in rows]
-    return ["", "## Pipelines rendered, graphs against eager", "", *_table("diffusers pipeline | from | PSNR dB", made)]
+    table = [(r["pipeline"], {"": "text"}.get(r["media"], r["media"]), r["psnr"]) for r in rows]
+    head = "diffusers pipeline | from | PSNR dB"
+    return ["", "## Pipelines rendered, graphs against eager", "", *_table(head, table)]

@@ -46,7 +46,7 @@ def print_doctor(store: Store, quick: bool) -> bool:
     disk = shutil.disk_usage(next(p for p in (store.root, *store.root.parents) if p.exists()))
     console.print(f"overcrank {__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"store {store.root}, {human_bytes(disk.free)} free on its disk")
-    found = every_finding(store, quick)
-    for finding in found:
+    findings = every_finding(store, quick)
+    for finding in findings:
         console.print(f"{finding.verdict:<5}{finding.subject:<18} {finding.text}")
-    return all(f.verdict != "bad" for f in found)
+    return all(f.verdict != "bad" for f in findings)

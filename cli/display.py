@@ -15,9 +15,10 @@ from typing import Any
 
 from overcrank.cli.terminal import SafeConsole
 from overcrank.engines.build import ALL
+from overcrank.errors import safe_text
 from overcrank.runtime.render.renderer import CANCELLED, DONE, FAILED, SKIPPED, Outcome, RenderJob, Silent
 from overcrank.runtime.render.sidecar import timing
-from overcrank.units import human_bytes, safe_text
+from overcrank.units import human_bytes
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -235,8 +236,8 @@ def line_of(outcome: Outcome) -> str:
     speed = (
         f", {pace['per_second']:.2f} steps/s (p50 {pace['p50_ms']:.1f}, p95 {pace['p95_ms']:.1f} ms)" if pace else ""
     )
-    used = ", ".join(f"{c} {'+'.join(b)}" for c, b in outcome.record.backends().items())
-    return f"{name}: done in {outcome.seconds:.1f} s{speed}; {used or 'eager'}"
+    backends = ", ".join(f"{c} {'+'.join(b)}" for c, b in outcome.record.backends().items())
+    return f"{name}: done in {outcome.seconds:.1f} s{speed}; {backends or 'eager'}"
 
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> None:

@@ -61,15 +61,15 @@ def engines_build(**options: Any) -> None:
     store = Store(options["store"])
     lists = (options["models"], options["gpus"], options["precisions"])
     cells = matrix.failed_before(store) if options["retry_failed"] else matrix.cells_of(*lists)
-    wanted = matrix.expanded(cells, options["static"])
+    plan = matrix.expanded(cells, options["static"])
     with ExitStack() as stack:
         hire, count = _workers(options, stack)
-        for line in matrix.plan_lines(wanted, store, count):
+        for line in matrix.plan_lines(plan, store, count):
             click.echo(line, err=True)
         if not (options["yes"] or options["as_json"]) and not click.confirm("build them?", err=True):
             return
         progress = stack.enter_context(building(options["as_json"]))
-        result = matrix.run(wanted, store, progress, hire)
+        result = matrix.run(plan, store, progress, hire)
     if options["index"] is not None:
         matrix.write_index(options["index"], result)
     if options["as_json"]:
@@ -153,18 +153,18 @@ def engines_fsck(repair: bool, as_json: bool, store: Path | None) -> None:
     from overcrank.units import human_bytes
 
     where = Store(store)
-    found = list(find_problems(where))
+    problems = list(find_problems(where))
     if as_json:
-        items = described(found)
-        print_json("engines fsck", problems=items, removed=remove(found, where) if repair else 0)
-        sys.exit(1 if found and not repair else 0)
-    print_items(found, where)
-    if not found:
+        items = described(problems)
+        print_json("engines fsck", problems=items, removed=remove(problems, where) if repair else 0)
+        sys.exit(1 if problems and not repair else 0)
+    print_items(problems, where)
+    if not problems:
         click.echo(f"OK: {len(where.list())} bundles and their caches in {where.root} verified")
     elif repair:
-        click.echo(f"removed {len(found)}, {human_bytes(remove(found, where))}")
+        click.echo(f"removed {len(problems)}, {human_bytes(remove(problems, where))}")
     else:
-        click.echo(f"{len(found)} items are damaged or left over; --repair deletes them", err=True)
+        click.echo(f"{len(problems)} items are damaged or left over; --repair deletes them", err=True)
         sys.exit(1)
 
 
@@ -201,25 +201,25 @@ def engines_gc(
     if as_json and not (yes or dry_run):
         raise UserError("--json asks nothing: add --yes to remove, or --dry-run to see what would be removed.")
     gone = frozenset(gone_hosts)
-    found = removable(where, age, size, unneeded["other_versions"], gone)
+    items = removable(where, age, size, unneeded["other_versions"], gone)
     for host, count in unknown_owners(where).items():
         if host not in gone_hosts:
             echo(
                 f"note: {count} unfinished of {host} stay; if no process there works on them: --gone-host {host}", True
             )
     if as_json:
-        items = described(found)
-        print_json("engines gc", items=items, removed=0 if dry_run else remove(found, where, gone))
+        rows = described(items)
+        print_json("engines gc", items=rows, removed=0 if dry_run else remove(items, where, gone))
         return
-    print_items(found, where)
-    total = human_bytes(sum(item.bytes for item in found))
-    if not found or dry_run:
-        click.echo(f"{len(found)} items would be removed, {total}" if found else "nothing to remove")
+    print_items(items, where)
+    total = human_bytes(sum(item.bytes for item in items))
+    if not items or dry_run:
+        click.echo(f"{len(items)} items would be removed, {total}" if items else "nothing to remove")
         return
-    if not yes and not click.confirm(f"remove {len(found)} items, {total}?"):
+    if not yes and not click.confirm(f"remove {len(items)} items, {total}?"):
         click.echo("nothing was removed")
         return
-    click.echo(f"removed {len(found)}, {human_bytes(remove(found, where, gone))}")
+    click.echo(f"removed {len(items)}, {human_bytes(remove(items, where, gone))}")
 
 
 @engines.command("sign", cls=Command)
@@ -277,7 +277,7 @@ def engines_push(url: str, bundles: tuple[str, ...], every: bool, key: str, as_j
 @click.option("--follow", is_flag=True, help="Also where URL redirects to another host.")
 @json_option
 @store_option
-def engines_pull(url: str, model: str, as_json: bool, store: Path | None, **asked: Any) -> None:
+def engines_pull(url: str, model: str, as_json: bool, store: Path | None, **options: Any) -> None:
     """Fetch the bundle that serves this card from URL, checked and signed by someone trusted."""
     from overcrank.api import PullOptions, pull
     from overcrank.cli.bundles import published
@@ -287,7 +287,7 @@ def engines_pull(url: str, model: str, as_json: bool, store: Path | None, **aske
     from overcrank.engines.remote import listed_as
 
     with transferring() as progress:
-        path = pull(url, model, PullOptions(**asked), store=store, progress=progress)
+        path = pull(url, model, PullOptions(**options), store=store, progress=progress)
     if as_json:
         print_json("engines pull", url=shown(url), path=path, bundle=published(listed_as(path, read_manifest(path))))
     else:
@@ -307,10 +307,10 @@ def engines_search(url: str, model: str, follow: bool, as_json: bool, store: Pat
     from overcrank.engines.place import shown
     from overcrank.units import human_bytes
 
-    found = search(url, model, follow=follow)
+    bundles = search(url, model, follow=follow)
     if as_json:
-        print_json("engines search", url=shown(url), bundles=[published(listed) for listed in found])
+        print_json("engines search", url=shown(url), bundles=[published(listed) for listed in bundles])
         return
-    for listed in found:
+    for listed in bundles:
         words = (listed.model, listed.target, listed.precision, f"{listed.flavour} {listed.flavour_version}")
         echo(f"{'  '.join(words)}  {human_bytes(listed.bytes)}  {listed.name}")

@@ -24,9 +24,9 @@ def keys_new(name: str) -> None:
     from overcrank.engines.trust import Keyring
 
     ring = Keyring()
-    made = ring.new(name)
+    publisher = ring.new(name)
     click.echo(f"private key {ring.folder / f'{name}.key'}: keep it to yourself", err=True)
-    click.echo(made.line())
+    click.echo(publisher.line())
 
 
 @keys.command("trust", cls=Command)
@@ -49,14 +49,14 @@ def keys_list(as_json: bool) -> None:
     """Every key that is or was trusted here."""
     from overcrank.engines.trust import Keyring
 
-    known = Keyring().publishers()
+    publishers = Keyring().publishers()
     if as_json:
-        print_json("keys list", keys=[{"fingerprint": name, **found.model_dump()} for name, found in known.items()])
+        print_json("keys list", keys=[{"fingerprint": name, **p.model_dump()} for name, p in publishers.items()])
         return
-    for name, found in known.items():
-        state = f"revoked {found.revoked}" if found.revoked else f"trusted since {found.added}"
-        click.echo(f"{name[:16]}  {found.name}: {state}")
-    if not known:
+    for name, publisher in publishers.items():
+        state = f"revoked {publisher.revoked}" if publisher.revoked else f"trusted since {publisher.added}"
+        click.echo(f"{name[:16]}  {publisher.name}: {state}")
+    if not publishers:
         click.echo("no keys; bundles built here need none, those from elsewhere are refused")
 
 

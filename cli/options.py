@@ -11,9 +11,8 @@ import click
 from overcrank.cli.completion import BUNDLE, MODEL
 from overcrank.cli.json_output import json_option
 from overcrank.cli.streams import make_streams_safe
-from overcrank.errors import OvercrankError, UserError
+from overcrank.errors import OvercrankError, UserError, safe_text
 from overcrank.options import named_as_flags
-from overcrank.units import safe_text
 
 SOME_FAILED = 3
 """Exit status: some of the work failed, and the rest is done."""

@@ -20,11 +20,11 @@ timesteps that are listed are final. Types are those on a card with bf16; on a p
 def markdown() -> str:
     """The page."""
     lines = [HEAD]
-    shown = ""
+    heading = ""
     for variant in variants():
-        if variant.family != shown:
-            shown = variant.family
-            lines += ["", f"## {shown}"]
+        if variant.family != heading:
+            heading = variant.family
+            lines += ["", f"## {heading}"]
         lines += ["", f"### {variant.name}", "", *_facts(variant), *_tasks(variant)]
     lines += ["", "## Negative prompts", ""]
     lines += [f"- **{name}**: {text}" for name, text in _prompts().items()]
@@ -55,8 +55,8 @@ def _recipe(variant: Variant, rendering: Rendering) -> Iterator[str]:
     if "scheduler" in variant.configs:
         yield f"- schedule: {_schedule(rendering)}"
     if variant.text_length:
-        named = next((name for name, text in _prompts().items() if text == rendering.negative_prompt), "none")
-        yield f"- guidance: {_guidance(rendering)}; negative prompt: {named}"
+        prompt = next((name for name, text in _prompts().items() if text == rendering.negative_prompt), "none")
+        yield f"- guidance: {_guidance(rendering)}; negative prompt: {prompt}"
     elif rendering.guidance != 1:
         yield f"- guidance: {_guidance(rendering)}"
     if rendering.arguments:
@@ -79,17 +79,17 @@ def _schedule(rendering: Rendering) -> str:
 
 
 def _guidance(rendering: Rendering) -> str:
-    made = f"{rendering.guidance:g}"
+    text = f"{rendering.guidance:g}"
     if rendering.guidance_2 is not None:
-        made = f"{made} (high-noise expert), {rendering.guidance_2:g} (low-noise expert)"
+        text = f"{text} (high-noise expert), {rendering.guidance_2:g} (low-noise expert)"
     if not rendering.contrasted:
-        made += ", an input of the network"
-    return made + (f", rescaled by {rendering.guidance_rescale:g}" if rendering.guidance_rescale else "")
+        text += ", an input of the network"
+    return text + (f", rescaled by {rendering.guidance_rescale:g}" if rendering.guidance_rescale else "")
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    named = [str(config["_class_name"])] if "_class_name" in config else []
-    return ", ".join(named + [f"{k} {v}" for k, v in config.items() if k != "_class_name"])
+    words = [str(config["_class_name"])] if "_class_name" in config else []
+    return ", ".join(words + [f"{k} {v}" for k, v in config.items() if k != "_class_name"])
 
 
 def _prompts() -> dict[str, str]:

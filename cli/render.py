@@ -61,26 +61,26 @@ def render_batch(options: dict[str, Any]) -> int:
 def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
     """Results' path without a suffix, and the formats: those asked for, or what the suffix says and a sheet."""
     stem, suffix = split_suffix(out.expanduser().absolute(), ("mp4", "gif", "png"))
-    asked = tuple(formats.replace(",", " ").split())
-    for name in asked:
+    names = tuple(formats.replace(",", " ").split())
+    for name in names:
         if name not in FORMATS:
             raise RequestError(f"--formats: unknown format '{name}'; use {', '.join(FORMATS)}.")
     if out.is_dir() or not stem.name:
         raise RequestError(f"--out {out} is a folder; give a file name such as {out / 'out.mp4'}.")
     check_name(stem.name, "--out")
-    if not asked:
+    if not names:
         return stem, (suffix or "mp4", "sheet")
-    return stem, tuple(dict.fromkeys((suffix, *asked) if suffix else asked))
+    return stem, tuple(dict.fromkeys((suffix, *names) if suffix else names))
 
 
 def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderRequest, Path]], over: Replace) -> int:
     """`over`: what results may take the place of; in a batch ("own") a job that would take more fails alone."""
+    typed(options["dtype"])
     quiet = options["quiet"] or options["as_json"]
     if not quiet:
         click.echo(f"loading {variant.name} …", err=True)  # before anything heavy is imported
         for note in {note for request, _ in work if (note := prompt_note(variant, request.prompt))}:
             click.echo(f"note: {note}.", err=True)
-    typed(options["dtype"])
     for request, stem in work:
         remove_partial_results(stem)
         if over != "own":
@@ -116,10 +116,10 @@ def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderReque
 
 
 def _outcomes(
-    options: dict[str, Any], loading: RenderOptions, variant: Variant, jobs: list[RenderJob], shown: Any
+    options: dict[str, Any], loading: RenderOptions, variant: Variant, jobs: list[RenderJob], views: Any
 ) -> list[Outcome]:
-    """`shown`: the display and the watcher that draws on it."""
-    display, watcher = shown
+    """`views`: the display and the watcher that draws on it."""
+    display, watcher = views
     resume = not options["again"]
     if not options.get("ray"):
         from overcrank.runtime.render.renderer import load_renderer

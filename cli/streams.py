@@ -26,11 +26,11 @@ class _Pipe(io.RawIOBase):
         return os.isatty(self.number)
 
     def write(self, content: Any) -> int:
-        left = memoryview(content).cast("B")
-        size = len(left)
+        rest = memoryview(content).cast("B")
+        size = len(rest)
         try:
-            while left and not self.reason:
-                left = left[os.write(self.number, left) :]
+            while rest and not self.reason:
+                rest = rest[os.write(self.number, rest) :]
         except OSError as error:
             self.reason = error.strerror or str(error)
         return size

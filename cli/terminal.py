@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from overcrank.units import safe_text
+from overcrank.errors import safe_text
 from rich.console import Console
 from rich.text import Text
 

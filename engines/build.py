@@ -110,14 +110,14 @@ def build_each(
         fresh = {key: b for key, b in missing.items() if store.find(key) is None}  # another process may have built it
         run = _Run(list(fresh.values()), store, progress, stop_at_first)
         run.go(hire)
-    made: list[Built | OvercrankError] = []
+    results: list[Built | OvercrankError] = []
     for bundle in bundles:
         path = store.find(bundle.key)
         if path is None:
-            made.append(run.failures[bundle.staging])
+            results.append(run.failures[bundle.staging])
         else:
-            made.append(Built(path, read_manifest(path), cached=bundle.key not in fresh))
-    return made
+            results.append(Built(path, read_manifest(path), cached=bundle.key not in fresh))
+    return results
 
 
 def key_of(request: Request, store: Store) -> str:

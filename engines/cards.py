@@ -34,8 +34,8 @@ def installed_cards() -> tuple[Card, ...]:
     except (OSError, subprocess.SubprocessError) as error:
         raise TargetError(f"nvidia-smi does not answer ({error}): the driver or the card hangs") from error
     if done.returncode or not done.stdout.strip():
-        said = (done.stdout + done.stderr).strip().splitlines()
-        raise TargetError(f"nvidia-smi finds no card: {said[0] if said else f'exit status {done.returncode}'}")
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        raise TargetError(f"nvidia-smi finds no card: {lines[0] if lines else f'exit status {done.returncode}'}")
     return tuple(_card(line) for line in done.stdout.strip().splitlines())
 
 

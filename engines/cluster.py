@@ -17,6 +17,7 @@ from typing import Any
 from overcrank.engines.worker import BuildJob
 from overcrank.engines.workers import RAM_PER_WORKER, Work, died
 from overcrank.errors import OvercrankError, UserError
+from overcrank.options import flags_in_use, use_flags
 
 log = logging.getLogger("overcrank")
 RETRIES = 3
@@ -89,7 +90,7 @@ class RayWorkers:
         with self._lock:
             if self._stopped:
                 return
-            ref = self._task.remote(work, job, self._messages)
+            ref = self._task.remote(work, job, self._messages, flags_in_use())
             self._refs.add(ref)
         try:
             self._ray.get(ref)
@@ -125,5 +126,6 @@ def heard(messages: Any) -> Iterator[Any]:
         return iter(())
 
 
-def _in_task(work: Work, job: BuildJob, messages: Any) -> None:
+def _in_task(work: Work, job: BuildJob, messages: Any, flags: bool) -> None:
+    use_flags(flags)
     work(job, lambda doing: messages.put((job.title, doing)))

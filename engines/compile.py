@@ -12,6 +12,7 @@ from overcrank.engines.profiles import ShapeRange
 from overcrank.engines.targets import Target
 from overcrank.engines.tensorrt import load_flavour
 from overcrank.errors import CompileError, TargetError
+from overcrank.options import option
 
 Progress = Callable[[str], None]
 """Called with a phase when it starts."""
@@ -172,5 +173,5 @@ def _require_local_card(target: Target) -> None:
     if local != target:
         raise TargetError(
             f"TensorRT builds only for the card it runs on ({local.name}), not for {target.name}; "
-            f"use --flavour tensorrt_rtx, which builds for any card."
+            f"use {option('flavour', 'tensorrt_rtx')}, which builds for any card."
         )

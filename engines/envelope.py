@@ -77,13 +77,13 @@ def envelope(kind: str, payload: bytes, keyid: str, signature: bytes) -> bytes:
 def read_envelope(content: bytes, kind: str, what: str) -> Signed:
     """Of what nobody has verified yet; raises IntegrityError, naming `what` it is, for anything else."""
     try:
-        read = _Envelope.model_validate_json(content)
-        payload = base64.b64decode(read.payload, validate=True)
+        document = _Envelope.model_validate_json(content)
+        payload = base64.b64decode(document.payload, validate=True)
     except ValueError as error:  # of pydantic, and of base64
         raise IntegrityError(f"{what} is no signed document (DSSE): {_reason(error)}.") from error
-    if read.payloadType != kind:
-        raise IntegrityError(f"{what} has payloadType '{read.payloadType}', and not '{kind}'.")
-    return Signed(payload, signing_bytes(kind, payload), read.signatures)
+    if document.payloadType != kind:
+        raise IntegrityError(f"{what} has payloadType '{document.payloadType}', and not '{kind}'.")
+    return Signed(payload, signing_bytes(kind, payload), document.signatures)
 
 
 def read_index_envelope(content: bytes, what: str) -> Signed:
@@ -134,11 +134,11 @@ def statement(manifest: bytes, files: Sequence[File]) -> bytes:
 def require_statement_of(payload: bytes, manifest: bytes, what: str) -> None:
     """Raise IntegrityError for a statement, verified already, that is not of this manifest."""
     try:
-        read = _Statement.model_validate_json(payload)
+        document = _Statement.model_validate_json(payload)
     except ValidationError as error:
         raise IntegrityError(f"{what}: what is signed is no statement of a bundle: {_reason(error)}.") from error
     digest = hashlib.sha256(manifest).hexdigest()
-    if [s.digest.sha256 for s in read.subject if s.name == MANIFEST] != [digest]:
+    if [s.digest.sha256 for s in document.subject if s.name == MANIFEST] != [digest]:
         raise IntegrityError(f"{what}: its signature is of another {MANIFEST}; get the bundle again.")
 
 

@@ -55,17 +55,17 @@ def cost_of(variant: Variant, component: str, precision: str) -> Cost:
     table = _table()
     measured: dict[str, dict[str, dict[str, list[float]]]] = table["components"]
     own = measured.get(variant.family, {})
-    everyone = [known for of_family in measured.values() for known in of_family.values()]
-    exact = [known for name, known in own.items() if name in (variant.name, variant.like)]
+    everyone = [costs for of_family in measured.values() for costs in of_family.values()]
+    exact = [costs for name, costs in own.items() if name in (variant.name, variant.like)]
     alike = next((rows for group in (exact, [*own.values()], everyone) if (rows := _rows(group, component))), None)
-    rows = alike or [cost for known in everyone for cost in known.values()]
+    rows = alike or [cost for costs in everyone for cost in costs.values()]
     export, compiling, megabytes = (median(column) for column in zip(*rows, strict=True))
     grown = table["grown"].get(precision, 1.0) if component.startswith("denoiser") else 1.0
     return Cost(export, compiling, megabytes * grown * 1e6)
 
 
-def _rows(known: list[dict[str, list[float]]], component: str) -> list[list[float]]:
-    return [costs[component] for costs in known if component in costs]
+def _rows(variants: list[dict[str, list[float]]], component: str) -> list[list[float]]:
+    return [costs[component] for costs in variants if component in costs]
 
 
 class Forecast:

@@ -70,13 +70,13 @@ class Kernels:
     def __init__(self, config: Any, file: KernelCache) -> None:
         """`config`: an IRuntimeConfig."""
         self._file, self._config, self._cache = file, config, config.create_runtime_cache()
-        kept = file.read()
-        self.known = bool(kept) and bool(self._cache.deserialize(kept))
+        content = file.read()
+        self.known = bool(content) and bool(self._cache.deserialize(content))
         """Whether kernels of this card and driver were there."""
-        if kept and not self.known:
+        if content and not self.known:
             self._file.path.unlink(missing_ok=True)  # another driver's: what comes now may be shorter
         config.set_runtime_cache(self._cache)
-        self._size = len(kept) if self.known else 0
+        self._size = len(content) if self.known else 0
 
     def keep(self) -> None:
         """Write what has been compiled since."""

@@ -136,31 +136,31 @@ def removable(
     unfinished work may go, as the user knows that they work no more. Never what a process works on.
     """
     now = time.time()
-    found = {item.path: item for item in stale_files(store, gone_hosts)}
+    items = {item.path: item for item in stale_files(store, gone_hosts)}
     for path in [*store.bundles.glob(".building-*"), *store.bundles.glob(".pulling-*")]:
         if now - _last_used(path) > UNFINISHED:
-            found[path] = Item(path, "a build or a download that nobody resumed for a day")
-    known = [(p, m) for p, m in store.list() if isinstance(m, Manifest)]
-    engines = {entry.key.digest()[:16] for _, m in known for entry in m.components}
+            items[path] = Item(path, "a build or a download that nobody resumed for a day")
+    bundles = [(p, m) for p, m in store.list() if isinstance(m, Manifest)]
+    engines = {entry.key.digest()[:16] for _, m in bundles for entry in m.components}
     for cache, _ in kept_caches(store):
         if cache.name.partition("-")[0] not in engines:
-            found[cache.path] = Item(cache.path, "its engine is gone")
+            items[cache.path] = Item(cache.path, "its engine is gone")
     if other_versions:
-        for path, manifest in known:
+        for path, manifest in bundles:
             if flavour_version(manifest.flavour) != manifest.flavour_version:
-                found[path] = Item(path, f"made by {manifest.flavour} {manifest.flavour_version}")
-    kept = [p for p in _kept(store) if p not in found]
+                items[path] = Item(path, f"made by {manifest.flavour} {manifest.flavour_version}")
+    paths = [p for p in _kept(store) if p not in items]
     if older is not None:
-        found |= {p: Item(p, "not used for longer") for p in kept if now - _last_used(p) > older}
+        items |= {p: Item(p, "not used for longer") for p in paths if now - _last_used(p) > older}
     if size is not None:
-        rest = sorted((Item(p, "to make room") for p in kept if p not in found), key=lambda i: _last_used(i.path))
+        rest = sorted((Item(p, "to make room") for p in paths if p not in items), key=lambda i: _last_used(i.path))
         total = sum(item.bytes for item in rest)
         for item in rest:
             if total <= size:
                 break
             total -= item.bytes
-            found[item.path] = item
-    return [item for item in found.values() if not store.is_worked_on(item.path, gone_hosts)]
+            items[item.path] = item
+    return [item for item in items.values() if not store.is_worked_on(item.path, gone_hosts)]
 
 
 def _kept(store: Store) -> list[Path]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
 from overcrank.engines.plan import UNKNOWN, PlanCounts
-from overcrank.errors import IntegrityError, OutdatedBundle, UserError
+from overcrank.errors import CONTROLS, IntegrityError, OutdatedBundle, UserError, safe_text
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import families
-from overcrank.units import CONTROLS, safe_text
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 SCHEMA = 2
@@ -74,7 +73,17 @@ def _bounded(config: dict[str, object]) -> dict[str, object]:
     return config
 
 
+def _counted(plan: PlanCounts) -> PlanCounts:
+    """What plan.py counts itself is within bounds; here it is what others wrote."""
+    _bounded(vars(plan))
+    numbers = [n for value in vars(plan).values() for n in (value.values() if isinstance(value, dict) else [value])]
+    if min(numbers) < 0:
+        raise ValueError("a count is below zero")
+    return plan
+
+
 Config = Annotated[dict[str, object], AfterValidator(_bounded)]
+Plan = Annotated[PlanCounts, AfterValidator(_counted)]
 
 
 class EngineKey(NamedTuple):
@@ -164,7 +173,7 @@ class ComponentEntry(_Model):
     activation_bytes: Count | None
     export_seconds: Seconds
     compile_seconds: Seconds
-    plan: PlanCounts | None = None  # None for one that its reader does not know
+    plan: Plan | None = None  # None for one that its reader does not know
     lint: Text = ""  # the sentence that stands in the place of `plan` in bundles of before
     packed: list[PackedEntry] = []
     formats: dict[Label, LayerFormat] = {}

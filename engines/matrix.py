@@ -24,6 +24,7 @@ from overcrank.errors import TargetError, UserError
 from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat
 from overcrank.files import atomic_write
 from overcrank.models import components, resolve
+from overcrank.options import option
 from overcrank.units import human_bytes, human_seconds
 
 
@@ -76,11 +77,11 @@ def expanded(cells: Sequence[Cell], static: bool = False, flavour: str = "tensor
 
 def cells_of(models: str, gpus: str, precisions: str) -> list[Cell]:
     """Every combination of three comma-separated lists; raises UserError for an empty one."""
-    lists = {"--models": models, "--gpus": gpus, "--precisions": precisions}
+    lists = {"models": models, "gpus": gpus, "precisions": precisions}
     words = {name: text.replace(",", " ").split() for name, text in lists.items()}
-    for name, found in words.items():
-        if not found:
-            raise UserError(f"{name} is empty; separate several with commas.")
+    for name, values in words.items():
+        if not values:
+            raise UserError(f"{option(name)} is empty; separate several with commas.")
     a, b, c = words.values()
     return [Cell(model, gpu, precision) for model in a for gpu in b for precision in c]
 
@@ -88,12 +89,12 @@ def cells_of(models: str, gpus: str, precisions: str) -> list[Cell]:
 def run(matrix: Matrix, store: Store, progress: Progress, hire: Callable[[], Workers] = LocalWorkers) -> Result:
     """Build all that the store does not hold; failures are collected, Ctrl-C stops (and the same command resumes)."""
     result = Result()
-    made = build_each(list(matrix.requests.values()), store, progress, hire)
-    for cell, found in zip(matrix.requests, made, strict=True):
-        if isinstance(found, Built):
-            result.built[cell] = found
+    outcomes = build_each(list(matrix.requests.values()), store, progress, hire)
+    for cell, outcome in zip(matrix.requests, outcomes, strict=True):
+        if isinstance(outcome, Built):
+            result.built[cell] = outcome
         else:
-            result.failed[cell] = str(found)
+            result.failed[cell] = str(outcome)
     _remember(store, result.failed)
     return result
 
@@ -109,12 +110,12 @@ def failed_before(store: Store) -> list[Cell]:
     """What the last matrix in this store did not manage; raises UserError when there is nothing."""
     try:
         rows = json.loads((store.root / "failed.json").read_text("utf-8"))
-        found = [Cell(row["model"], row["gpu"], row["precision"]) for row in rows]
+        cells = [Cell(row["model"], row["gpu"], row["precision"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
-        found = []
-    if not found:
+        cells = []
+    if not cells:
         raise UserError(f"--retry-failed: nothing failed in the last 'engines build' of {store.root}.")
-    return found
+    return cells
 
 
 def plan_lines(matrix: Matrix, store: Store, workers: int) -> Iterator[str]:
@@ -141,8 +142,8 @@ def plan_lines(matrix: Matrix, store: Store, workers: int) -> Iterator[str]:
 
 
 def result_lines(result: Result) -> Iterator[str]:
-    for cell, built in result.built.items():
-        yield f"{'cached' if built.cached else 'built':<9}{cell}  {built.path}"
+    for cell, bundle in result.built.items():
+        yield f"{'cached' if bundle.cached else 'built':<9}{cell}  {bundle.path}"
     for cell, error in result.failed.items():
         yield f"FAILED   {cell}: {error}"
     if result.failed:
@@ -153,11 +154,11 @@ def write_index(file: Path, result: Result) -> None:
     """A Markdown table of the bundles."""
     lines = ["# Engines", "", "| model | card | precision | shapes | engines | activation memory | bundle |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for built in sorted(result.built.values(), key=lambda b: b.path.name):
-        m = built.manifest
+    for bundle in sorted(result.built.values(), key=lambda b: b.path.name):
+        m = bundle.manifest
         size = human_bytes(sum(c.engine.bytes for c in m.components))
         activation = human_bytes(max(c.activation_bytes or 0 for c in m.components))
-        cells = [m.model, m.target, m.precision, profile_line(m), size, activation, built.path.name]
+        cells = [m.model, m.target, m.precision, profile_line(m), size, activation, bundle.path.name]
         lines.append(f"| {' | '.join(cells)} |")
     with atomic_write(file) as part:
         part.write_text("\n".join([*lines, ""]), "utf-8")
@@ -165,5 +166,5 @@ def write_index(file: Path, result: Result) -> None:
 
 def reported(result: Result) -> dict[str, list[dict[str, Any]]]:
     """As plain data: what was built, and what failed and why."""
-    built = [c._asdict() | {"path": str(b.path), "cached": b.cached} for c, b in result.built.items()]
-    return {"built": built, "failed": [c._asdict() | {"error": error} for c, error in result.failed.items()]}
+    bundles = [c._asdict() | {"path": str(b.path), "cached": b.cached} for c, b in result.built.items()]
+    return {"built": bundles, "failed": [c._asdict() | {"error": error} for c, error in result.failed.items()]}

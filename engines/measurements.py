@@ -52,20 +52,20 @@ def measurements(store: Store, card: str, driver: str) -> dict[str, Measurement]
         return {}
 
 
-def record(store: Store, card: str, driver: str, engine: str, found: Measurement) -> None:
+def record(store: Store, card: str, driver: str, engine: str, measurement: Measurement) -> None:
     """Kept in place of an earlier measurement of the same engine."""
     store.prepare()
     file = _file(store, card, driver)
     with write_errors(file.parent):
         file.parent.mkdir(exist_ok=True)
     with store.lock(f"measured-{file.stem}"), atomic_write(file) as part:
-        known = measurements(store, card, driver) | {engine: found}
-        content = {key: m.model_dump() for key, m in sorted(known.items())}
+        entries = measurements(store, card, driver) | {engine: measurement}
+        content = {key: m.model_dump() for key, m in sorted(entries.items())}
         part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 def require_not_slower(store: Store, card: str, driver: str, engine: str) -> None:
     """Raise CannotServe for an engine that was measured, with kernels made for its shape, to lose on this card."""
-    found = measurements(store, card, driver).get(engine)
-    if found is not None and found.lost:
-        raise CannotServe(Slower(found.component, found.engine_ms, found.eager_ms, found.shape, found.date))
+    times = measurements(store, card, driver).get(engine)
+    if times is not None and times.lost:
+        raise CannotServe(Slower(times.component, times.engine_ms, times.eager_ms, times.shape, times.date))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from overcrank.engines.refusals import BUILD, OfThisCall, Refusal
+from overcrank.engines.refusals import BUILD, OPTION, OfThisCall, Refusal
 
 
 class ModuleChange(enum.Enum):
@@ -21,11 +21,11 @@ class ModuleChange(enum.Enum):
     GLOBAL_HOOKS = "every module has forward hooks (register_module_forward_hook)", "remove them"
     ACCELERATE_HOOKS = (
         "{place} has hooks of accelerate",
-        "remove it; whole parts are moved with --vram low or enable_model_cpu_offload()",
+        "remove it; whole parts are moved with {option:vram=low} or enable_model_cpu_offload()",
     )
     FORWARD = (
         "{place} has a forward that is not its class's",
-        "remove it; whole parts are moved with --vram low or enable_model_cpu_offload()",
+        "remove it; whole parts are moved with {option:vram=low} or enable_model_cpu_offload()",
     )
     CLASS_FORWARD = "{place}.forward was replaced by {own}", "give the class its own forward back"
     FREE_U = "FreeU is on in {place}", "call pipe.disable_freeu()"
@@ -49,7 +49,8 @@ class ModuleChanged(OfThisCall):
         return f"{super().kind}.{self.change.name}"
 
     def words(self, build: str = BUILD) -> tuple[str, str]:
-        what, fix = (text.format(place=self.place, own=self.own, stock=self.stock) for text in self.change.value)
+        fields = {"place": self.place, "own": self.own, "stock": self.stock, "option": OPTION}
+        what, fix = (text.format(**fields) for text in self.change.value)
         return what, fix
 
 
@@ -58,7 +59,7 @@ class Unfit(enum.Enum):
 
     PLACE = (
         "on {own}, where the engine is not",
-        "keep the whole part on the card, or let it come and go with --vram low",
+        "keep the whole part on the card, or let it come and go with {option:vram=low}",
     )
     LAYOUT = "in another memory format", "keep it contiguous"
     TYPE = "as {own}, and the engine takes it as {wanted}", "load the pipeline with dtype={wanted}"
@@ -83,7 +84,7 @@ class ParameterUnfit(OfThisCall):
         return f"{super().kind}.{self.problem.name}"
 
     def words(self, build: str = BUILD) -> tuple[str, str]:
-        what, fix = (text.format(own=self.own, wanted=self.wanted) for text in self.problem.value)
+        what, fix = (text.format(own=self.own, wanted=self.wanted, option=OPTION) for text in self.problem.value)
         return f"the pipeline holds {self.name} {what}", fix
 
 
@@ -100,4 +101,4 @@ class NoParameter(Refusal):
 class NoRange(Refusal):
     layer: str
     what = "{layer} needs a range that no recipe gives"
-    fix = "calibrate, and render with --recipe, or build with --activations dynamic"
+    fix = "calibrate, and render with {option:recipe}, or build with {option:activations=dynamic}"

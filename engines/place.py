@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from overcrank.errors import IntegrityError, StoreError, UserError
 from overcrank.files import atomic_write
+from overcrank.options import option
 
 CHUNK = 1_000_000
 SILENCE = 30.0
@@ -65,15 +66,15 @@ class Remote:
 
         scheme, _, rest = self.url.rpartition("://")
         scheme = scheme.lower()
-        given = f"{scheme}://{rest}" if scheme else self.url
-        self.url = shown(given)
+        address = f"{scheme}://{rest}" if scheme else self.url
+        self.url = shown(address)
         if scheme not in SCHEMES:  # or several, with :: between them
             raise UserError(
                 f"{self.url} is no place for engines: give a folder, or an http(s), s3, gs, hf, az or sftp URL."
             )
         try:
-            self.place, self._secret = _place_of(given)
-            self.fs, root = fsspec.core.url_to_fs(self.url if scheme in WEB else given)
+            self.place, self._secret = _place_of(address)
+            self.fs, root = fsspec.core.url_to_fs(self.url if scheme in WEB else address)
         except Exception as error:  # every file system has its own
             raise UserError(
                 f"{self.url} cannot be used: {said(error)}; s3, gs and others need their package."
@@ -157,7 +158,8 @@ class Remote:
             upgraded = old.hostname == new.hostname and (_port(old), _port(new)) == (80, 443)
             if not upgraded and not self.follow:
                 raise StoreError(
-                    f"{self.url} redirects to another host, {new.hostname}; add --follow if its publisher says so."
+                    f"{self.url} redirects to another host, {new.hostname}; add "
+                    f"{option('follow', True)} if its publisher says so."
                 )
             if not upgraded:
                 headers.pop("Authorization", None)

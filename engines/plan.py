@@ -140,9 +140,9 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
             if behind:
                 epilogues[behind] += 1
             if before and (widened := _narrow(match[3], _READS, types)):
-                found = dict.fromkeys(_layers(data, match.start()), widened)
-                formats |= found
-                dequantized |= found.keys()
+                layers = dict.fromkeys(_layers(data, match.start()), widened)
+                formats |= layers
+                dequantized |= layers.keys()
         elif kind == "fully_connected":
             products.add(name)
             if multiplied := _narrow(match[3], _OPERANDS, types, both=True):
@@ -157,8 +157,8 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
         else:
             kernels += 1
             if set(_OPERATION.findall(name)) <= _MOVES:
-                read = _reads(match[3])
-                moves += [(name, r) for r in read] if read and set(read) <= weights else []
+                tensors = _reads(match[3])
+                moves += [(name, r) for r in tensors] if tensors and set(tensors) <= weights else []
     if not (kernels or products):
         return PlanReport(known=False)
     multiplied_by = {n for product in products for n in product.split("+")}
@@ -181,10 +181,10 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
 def _narrow(rest: bytes, group: re.Pattern[bytes], types: dict[bytes, bytes], both: bool = False) -> str:
     """The quantized format an instruction reads; with `both`, that of its first two operands alike."""
     match = group.search(rest)
-    read = [types.get(n, b"") for n in _NAME.findall(match[1])] if match else []
+    dtypes = [types.get(n, b"") for n in _NAME.findall(match[1])] if match else []
     if both:
-        return _FORMATS.get(read[0], "") if len(read) > 1 and read[0] == read[1] else ""
-    return next((_FORMATS[t] for t in read if t in _FORMATS), "")
+        return _FORMATS.get(dtypes[0], "") if len(dtypes) > 1 and dtypes[0] == dtypes[1] else ""
+    return next((_FORMATS[t] for t in dtypes if t in _FORMATS), "")
 
 
 def _layers(data: bytes, start: int) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from overcrank.errors import ShapeError
 from overcrank.models.base import Component, Variant, VideoShape
+from overcrank.options import option
 
 ENCODER = "vae_encoder"
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -25,7 +26,7 @@ class Profile:
             if not low <= best <= high:
                 raise ShapeError(
                     f"{axis} {best} lies outside the profile's {low} … {high}; "
-                    f"set --min-{axis} or --max-{axis}, or use --static."
+                    f"set {option(f'min_{axis}')} or {option(f'max_{axis}')}, or use {option('static', True)}."
                 )
 
     def ranges(self, component: Component) -> dict[str, ShapeRange]:
@@ -79,7 +80,8 @@ def profile_for(
     check_shape(variant, opt)
     if static:
         if (minimum, maximum) != (ANY, ANY):
-            raise ShapeError("--static fixes every shape; drop the --min-… and --max-… options.")
+            bounds = f"{option('min_…')} and {option('max_…')}"
+            raise ShapeError(f"{option('static', True)} fixes every shape; drop the {bounds} options.")
         return Profile(opt, opt, opt)
     axes = ("height", "width", "frames")
     low = {a: min(getattr(variant.minimum, a), getattr(opt, a)) for a in axes}

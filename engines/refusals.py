@@ -1,7 +1,8 @@
 """Every reason for which an engine does not serve: its kind, its figures, and the sentence made of them.
 
 Whoever finds the reason raises CannotServe with one of these; only here is it put into words: `what` is wrong, and
-the `fix`. The names in them are the kind's fields, and {build} is the command that builds for this pipeline and card.
+the `fix`. The names in them are the kind's fields, {build} is the command that builds for this pipeline and card, and
+{option:vram=low} names an option as whoever reads it gives it.
 What was done to a module and its parameters is in module_refusals.py.
 """
 
@@ -11,12 +12,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from overcrank.engines.targets import SIXTEEN_BIT
+from overcrank.options import option
 from overcrank.units import human_bytes
 
 BUILD = "build-engine"
-SLOW_ENGINES = "--slow-engines"
+SLOW_ENGINES = "--slow-engines"  # as overcrank doctor names it
 DOCTOR = "run overcrank doctor, which tests this machine"
-SMALLER = "render fewer frames or a smaller size, with --vram low, or free the card"
+SMALLER = "render fewer frames or a smaller size, with {option:vram=low}, or free the card"
+
+
+class _Option:
+    """{option:NAME}, {option:NAME=VALUE} or, of several values, {option:NAME=[VALUE]} of a sentence."""
+
+    def __format__(self, spec: str) -> str:
+        name, _, value = spec.partition("=")
+        if value.startswith("["):
+            return option(name, [value[1:-1]])
+        return option(name, True if value == "True" else value or None)
+
+
+OPTION = _Option()
 
 
 class Refusal:
@@ -40,7 +55,7 @@ class Refusal:
     def words(self, build: str = BUILD) -> tuple[str, str]:
         """What is wrong, and what to do."""
         figures = {name: _shown(value) for name, value in vars(self).items()}
-        return self.what.format(**figures), self.fix.format(**figures, build=build)
+        return self.what.format(**figures, option=OPTION), self.fix.format(**figures, option=OPTION, build=build)
 
     def sentence(self, build: str = BUILD) -> str:
         return "; ".join(self.words(build))
@@ -108,7 +123,7 @@ class OtherOnProcessor(Refusal):
     graphs: str
     weights: str
     what = "on a processor, ONNX Runtime computes in {graphs}, and the pipeline's weights are {weights}"
-    fix = "render with --dtype {graphs}"
+    fix = "render with {option:dtype=[{graphs}]}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ class OtherType(Refusal):
     engine: str
     pipeline: str
     what = "the engine of {component} computes in {engine}, and the pipeline's {part} is {pipeline}"
-    fix = "{build} --dtype {part}={pipeline}, or render with --dtype {part}={engine}"
+    fix = "{build} --dtype {part}={pipeline}, or render with {option:dtype=[{part}={engine}]}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,7 @@ class Slower(Refusal):
         "the engine of {component} took {engine_ms} ms a call on this card and eager PyTorch {eager_ms} ms "
         "({shape}, {date})"
     )
-    fix = f"measure again with ./build.sh bench-gpu, or add {SLOW_ENGINES}"
+    fix = "measure again with ./build.sh bench-gpu, or add {option:slow_engines=True}"
 
 
 # ── card, driver, libraries ──────────────────────────────────────────────────────────
@@ -243,11 +258,11 @@ class TensorRTRefusal(Refusal):
     """TensorRT's own words stand behind the sentence."""
 
     subject: str  # the component, or the engine's file
-    said: str
+    message: str
 
     def words(self, build: str = BUILD) -> tuple[str, str]:
         what, fix = super().words(build)
-        return f"{what} ({self.said})" if self.said else what, fix
+        return f"{what} ({self.message})" if self.message else what, fix
 
 
 class LoadFailed(TensorRTRefusal):
@@ -298,7 +313,7 @@ class OutOfMemory(OfThisCall):
     def words(self, build: str = BUILD) -> tuple[str, str]:
         needs = f"it needs {human_bytes(self.needed)} for activations and " if self.needed else ""
         free = free_memory(self.free, self.total)
-        return f"the engine of {self.component} ran out of GPU memory: {needs}{free}", self.fix
+        return f"the engine of {self.component} ran out of GPU memory: {needs}{free}", super().words(build)[1]
 
 
 def free_memory(free: int, total: int) -> str:
@@ -349,9 +364,9 @@ class UnknownArguments(OfThisCall):
 
 @dataclass(frozen=True)
 class UnfitCall(OfThisCall):
-    said: str  # by the component
+    message: str  # by the component
     distance = 1
-    what = "{said}"
+    what = "{message}"
     fix = "PyTorch runs it"
 
 

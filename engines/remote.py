@@ -156,8 +156,8 @@ def listed_as(bundle: Path, manifest: Manifest, name: str = "") -> Listed:
 def _write_index(remote: Remote, key: str, ring: Keyring) -> None:
     for _ in range(ROUNDS):
         entries = _entries(remote)
-        known = _settled_index(remote)
-        before = known.serial if known else 0
+        current = _settled_index(remote)
+        before = current.serial if current else 0
         index = Index(serial=before + 1, updated=datetime.now(UTC).isoformat(timespec="seconds"), bundles=entries)
         sealed, _keyid = ring.seal(envelope.INDEX, index.model_dump_json().encode(), key)
         remote.write(sealed, "index.json")

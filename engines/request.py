@@ -106,10 +106,10 @@ def requests_for(
 
 def request_notes(requests: Sequence[Request]) -> list[str]:
     """What to know before these are built; one sentence each."""
-    said = list(driver_notes(requests[0].flavour, tuple(r.target for r in requests)))
+    sentences = list(driver_notes(requests[0].flavour, tuple(r.target for r in requests)))
     for request in requests:
-        said += notes(request.variant, request.target, request.precision, dict(request.dtypes))
-    return list(dict.fromkeys(said))
+        sentences += notes(request.variant, request.target, request.precision, dict(request.dtypes))
+    return list(dict.fromkeys(sentences))
 
 
 def _part_types(words: Mapping[str, str] | Sequence[str], variant: Variant) -> dict[str, str]:

@@ -17,6 +17,7 @@ from overcrank.errors import IntegrityError, StoreError
 from overcrank.export.cache import CachedGraph, cached_graph, graph_digest
 from overcrank.files import REMOVING, remove_tree, write_errors
 from overcrank.models.base import Component
+from overcrank.options import option
 from overcrank.owners import is_abandoned, this_process
 
 PULLING = ".pulling-"
@@ -135,7 +136,9 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            raise StoreError(f"{self.bundles} cannot be read ({error.strerror}); give another --store.") from error
+            raise StoreError(
+                f"{self.bundles} cannot be read ({error.strerror}); give another {option('store')}."
+            ) from error
         for path in (self.bundles / name for name in names if not name.startswith(".")):
             try:
                 (path / MANIFEST).lstat()

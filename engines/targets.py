@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from overcrank.engines.cards import installed_cards
 from overcrank.errors import TargetError
+from overcrank.options import option
 
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "nvfp4")
 SIXTEEN_BIT = ("fp16", "bf16")
@@ -115,25 +116,25 @@ def targets_for(words: Iterable[str], flavour: str) -> tuple[Target, ...]:
     Raises TargetError for an unknown name, a flavour that does not serve it, or "auto"
     on a machine without an NVIDIA card.
     """
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
     for word in words:
         for target in _named(word, flavour):
             if flavour not in target.flavours:
                 raise TargetError(
                     f"{FLAVOUR_TITLES[flavour]} cannot build for {target.name} ({target.generation}: "
-                    f"{', '.join(target.cards)}); use --flavour tensorrt on a machine that has TensorRT, "
+                    f"{', '.join(target.cards)}); use {option('flavour', 'tensorrt')} on a machine that has TensorRT, "
                     f"or one of {', '.join(t.name for t in TARGETS if flavour in t.flavours)}."
                 )
-            found[target.name] = target
-    if not found:
-        raise TargetError("--gpu is empty; give sm_75 … sm_121, a card such as rtx4090, 'all' or 'auto'.")
-    return tuple(found.values())
+            targets[target.name] = target
+    if not targets:
+        raise TargetError(f"{option('gpu')} is empty; give sm_75 … sm_121, a card such as rtx4090, 'all' or 'auto'.")
+    return tuple(targets.values())
 
 
 def serves(target: str, precision: str, card: str) -> bool:
     """Whether an engine built for `target` at `precision` runs on a card of the architecture `card`."""
-    known = BY_NAME.get(target)
-    return target == card or (known is not None and card in known.narrowed(precision).members)
+    entry = BY_NAME.get(target)
+    return target == card or (entry is not None and card in entry.narrowed(precision).members)
 
 
 def precision_for(target: Target, precision: str, own: str = "") -> str:
@@ -148,7 +149,7 @@ def precision_for(target: Target, precision: str, own: str = "") -> str:
     if precision not in target.precisions:
         have = [t.name for t in TARGETS if precision in t.precisions]
         raise TargetError(
-            f"{target.name} ({target.generation}) has no {precision}: use --precision "
+            f"{target.name} ({target.generation}) has no {precision}: use {option('precision')} "
             f"{'|'.join(target.precisions)}; {precision} needs one of {', '.join(have)}."
         )
     return precision
@@ -190,17 +191,17 @@ def _key(word: str) -> str:
 
 def gpu_names(text: str) -> list[str]:
     """Of "rtx4090,NVIDIA GeForce RTX 4070 Laptop GPU" or "sm_89 sm_120": a name may have spaces in it."""
-    found: list[str] = []
+    names: list[str] = []
     for part in filter(None, map(str.strip, text.split(","))):
         words = part.split()
-        found += words if not _is_known(part) and all(map(_is_known, words)) else [part]
-    return found
+        names += words if not _is_known(part) and all(map(_is_known, words)) else [part]
+    return names
 
 
 def _is_known(word: str) -> bool:
     key = _key(word)
-    known = {"all", "auto", *(n for t in TARGETS for n in (t.name.replace("_", ""), *t.cards))}
-    return not known.isdisjoint({key, f"rtx{key}", f"gtx{key}"}) or TOO_OLD.fullmatch(key) is not None
+    names = {"all", "auto", *(n for t in TARGETS for n in (t.name.replace("_", ""), *t.cards))}
+    return not names.isdisjoint({key, f"rtx{key}", f"gtx{key}"}) or TOO_OLD.fullmatch(key) is not None
 
 
 def _local_cards() -> tuple[Target, ...]:
@@ -209,8 +210,8 @@ def _local_cards() -> tuple[Target, ...]:
         cards = installed_cards()
     except TargetError as error:
         raise TargetError(
-            f"--gpu auto needs an NVIDIA card and driver on this machine, and {error}; name the card instead, "
-            f"for example --gpu rtx4090 (no GPU is needed to build)."
+            f"{option('gpu', 'auto')} needs an NVIDIA card and driver on this machine, and {error}; name the card "
+            f"instead, for example {option('gpu', 'rtx4090')} (no GPU is needed to build)."
         ) from error
     for card in cards:
         if card.target not in BY_NAME:

@@ -79,6 +79,6 @@ def driver_notes(flavour: str, targets: Iterable[Target]) -> list[str]:
         drivers = {card.driver: card.name for card in installed_cards() if card.target in names}
     except TargetError:
         return []
-    found = [(name, reason) for driver, name in drivers.items() if (reason := too_old(flavour, driver))]
-    words = [(name, *reason.words()) for name, reason in found]
+    reasons = [(name, reason) for driver, name in drivers.items() if (reason := too_old(flavour, driver))]
+    words = [(name, *reason.words()) for name, reason in reasons]
     return [f"{what}: the engines will not run on the {name} here; {fix}." for name, what, fix in words]

@@ -119,14 +119,15 @@ class Keyring:
     def revoke(self, which: str) -> Publisher:
         """By name or the beginning of its fingerprint; bundles it signed are refused from now on."""
         with self._changing():
-            known = self.publishers()
-            hits = [f for f, p in known.items() if which and (p.name == which or f.startswith(which)) and not p.revoked]
+            publishers = self.publishers()
+            trusted = {f: p for f, p in publishers.items() if not p.revoked}
+            hits = [f for f, p in trusted.items() if which and (p.name == which or f.startswith(which))]
             if len(hits) != 1:
                 what = "several trusted keys match" if hits else "no trusted key matches"
                 raise UserError(f"{what} '{which}'; 'overcrank keys list' shows them with their fingerprints.")
-            known[hits[0]] = known[hits[0]].model_copy(update={"revoked": _now()})
-            self._write(known)
-        return known[hits[0]]
+            publishers[hits[0]] = publishers[hits[0]].model_copy(update={"revoked": _now()})
+            self._write(publishers)
+        return publishers[hits[0]]
 
     def sign(self, bundle: Path, name: str) -> str:
         """Write the bundle's signature with one's own key, whose fingerprint is returned.
@@ -208,17 +209,17 @@ class Keyring:
 
         Raises IntegrityError, naming `what` it is of, if there is none.
         """
-        known = self.publishers()
-        publishers = [(known[s.keyid], s.sig) for s in signed.signatures if s.keyid in known]
-        if not publishers:
+        publishers = self.publishers()
+        signers = [(publishers[s.keyid], s.sig) for s in signed.signatures if s.keyid in publishers]
+        if not signers:
             raise IntegrityError(
                 f"{what} is signed by the key {signed.signatures[0].keyid[:16]}, which is not trusted here; "
                 f"overcrank keys trust the key that its publisher shows."
             )
-        for publisher, sig in publishers:
+        for publisher, sig in signers:
             if not publisher.revoked and _verifies(publisher, sig, signed.message):
                 return publisher
-        publisher = publishers[0][0]
+        publisher = signers[0][0]
         if publisher.revoked:
             raise IntegrityError(f"{what} is signed by '{publisher.name}', whose key was revoked {publisher.revoked}.")
         raise IntegrityError(f"{what}: the signature of '{publisher.name}' is not of this content; get it again.")
@@ -229,8 +230,8 @@ class Keyring:
         `place`: its normalized URL. Without `remember` the number is only compared: nobody vouches for it.
         """
         with self._changing():
-            seen = self._read("seen.json", _SEEN.validate_json, "the numbers of the indexes that were seen")
-            newest = seen.get(place, 0)
+            serials = self._read("seen.json", _SEEN.validate_json, "the numbers of the indexes that were seen")
+            newest = serials.get(place, 0)
             if serial < newest:
                 raise IntegrityError(
                     f"the index of {place} is number {serial} and number {newest} was seen before: someone shows an "
@@ -239,7 +240,7 @@ class Keyring:
                 )
             if remember and serial > newest:
                 with atomic_write(self.folder / "seen.json", OWN) as part:
-                    part.write_text(json.dumps(seen | {place: serial}, indent=1), "utf-8")
+                    part.write_text(json.dumps(serials | {place: serial}, indent=1), "utf-8")
 
     def _read(self, name: str, parse: Callable[[bytes], dict[str, T]], what: str) -> dict[str, T]:
         """One of the lists here; empty if there is none."""
@@ -260,23 +261,23 @@ class Keyring:
 
     def _with(self, name: str, public: str) -> dict[str, Publisher]:
         """The entry of a key; raises UserError for one that was revoked, or a name that another key has."""
-        known, own = self.publishers(), fingerprint(public)
-        if own in known and known[own].revoked:
+        publishers, own = self.publishers(), fingerprint(public)
+        if own in publishers and publishers[own].revoked:
             raise UserError(
-                f"the key {own[:16]} of '{known[own].name}' was revoked here {known[own].revoked}, and is not trusted "
-                f"again; ask its publisher for a new one."
+                f"the key {own[:16]} of '{publishers[own].name}' was revoked here {publishers[own].revoked}, and is "
+                f"not trusted again; ask its publisher for a new one."
             )
-        for other, publisher in known.items():
+        for other, publisher in publishers.items():
             if other != own and not publisher.revoked and publisher.name.casefold() == name.casefold():
                 raise UserError(
                     f"'{publisher.name}' is the name of another key that is trusted here ({other[:16]}); revoke that "
                     f"one, or put another name at the end of the line."
                 )
-        return {own: known[own] if own in known else Publisher(name=name, public=public, added=_now())}
+        return {own: publishers[own] if own in publishers else Publisher(name=name, public=public, added=_now())}
 
-    def _write(self, known: dict[str, Publisher]) -> None:
+    def _write(self, publishers: dict[str, Publisher]) -> None:
         with atomic_write(self.folder / "trusted.json", OWN) as part:
-            part.write_bytes(_LIST.dump_json(known, indent=1))
+            part.write_bytes(_LIST.dump_json(publishers, indent=1))
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

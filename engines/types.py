@@ -20,7 +20,7 @@ def typed(words: Sequence[str]) -> dict[str, str]:
 
     Raises UserError for an unknown type and for a part that is named twice.
     """
-    found: dict[str, str] = {}
+    types: dict[str, str] = {}
     for word in words:
         part, equals, name = word.rpartition("=")
         own = next((k for k, v in NAMES.items() if name in (k, v)), None)
@@ -28,9 +28,9 @@ def typed(words: Sequence[str]) -> dict[str, str]:
             raise UserError(
                 f"{option('dtype', word)}: use {', '.join(NAMES)} for every part, or PART=TYPE such as vae=fp32."
             )
-        if found.setdefault(part, own) != own:
-            raise UserError(f"{option('dtype')} gives {part or 'all parts'} both {found[part]} and {own}; give one.")
-    return found
+        if types.setdefault(part, own) != own:
+            raise UserError(f"{option('dtype')} gives {part or 'all parts'} both {types[part]} and {own}; give one.")
+    return types
 
 
 def own_precision(variant: Variant) -> str:
@@ -47,44 +47,45 @@ def compute_of(
     that is not the denoiser's own moves the parts in 16 bit along. Raises TargetError for a part that was asked for
     in a type that the target cannot multiply.
     """
-    asked = (dtypes or {}).get(component.subfolder, "")
-    given = asked or variant.dtype_of(component.subfolder)
-    if given == FP32:
+    override = (dtypes or {}).get(component.subfolder, "")
+    dtype = override or variant.dtype_of(component.subfolder)
+    if dtype == FP32:
         if target.fp32_products:
             return FP32
-        if asked:
+        if override:
+            part, instead = component.subfolder, f"{component.subfolder}={sixteen_bit(target)}"
             raise TargetError(
-                f"--dtype {component.subfolder}=fp32: TensorRT for RTX compiles no fp32 products for {target.name} "
-                f"({target.generation}); use --dtype {component.subfolder}={sixteen_bit(target)}."
+                f"{option('dtype', f'{part}=fp32')}: TensorRT for RTX compiles no fp32 products for {target.name} "
+                f"({target.generation}); use {option('dtype', instead)}."
             )
-        given = sixteen_bit(target)
-    elif asked and given not in target.precisions:
+        dtype = sixteen_bit(target)
+    elif override and dtype not in target.precisions:
         raise TargetError(
-            f"--dtype {component.subfolder}={given}: {target.name} ({target.generation}) has no {given}; "
+            f"{option('dtype', f'{component.subfolder}={dtype}')}: {target.name} ({target.generation}) has no {dtype}; "
             f"use {sixteen_bit(target)}."
         )
-    if asked:
-        return given
+    if override:
+        return dtype
     usual = sixteen_bit(target, own_precision(variant) if own_precision(variant) in target.precisions else "auto")
     sixteen = precision if precision in SIXTEEN_BIT else usual
-    moved = sixteen != usual or given not in target.precisions
-    return sixteen if moved or component.subfolder == components(variant)[0].subfolder else given
+    moved = sixteen != usual or dtype not in target.precisions
+    return sixteen if moved or component.subfolder == components(variant)[0].subfolder else dtype
 
 
 def notes(variant: Variant, target: Target, precision: str, dtypes: dict[str, str] | None = None) -> list[str]:
     """What to know before parts are built in fp32, or are not because the target cannot; one sentence each."""
-    said = {}
+    sentences = {}
     for component in components(variant):
         part = component.subfolder
         compute = compute_of(component, variant, target, precision, dtypes)
         if compute == FP32:
-            said[part] = (
+            sentences[part] = (
                 f"{variant.name}: {part} is built in fp32, as it is published; it takes twice the memory of 16 bit, "
-                f"which --dtype {part}={sixteen_bit(target)} saves (here and when rendering)."
+                f"which {option('dtype', f'{part}={sixteen_bit(target)}')} saves (here and when rendering)."
             )
         elif variant.dtype_of(part) == FP32 and part not in (dtypes or {}):
-            said[part] = (
+            sentences[part] = (
                 f"{variant.name}: {part} is published in fp32 and built in {compute} for {target.name}, for which "
-                f"TensorRT for RTX compiles no fp32 products; render with --dtype {part}={compute}."
+                f"TensorRT for RTX compiles no fp32 products; render with {option('dtype', f'{part}={compute}')}."
             )
-    return list(said.values())
+    return list(sentences.values())

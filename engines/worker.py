@@ -27,6 +27,7 @@ from overcrank.files import atomic_write, write_errors
 from overcrank.models import components
 from overcrank.models.base import Component, TensorSpec, Variant
 from overcrank.models.network import network
+from overcrank.options import option
 
 Report = Callable[[str], None]
 """Called with what is being done."""
@@ -121,7 +122,8 @@ def compile_component(job: BuildJob, report: Report) -> None:
     if fallen and not job.allow_fallback:
         raise CompileError(
             f"{component.name} for {job.target.name}: {len(fallen)} of {len(graph.layout)} quantized layers would run "
-            f"in 16 bit, {fallen[0]} among them; keep them in 16 bit in the recipe, or build with --allow-fallback."
+            f"in 16 bit, {fallen[0]} among them; keep them in 16 bit in the recipe, or build with "
+            f"{option('allow_fallback', True)}."
         )
     report("writing")
     engine = job.staging / f"{component.name}.engine"
@@ -137,12 +139,12 @@ def fallen_back(layout: Mapping[str, LayerFormat], plan: PlanReport) -> list[str
     """Layers that the plan does not multiply in their format; none is claimed of a plan that cannot be read."""
     if not plan.known:
         return []
-    kept = {n: (f, n in plan.dequantized) for n, f in plan.formats.items()}
+    formats = {n: (f, n in plan.dequantized) for n, f in plan.formats.items()}
     return [
         n
         for n, form in layout.items()
         if (form.kind == ATTENTION and plan.attended.get(n) != form.format)
-        or (form.kind != ATTENTION and kept.get(n) != (form.format, form.activations == SIXTEEN))
+        or (form.kind != ATTENTION and formats.get(n) != (form.format, form.activations == SIXTEEN))
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from overcrank.engines.worker import BuildJob, Report
 from overcrank.errors import CompileError
+from overcrank.options import flags_in_use, use_flags
 
 RAM_PER_WORKER = 1_500_000_000
 Work = Callable[[BuildJob, Report], None]
@@ -66,7 +67,8 @@ class LocalWorkers:
         return self._threads.submit(self._in_own_process, work, job)
 
     def _in_own_process(self, work: Work, job: BuildJob) -> None:
-        pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_start_worker, initargs=(self._messages,))
+        setup = (self._messages, flags_in_use())
+        pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_start_worker, initargs=setup)
         try:
             with self._lock:
                 if self._stopped:
@@ -116,9 +118,10 @@ def died(job: BuildJob) -> CompileError:
 _messages: Any = None
 
 
-def _start_worker(messages: Any) -> None:
+def _start_worker(messages: Any, flags: bool) -> None:
     global _messages
     _messages = messages
+    use_flags(flags)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _die_with_parent()

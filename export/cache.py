@@ -55,13 +55,13 @@ def _code_digest(forward: Any) -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def _functions(made: Any) -> Iterator[Any]:
+def _functions(value: Any) -> Iterator[Any]:
     """The functions in a partial and its arguments."""
-    if isinstance(made, partial):
-        for part in (made.func, *made.args, *made.keywords.values()):
+    if isinstance(value, partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
             yield from _functions(part)
-    elif callable(made):
-        yield made
+    elif callable(value):
+        yield value
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def load_cached(folder: Path) -> CachedGraph | None:
 
 def cached_graph(component: Component, precision: str, folder: Path) -> CachedGraph:
     """The graph from `folder`, exported into it if it is not there; the caller holds its lock."""
-    found = load_cached(folder)
-    if found is not None:
-        return found
+    graph = load_cached(folder)
+    if graph is not None:
+        return graph
     from overcrank.export.graph import onnx_from_component
 
     start = time.monotonic()

@@ -31,10 +31,10 @@ def require_part(folder: Path, library: str, cls: str, config: Config, tensors: 
     """
     owner = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
     try:
-        found: Any = getattr(import_module(owner), cls)
+        library_class: Any = getattr(import_module(owner), cls)
     except (ImportError, AttributeError):
         return  # what is wrong with it is said when it is loaded
-    if not hasattr(found, "named_parameters"):
+    if not hasattr(library_class, "named_parameters"):
         return
     deep = [k for k, v in config.items() if _DEPTH.fullmatch(k) and isinstance(v, int) and v > max(len(tensors), 1)]
     if deep:
@@ -76,16 +76,16 @@ def require_module(module: nn.Module, folder: Path, tensors: Mapping[str, Entry]
     here = {name: tensors[own] for own, name in names.items()}
     unread, random = (_pattern(module, kind) for kind in ("unexpected", "missing"))
     values = {n: v for n, v in module.named_parameters(remove_duplicate=False) if v.is_floating_point()}
-    wanted = {
+    shapes = {
         name: tuple(value.shape)
         for name, value in values.items()
         if name in here or (not (random and random.search(name)) and not (_tied(module, name) & here.keys()))
     }
     stored = module.state_dict().keys() | values.keys()
     unused = {own: n for own, n in names.items() if n not in stored and not (unread and unread.search(n))}
-    if wanted.keys() <= here.keys():
+    if shapes.keys() <= here.keys():
         _require_no_block(module, folder, unused)
-    require_values(folder, wanted, here)
+    require_values(folder, shapes, here)
     if unused:
         log.warning(
             "%s holds tensors that %s has no place for: %s; they are left out.",

@@ -188,7 +188,7 @@ def _is_fake(tensor: Any) -> bool:
 
 def _parameter_table(component: Component, model: ir.Model, full: nn.Module) -> tuple[Parameter, ...]:
     """Graph inputs that are parameters, checked one by one against the full-depth module."""
-    wanted = dict(full.named_parameters())
+    parameters = dict(full.named_parameters())
     prefix = f"{component.attribute}." if component.attribute else ""
     declared = {t.name for t in component.inputs}
     table = []
@@ -196,16 +196,16 @@ def _parameter_table(component: Component, model: ir.Model, full: nn.Module) -> 
         if value.name in declared:
             continue
         name = str(value.name)
-        if name not in wanted:
+        if name not in parameters:
             raise ExportError(f"{component.name}: graph input '{name}' is not a parameter of {component.cls}.")
-        parameter = wanted.pop(name)
+        parameter = parameters.pop(name)
         shape = tuple(int(str(n)) for n in value.shape or ())
         if tuple(n for n in shape if n != 1) != tuple(n for n in parameter.shape if n != 1):
             raise ExportError(f"{component.name}: parameter '{name}' is {shape}, expected {tuple(parameter.shape)}.")
         dtype = str(parameter.dtype).removeprefix("torch.")
         table.append(Parameter(name, prefix + name, dtype, shape, tuple(parameter.shape)))
-    if wanted:
-        log.info("%s: %d parameters are not read by the graph", component.name, len(wanted))
+    if parameters:
+        log.info("%s: %d parameters are not read by the graph", component.name, len(parameters))
     return tuple(table)
 
 

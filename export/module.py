@@ -68,11 +68,11 @@ def random_module(component: Component, config: Config, precision: str, seed: in
 
 def cast_like_diffusers(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast floating parameters and stored buffers to `dtype`, except the ones diffusers keeps in fp32."""
-    kept = getattr(module, "_keep_in_fp32_modules", None) or []
+    words = getattr(module, "_keep_in_fp32_modules", None) or []
     for owner_name, owner in module.named_modules():
         parts = owner_name.split(".")
         for name, value in owner.named_parameters(recurse=False):
-            keep = any(word in parts or word == name for word in kept)
+            keep = any(word in parts or word == name for word in words)
             if value.is_floating_point() and not keep:
                 value.data = value.data.to(dtype)
         stored = [n for n in owner._buffers if n not in owner._non_persistent_buffers_set]
@@ -110,14 +110,15 @@ def construct(cls: str, config: Config, file: str) -> nn.Module:
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     where, _, name = cls.rpartition(".")
-    found: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
+    library_class: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if found is None:
+            if library_class is None:
                 return _construct_transformers(cls, config)
-            known = inspect.signature(found.__init__).parameters  # others are left out, as from_pretrained does
-            module: nn.Module = found(**{k: _as_json_has_it(v) for k, v in config.items() if k in known})
+            # others are left out, as from_pretrained does
+            parameters = inspect.signature(library_class.__init__).parameters
+            module: nn.Module = library_class(**{k: _as_json_has_it(v) for k, v in config.items() if k in parameters})
         except Exception as error:
             raise ModelError(f"{cls} cannot be built from {file}: {error}") from error
     return module

@@ -1,7 +1,7 @@
 """Graphs that ship with this package, beside the checkpoint that does: ONNX Runtime runs them on any machine.
 
-`python -m overcrank.export.packaged` (a part of `./build.sh pages`) writes them anew; tests/test_demo.py holds them
-against a fresh export.
+`python -m overcrank.export.packaged` (a part of `./build.sh pages`) writes them anew; tests/test_without_card.py
+holds them against a fresh export.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def _target(node: ir.Node) -> tuple[int | str, ...] | None:
     data, out = node.inputs[0], node.outputs[0].shape
     if data is None or out is None or any(d == 0 for d in out):
         return None
-    given = list(data.shape) if data.shape is not None else []
-    copied = [i < len(given) and not isinstance(d, int) and given[i] == d for i, d in enumerate(out)]
+    dims = list(data.shape) if data.shape is not None else []
+    copied = [i < len(dims) and not isinstance(d, int) and dims[i] == d for i, d in enumerate(out)]
     target: list[int | str] = [
         0 if same else d if isinstance(d, int) else str(d.value) for d, same in zip(out, copied, strict=True)
     ]
@@ -114,12 +114,12 @@ def _target(node: ir.Node) -> tuple[int | str, ...] | None:
 
 def _symbol_sources(graph: ir.Graph) -> dict[str, tuple[ir.Value, int]]:
     """Where each symbolic dimension can be read: (graph input, axis)."""
-    found: dict[str, tuple[ir.Value, int]] = {}
+    sources: dict[str, tuple[ir.Value, int]] = {}
     for value in graph.inputs:
         for axis, d in enumerate(value.shape or ()):
             if not isinstance(d, int) and d.value is not None:
-                found.setdefault(str(d.value), (value, axis))
-    return found
+                sources.setdefault(str(d.value), (value, axis))
+    return sources
 
 
 def _target_value(graph: ir.Graph, target: tuple[int | str, ...], sources: dict[str, tuple[ir.Value, int]]) -> ir.Value:

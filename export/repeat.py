@@ -73,11 +73,11 @@ def _blocks(graph: ir.Graph, repeat: Repeat) -> list[list[ir.Node]]:
     for node in reversed(graph):
         if SCOPES in node.metadata_props:
             scopes = ast.literal_eval(node.metadata_props[SCOPES])
-            found = {names[s] for s in scopes if s in names}
+            indices = {names[s] for s in scopes if s in names}
         else:
-            found = {home.get(user, -1) for value in node.outputs for user, _ in value.uses()}
-        if len(found) == 1 and -1 not in found:
-            home[node] = found.pop()
+            indices = {home.get(user, -1) for value in node.outputs for user, _ in value.uses()}
+        if len(indices) == 1 and -1 not in indices:
+            home[node] = indices.pop()
     blocks: list[list[ir.Node]] = [[] for _ in range(repeat.traced)]
     for node in graph:
         if node in home:
@@ -160,9 +160,9 @@ def _make_room(graph: ir.Graph, repeat: Repeat) -> None:
 def _input_like(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
     import onnx_ir as ir
 
-    made = ir.Value(name=name, shape=value.shape, type=value.type)
-    graph.inputs.append(made)
-    return made
+    graph_input = ir.Value(name=name, shape=value.shape, type=value.type)
+    graph.inputs.append(graph_input)
+    return graph_input
 
 
 def _clone(node: ir.Node, inputs: list[ir.Value | None], index: int) -> ir.Node:

@@ -65,9 +65,9 @@ def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) ->
 
     listed = list(files)
     tensors = tensors_in(listed)
-    wanted = {p.name: p.module_shape for p in parameters}
-    if wanted:
-        require_values(listed[0].parent, wanted, tensors)
+    shapes = {p.name: p.module_shape for p in parameters}
+    if shapes:
+        require_values(listed[0].parent, shapes, tensors)
 
     def read(name: str) -> Any:
         import torch
@@ -82,16 +82,16 @@ def checkpoint_values(files: Iterable[Path], parameters: Iterable[Parameter]) ->
     return read
 
 
-def require_values(folder: Path, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Entry]) -> None:
-    """Raise CheckpointError naming the first of the `wanted` tensors, by shape, that the files do not hold as it is."""
-    for name, needed in wanted.items():
+def require_values(folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError naming the first of the tensors in `shapes` that the files do not hold as it is."""
+    for name, needed in shapes.items():
         entry = tensors.get(name)
         if entry is None:
-            more = sum(other not in tensors for other in wanted) - 1
+            more = sum(other not in tensors for other in shapes) - 1
             others = f" nor {more} others" if more else ""
             raise CheckpointError(
                 f"{folder} has no tensor '{name}'{others}, which its config.json asks for; it is of another "
-                f"architecture, or was not saved whole{_prefixed(wanted, tensors)}."
+                f"architecture, or was not saved whole{_prefixed(shapes, tensors)}."
             )
         if entry.dtype not in TORCH:
             raise CheckpointError(_quantized(folder, name, entry.dtype, ""))
@@ -100,15 +100,15 @@ def require_values(folder: Path, wanted: Mapping[str, tuple[int, ...]], tensors:
                 f"{folder}: tensor '{name}' is {list(entry.shape)}, the architecture needs {list(needed)}; check "
                 f"config.json."
             )
-    require_unscaled(folder, wanted, tensors)
+    require_unscaled(folder, shapes, tensors)
 
 
 def require_unscaled(folder: Path, wanted: Iterable[str], tensors: Mapping[str, Entry]) -> None:
     """Raise CheckpointError for a quantized tensor whose scale lies beside it: its values are not the weight's."""
-    known = dict.fromkeys(wanted)
-    layers = {n.rpartition(".")[0]: n for n in known if n in tensors and tensors[n].dtype.startswith("F8")}
+    names = dict.fromkeys(wanted)
+    layers = {n.rpartition(".")[0]: n for n in names if n in tensors and tensors[n].dtype.startswith("F8")}
     for name in tensors:
-        if name in known or not layers:
+        if name in names or not layers:
             continue
         beside = next((layers[layer] for layer in _owners(name) if layer in layers), "")
         if beside or _SCALES.search(name):

@@ -14,6 +14,7 @@ from overcrank.models.base import Config, Repository, Variant, VideoShape
 from overcrank.models.hub import hub_folder, hub_json, read_json
 from overcrank.models.matching import completed_variant, variant_from_configs, variant_from_manifest
 from overcrank.models.registry import components, families, family, main_part, published, variant_named
+from overcrank.options import option
 
 __all__ = [
     "check_shape",
@@ -63,9 +64,9 @@ def resolve(model: str) -> Variant:
     Raises ModelError with the nearest names, or with what the folder lacks.
     """
     names = families()
-    known = variant_named(family(model).default if model in names else model)
-    if known is not None:
-        return completed_variant(known)
+    variant = variant_named(family(model).default if model in names else model)
+    if variant is not None:
+        return completed_variant(variant)
     path = Path(model).expanduser()
     if path.exists():
         return _from_folder(path)
@@ -94,16 +95,17 @@ def _from_folder(path: Path) -> Variant:
     if path.suffix in (".safetensors", ".gguf", ".ckpt"):
         raise ModelError(
             f"{path} is a checkpoint in one file; convert it with diffusers (from_single_file, save_pretrained) and "
-            f"give the folder as --model."
+            f"give the folder as {option('model')}."
         )
     if not path.is_dir():
         raise ModelError(
-            f"{path} is a file; --model takes a diffusers folder (with model_index.json), a family or a variant."
+            f"{path} is a file; {option('model')} takes a diffusers folder (with model_index.json), a family or a "
+            f"variant."
         )
     if not (path / "model_index.json").is_file():
         raise ModelError(
             f"{path} is not a diffusers checkpoint: it has no model_index.json. Save one with "
-            f"pipe.save_pretrained(folder), or name a family: --model ltx needs no files."
+            f"pipe.save_pretrained(folder), or name a family: {option('model', 'ltx')} needs no files."
         )
     index = _with_classes(read_json(path / INDEX), str(path))
     configs = {
@@ -163,9 +165,9 @@ def prompt_note(variant: Variant, prompt: str) -> str:
 
 def local_folder(model: str) -> Path | None:
     """The diffusers folder that `model` names: one on disk, or one that ships with this package."""
-    known = variant_named(model)
-    if known is not None and known.packaged:
-        return Path(__file__).parent / known.packaged
+    variant = variant_named(model)
+    if variant is not None and variant.packaged:
+        return Path(__file__).parent / variant.packaged
     path = Path(model).expanduser()
     return path if path.is_dir() else None
 

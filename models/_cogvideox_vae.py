@@ -116,18 +116,18 @@ def _nested(paths: tuple[str, ...], values: Any) -> dict[str, Any]:
 
 
 def _flat(tree: Any, paths: tuple[str, ...]) -> list[T]:
-    found = []
+    tensors = []
     for path in paths:
         at = tree
         for name in path.split("/"):
             at = at[name]
-        found.append(at)
-    return found
+        tensors.append(at)
+    return tensors
 
 
 def _traced(module: nn.Module, sample: T, *caches: T, paths: tuple[str, ...]) -> tuple[T, ...]:
-    out, kept = module(sample, conv_cache=_nested(paths, caches) if caches else None)
-    return (out, *_flat(kept, paths))
+    out, tree = module(sample, conv_cache=_nested(paths, caches) if caches else None)
+    return (out, *_flat(tree, paths))
 
 
 def _adapt(module: nn.Module, call: Call, *, paths: tuple[str, ...], frames: int, cached: bool) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def _adapt(module: nn.Module, call: Call, *, paths: tuple[str, ...], frames: int
     conv_cache: dict[str, Any] | None = call.get("conv_cache")
     if cached != bool(conv_cache) or sample.shape[2] != frames:
         raise ShapeError(f"this call codes {sample.shape[2]} frames; engines take 8k+1 frames of video")
-    made = {"sample": sample}
+    inputs = {"sample": sample}
     if cached:
-        made |= {f"cache_{i}": c for i, c in enumerate(_flat(conv_cache, paths))}
-    return made
+        inputs |= {f"cache_{i}": c for i, c in enumerate(_flat(conv_cache, paths))}
+    return inputs
 
 
 def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, paths: tuple[str, ...]) -> Any:

@@ -227,10 +227,10 @@ class PerOwnerCache:
 
         if self._kept is None:
             self._kept = WeakIdKeyDictionary()
-        found = self._kept.get(owner)
-        if found is None or found[0] != key:
-            found = self._kept[owner] = (key, make())
-        return found[1]
+        entry = self._kept.get(owner)
+        if entry is None or entry[0] != key:
+            entry = self._kept[owner] = (key, make())
+        return entry[1]
 
 
 def state_of(tensors: Iterable[T]) -> tuple[tuple[int, int], ...]:

@@ -57,8 +57,8 @@ def unwindowed(plain: Component) -> Component:
     def adapt(module: nn.Module, call: Call) -> dict[str, Any]:
         if is_on(module):
             raise OtherKind("FreeNoise is on")
-        made: dict[str, Any] = plain.adapt(module, call)
-        return made
+        inputs: dict[str, Any] = plain.adapt(module, call)
+        return inputs
 
     return replace(plain, adapt=adapt)
 
@@ -101,13 +101,13 @@ def _adapt(module: nn.Module, call: Call, *, plain: Any) -> dict[str, Any]:
     block: Any = next((m for m in module.modules() if type(m).__name__ == BLOCK), None)
     if block is None:
         raise OtherKind("FreeNoise is off")
-    made: dict[str, Any] = plain(module, call)
+    inputs: dict[str, Any] = plain(module, call)
     if block.context_length != LENGTH:
         raise ShapeError(f"FreeNoise's windows are of {block.context_length} frames, and the engine's of {LENGTH}")
-    frames = made["sample"].shape[2]
-    key = (frames, block.context_stride, block.weighting_scheme, made["sample"].device)
-    windows, mix = _tables.get(module, key, lambda: _windows_of(block, frames, made["sample"].device))
-    return made | {"windows": windows, "mix": mix}
+    frames = inputs["sample"].shape[2]
+    key = (frames, block.context_stride, block.weighting_scheme, inputs["sample"].device)
+    windows, mix = _tables.get(module, key, lambda: _windows_of(block, frames, inputs["sample"].device))
+    return inputs | {"windows": windows, "mix": mix}
 
 
 def _windows_of(block: Any, frames: int, device: Any) -> tuple[T, T]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from overcrank.errors import ModelError
+from overcrank.options import option
 
 INDEX = "model_index.json"
 TEXT = (".json", ".txt", ".model", ".jinja", ".vocab", ".tiktoken", ".spm")
@@ -50,13 +51,13 @@ def part_files(where: str, files: Iterable[str], part: str, folder: str, variant
     if not text:
         raise ModelError(
             f"{where} lacks the part '{part}', which its pipeline needs; it is not whole, or holds another layout: "
-            f"give a diffusers folder as --model."
+            f"give a diffusers folder as {option('model')}."
         )
     worded = part.startswith("tokenizer") or "tokenizer_config.json" in here
     if worded and not any(_matches(kind, here) for kind in VOCABULARIES) and not _of_bytes(here, prefix, read):
         raise ModelError(
             f"{where} lacks the vocabulary of '{part}': {prefix} holds neither tokenizer.json nor another file that "
-            f"words are read from; download it again, or give a whole diffusers folder as --model."
+            f"words are read from; download it again, or give a whole diffusers folder as {option('model')}."
         )
     weights: tuple[str, ...] = ()
     if "config.json" in here and "tokenizer_config.json" not in here:
@@ -64,7 +65,7 @@ def part_files(where: str, files: Iterable[str], part: str, folder: str, variant
         if not weights:
             raise ModelError(
                 f"{where} lacks the weights of '{part}': {prefix or 'its top'} holds neither {NAMES[0][0]}.safetensors "
-                f"nor another name that diffusers reads{_instead(here)}; give a diffusers folder as --model."
+                f"nor another name that diffusers reads{_instead(here)}; give a diffusers folder as {option('model')}."
             )
     missing = [n for n in weights if n not in here]
     if missing:
@@ -74,10 +75,10 @@ def part_files(where: str, files: Iterable[str], part: str, folder: str, variant
 
 def weight_names(here: set[str], variant: str, read: Read) -> tuple[str, ...]:
     """One set of weight files of a folder's `here`: a single file, or an index and the files it names."""
-    for wanted in (f".{variant}", "") if variant else ("",):
+    for suffix in (f".{variant}", "") if variant else ("",):
         for stem, ending in NAMES:
-            single = f"{stem}{wanted}.{ending}"
-            indices = (f"{stem}{wanted}.{ending}.index.json", f"{stem}.{ending}.index{wanted}.json")
+            single = f"{stem}{suffix}.{ending}"
+            indices = (f"{stem}{suffix}.{ending}.index.json", f"{stem}.{ending}.index{suffix}.json")
             index = next((n for n in indices if n in here), None)
             if index is not None and (single not in here or stem == NAMES[0][0]):  # what each library looks for first
                 return (index, *_mapped(index, read(index)))

@@ -15,6 +15,7 @@ from overcrank.errors import ModelError, StoreError
 from overcrank.models._hub_files import INDEX
 from overcrank.models.base import Repository, Variant
 from overcrank.models.registry import family
+from overcrank.options import option
 
 FORM = 2  # of what is written here; raise it when that changes
 
@@ -23,23 +24,23 @@ def joined(variant: Variant, snapshots: Mapping[Path, tuple[Repository, tuple[st
     """The folder under `home`; `snapshots` maps a repository's folder to it and the parts taken from it."""
     sources = [(str(folder), list(parts)) for folder, (_, parts) in snapshots.items()]
     digest = hashlib.sha256(json.dumps([FORM, variant.name, sources]).encode()).hexdigest()[:16]
-    made = home / "checkpoints" / f"{variant.name}-{digest}"
-    if (made / INDEX).is_file():
-        return made
+    checkpoint = home / "checkpoints" / f"{variant.name}-{digest}"
+    if (checkpoint / INDEX).is_file():
+        return checkpoint
     try:
-        made.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{made.name}-", dir=made.parent))
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}-", dir=checkpoint.parent))
         try:
             _write(work, variant, snapshots)
-            if not made.exists():
-                os.replace(work, made)
+            if not checkpoint.exists():
+                os.replace(work, checkpoint)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        if (made / INDEX).is_file():  # another process was first
-            return made
-        raise StoreError(f"{made} cannot be written: {error.strerror}; see to that folder.") from error
-    return made
+        if (checkpoint / INDEX).is_file():  # another process was first
+            return checkpoint
+        raise StoreError(f"{checkpoint} cannot be written: {error.strerror}; see to that folder.") from error
+    return checkpoint
 
 
 def _write(work: Path, variant: Variant, snapshots: Mapping[Path, tuple[Repository, tuple[str, ...]]]) -> None:
@@ -58,7 +59,7 @@ def _write(work: Path, variant: Variant, snapshots: Mapping[Path, tuple[Reposito
         if entry is None:
             raise ModelError(
                 f"{variant.name}: {work / part} does not say of which class '{part}' is; put the parts together with "
-                f"diffusers, save the pipeline (save_pretrained), and give the folder as --model."
+                f"diffusers, save the pipeline (save_pretrained), and give the folder as {option('model')}."
             )
     (work / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
 
@@ -89,5 +90,5 @@ def _class_of(folder: Path, places: Iterable[tuple[str, str, str]]) -> list[str]
 
 
 def _json(file: Path) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return made
+    content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return content

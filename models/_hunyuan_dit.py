@@ -240,8 +240,8 @@ def _single(block: Any, x: T, condition: Any, rope: Any) -> T:
     q = rotated(_normed(attn, attn.to_q, attn.norm_q, y), *rope).flatten(2)
     k = rotated(_normed(attn, attn.to_k, attn.norm_k, y), *rope).flatten(2)
     out = attend(q, k, attn.to_v(y), attn.heads)
-    made = block.proj_out(torch.cat([out, block.act_mlp(block.proj_mlp(y))], dim=2))
-    return x + _scaled(made, gate, condition)
+    update = block.proj_out(torch.cat([out, block.act_mlp(block.proj_mlp(y))], dim=2))
+    return x + _scaled(update, gate, condition)
 
 
 def _normed(attn: Any, to: Any, norm: Any, x: T) -> T:
@@ -266,30 +266,33 @@ def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], config: Conf
     if latents.shape[0] != 1:
         raise ShapeError(f"this call renders {latents.shape[0]} videos at once; render one at a time")
     patch = patch_of(config)
-    made: dict[str, Any] = {"hidden_states": patches(latents, patch), "timestep": call["timestep"].reshape(-1).float()}
-    made["encoder_hidden_states"] = _unpadded(call, "encoder_hidden_states", "encoder_attention_mask")
+    inputs: dict[str, Any] = {
+        "hidden_states": patches(latents, patch),
+        "timestep": call["timestep"].reshape(-1).float(),
+    }
+    inputs["encoder_hidden_states"] = _unpadded(call, "encoder_hidden_states", "encoder_attention_mask")
     if "latents_clean" in names:
-        made |= _history(m, call)
+        inputs |= _history(m, call)
     else:
         key = (latents.shape[2:], latents.device)
-        made["rope_cos"], made["rope_sin"] = _tables.get(module, key, lambda: _halves(m.rope(latents)))
+        inputs["rope_cos"], inputs["rope_sin"] = _tables.get(module, key, lambda: _halves(m.rope(latents)))
     if "first_frame" in names:
-        tokens = made["hidden_states"].shape[1]
-        made["first_frame"] = latents.new_zeros(1, tokens, 1)
-        made["first_frame"][:, : tokens // (latents.shape[2] // patch[0])].fill_(1)
+        tokens = inputs["hidden_states"].shape[1]
+        inputs["first_frame"] = latents.new_zeros(1, tokens, 1)
+        inputs["first_frame"][:, : tokens // (latents.shape[2] // patch[0])].fill_(1)
     if "encoder_hidden_states_2" in names:
         mask = given(call, "encoder_attention_mask_2")["encoder_attention_mask_2"]
-        made["bias_2"] = (1 - mask.to(latents.dtype)) * -10000.0
+        inputs["bias_2"] = (1 - mask.to(latents.dtype)) * -10000.0
     for name in ("guidance", "timestep_r"):
         if name in names:
-            made[name] = given(call, name)[name].reshape(-1).float()
+            inputs[name] = given(call, name)[name].reshape(-1).float()
     if not config.get("guidance_embeds"):
         call.ignored("guidance")
     if "encoder_hidden_states_2" in names and _blank(given(call, "image_embeds")["image_embeds"]) == (
         "image_embeds" in names
     ):
         raise OtherKind(f"this call gives {'no' if 'image_embeds' in names else 'a'} picture")
-    return made | given(call, *(n for n in names if n not in made))
+    return inputs | given(call, *(n for n in names if n not in inputs))
 
 
 def _unpadded(call: Mapping[str, Any], name: str, mask: str) -> T:
@@ -332,7 +335,7 @@ def _history(m: Any, call: Mapping[str, Any]) -> dict[str, T]:
         return m.rope(frame_indices=indices, height=height, width=width, device=latents.device)
 
     cos, sin = _halves(tables(given(call, "indices_latents")["indices_latents"]))
-    made: dict[str, T] = {"rope_cos": cos, "rope_sin": sin}
+    inputs: dict[str, T] = {"rope_cos": cos, "rope_sin": sin}
     for name, patch in CLEAN.items():
         clean = given(call, name, f"indices_{name}")
         rope = tables(clean[f"indices_{name}"])
@@ -340,9 +343,9 @@ def _history(m: Any, call: Mapping[str, Any]) -> dict[str, T]:
             p = m.config.patch_size
             rope = m._pad_rotary_emb(rope, height // p, width // p, (patch[0],) * 3)
         padded = stock._pad_for_3d_conv(clean[name], patch) if patch[0] > 1 else clean[name]
-        made[name] = patches(padded, patch)
-        made[f"{name}_cos"], made[f"{name}_sin"] = _halves(rope)
-    return made
+        inputs[name] = patches(padded, patch)
+        inputs[f"{name}_cos"], inputs[f"{name}_sin"] = _halves(rope)
+    return inputs
 
 
 def output(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: Patch) -> Any:

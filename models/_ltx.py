@@ -162,7 +162,7 @@ def adapt_denoiser(module: nn.Module, call: Call, *, per_token: bool) -> dict[st
     hidden_states: T = call["hidden_states"]
     batch, tokens = hidden_states.shape[:2]
     cos, sin = _rotary(module, hidden_states, call)
-    made = given(call, "encoder_hidden_states", "encoder_attention_mask")
+    inputs = given(call, "encoder_hidden_states", "encoder_attention_mask")
     times = call["timestep"].reshape(batch, -1).float()
     if not per_token and times.shape[1] != 1:
         raise ShapeError(
@@ -170,9 +170,9 @@ def adapt_denoiser(module: nn.Module, call: Call, *, per_token: bool) -> dict[st
             f"it needs the engine denoiser_conditioned: build-engine --components denoiser_conditioned"
         )
     shared = times.expand(batch, tokens).contiguous() if per_token else one_time(call["timestep"], hidden_states.device)
-    made |= {"hidden_states": hidden_states, "timestep": shared, "rope_cos": cos, "rope_sin": sin}
-    made["encoder_attention_mask"] = made["encoder_attention_mask"].to(hidden_states.dtype)
-    return made
+    inputs |= {"hidden_states": hidden_states, "timestep": shared, "rope_cos": cos, "rope_sin": sin}
+    inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].to(hidden_states.dtype)
+    return inputs
 
 
 _tables = PerOwnerCache()

@@ -146,7 +146,7 @@ def adapt_denoiser(module: nn.Module, call: Call, *, names: tuple[str, ...], per
     sigma = call["sigma"].reshape(batch, -1).float() if call.get("sigma") is not None else times
     audio_sigma = call.get("audio_sigma")
     audio_sigma = sigma if audio_sigma is None else audio_sigma.reshape(batch, -1).float()
-    made = {
+    inputs = {
         "timestep": times,
         "audio_timestep": audio_times[:, 0],
         "cross_timestep": (audio_sigma if crossing else times)[:, 0],
@@ -157,13 +157,13 @@ def adapt_denoiser(module: nn.Module, call: Call, *, names: tuple[str, ...], per
         for x, c in ((video, call.get("video_coords")), (audio, call.get("audio_coords")))
     )
     key += tuple(call.get(n) for n in ("num_frames", "height", "width", "fps", "audio_num_frames"))
-    found, _ = _tables.get(
+    tables, _ = _tables.get(
         module, key, lambda: (_rotary(module, call), (call.get("video_coords"), call.get("audio_coords")))
     )
     for name in ("encoder_attention_mask", "audio_encoder_attention_mask"):
-        made[name] = given(call, name)[name].to(video.dtype)
-    made |= found
-    return made | given(call, *(n for n in names if n not in made))
+        inputs[name] = given(call, name)[name].to(video.dtype)
+    inputs |= tables
+    return inputs | given(call, *(n for n in names if n not in inputs))
 
 
 def _rotary(module: Any, call: Mapping[str, Any]) -> dict[str, T]:
@@ -181,11 +181,11 @@ def _rotary(module: Any, call: Mapping[str, Any]) -> dict[str, T]:
         "cross_attn_rope": video[:, 0:1],
         "cross_attn_audio_rope": audio[:, 0:1],
     }
-    made = {}
+    tables = {}
     for part, name in ROPES.items():
         for kind, table in zip(("cos", "sin"), getattr(m, part)(coordinates[part], device=device), strict=True):
-            made[f"{name}_{kind}"] = table.transpose(1, 2).float().contiguous()
-    return made
+            tables[f"{name}_{kind}"] = table.transpose(1, 2).float().contiguous()
+    return tables
 
 
 def denoiser_output(outputs: Mapping[str, T], call: Mapping[str, Any]) -> Any:

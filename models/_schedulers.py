@@ -69,10 +69,10 @@ RESCALING = (
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """Of the model that a scheduler's configuration belongs to."""
-    known = SCHEDULERS.get(str(config.get("_class_name")))
-    if known is None or len(known.kinds) > 1:
+    scheduler = SCHEDULERS.get(str(config.get("_class_name")))
+    if scheduler is None or len(scheduler.kinds) > 1:
         return FLOW if config.get("use_flow_sigmas") else NOISE
-    return known.kinds[0]
+    return scheduler.kinds[0]
 
 
 def usable(pipeline: str, config: Mapping[str, Any]) -> tuple[str, ...]:

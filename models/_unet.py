@@ -122,17 +122,17 @@ def _adapt(module: nn.Module, call: Call, *, specs: tuple[TensorSpec, ...]) -> d
     """
     sample: T = call["sample"]
     names = [t.name for t in specs]
-    made: dict[str, Any] = {"timestep": one_time(call["timestep"], sample.device), "sample": sample}
+    inputs: dict[str, Any] = {"timestep": one_time(call["timestep"], sample.device), "sample": sample}
     added: Mapping[str, Any] = call.get("added_cond_kwargs") or {}
     if more := set(added) - set(names):
         raise ShapeError(f"this call gives {', '.join(sorted(more))}, such as an IP-Adapter's")
-    made |= given(added, *(n for n in ("text_embeds", "time_ids") if n in names))
-    made |= given(call, *(n for n in names if n not in made))
+    inputs |= given(added, *(n for n in ("text_embeds", "time_ids") if n in names))
+    inputs |= given(call, *(n for n in names if n not in inputs))
     if _text_by_frame(module):
-        text = made["encoder_hidden_states"].unflatten(0, (-1, sample.shape[2]))
+        text = inputs["encoder_hidden_states"].unflatten(0, (-1, sample.shape[2]))
         each = any(t.name == "encoder_hidden_states" and len(t.dims) == 4 for t in specs)
-        made["encoder_hidden_states"] = text if each else _one_text(text, made["encoder_hidden_states"])
-    return made
+        inputs["encoder_hidden_states"] = text if each else _one_text(text, inputs["encoder_hidden_states"])
+    return inputs
 
 
 def _one_text(by_video: T, text: T) -> T:
@@ -148,12 +148,12 @@ def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, cls: str) -> 
         return (outputs["out"],)
     from diffusers.models.unets import unet_3d_condition, unet_motion_model, unet_spatio_temporal_condition
 
-    made = {
+    classes = {
         "UNet3DConditionModel": unet_3d_condition.UNet3DConditionOutput,
         "UNetMotionModel": unet_motion_model.UNetMotionOutput,
         "UNetSpatioTemporalConditionModel": unet_spatio_temporal_condition.UNetSpatioTemporalConditionOutput,
     }
-    return made[cls](sample=outputs["out"])
+    return classes[cls](sample=outputs["out"])
 
 
 def _sample(module: nn.Module, sizes: Sizes, generator: Any, *, specs: tuple[TensorSpec, ...]) -> dict[str, Any]:

@@ -92,24 +92,24 @@ def denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...], per_token: b
     import torch
 
     m: Any = module
-    given = dict(zip(names, inputs, strict=True))
+    tensors = dict(zip(names, inputs, strict=True))
     embed = m.condition_embedder
-    x = embedded(m.patch_embedding, given["hidden_states"])
-    text = given["encoder_hidden_states"]
-    temb = embed.time_embedder(given["time"]).type_as(text)
+    x = embedded(m.patch_embedding, tensors["hidden_states"])
+    text = tensors["encoder_hidden_states"]
+    temb = embed.time_embedder(tensors["time"]).type_as(text)
     values = embed.time_proj(embed.act_fn(temb))
-    if "fps" in given:
-        values = values + m.fps_projection(m.fps_embedding(given["fps"]))
+    if "fps" in tensors:
+        values = values + m.fps_projection(m.fps_embedding(tensors["fps"]))
     modulation = values.float().unflatten(1, (6, -1)).transpose(0, 1).contiguous().split(1)  # 6 of [1, N, inner]
     text = embed.text_embedder(text)
-    image = given.get("encoder_hidden_states_image")
+    image = tensors.get("encoder_hidden_states_image")
     if image is not None:
         image = embed.image_embedder(image.reshape(-1, IMAGE_TOKENS, image.shape[-1]))
         if m.config.added_kv_proj_dim is None:  # without projections of its own it is read with the text
             text, image = torch.cat([image, text], dim=1), None
-    rope = tuple(given[n][:, :, None, :, None] for n in ("rope_cos", "rope_sin"))
+    rope = tuple(tensors[n][:, :, None, :, None] for n in ("rope_cos", "rope_sin"))
     context = (text, image, modulation, rope, per_token)
-    hints = _hints(m, x, given, context)
+    hints = _hints(m, x, tensors, context)
     with forwards(list(m.blocks), _block):
         for i, block in enumerate(m.blocks):
             x = block(x, *context)
@@ -120,18 +120,18 @@ def denoiser(module: nn.Module, *inputs: T, names: tuple[str, ...], per_token: b
     return out
 
 
-def _hints(m: Any, x: T, given: Mapping[str, T], context: Any) -> Iterator[T] | None:
+def _hints(m: Any, x: T, tensors: Mapping[str, T], context: Any) -> Iterator[T] | None:
     """What VACE's control branch adds after each of its layers."""
-    if "control_hidden_states" not in given:
+    if "control_hidden_states" not in tensors:
         return None
-    control = embedded(m.vace_patch_embedding, given["control_hidden_states"])
-    found = []
-    for block, weight in zip(m.vace_blocks, given["control_hidden_states_scale"].unbind(), strict=True):
+    control = embedded(m.vace_patch_embedding, tensors["control_hidden_states"])
+    hints = []
+    for block, weight in zip(m.vace_blocks, tensors["control_hidden_states_scale"].unbind(), strict=True):
         if block.proj_in is not None:
             control = block.proj_in(control) + x
         control = _block(block, control, *context)
-        found.append(block.proj_out(control) * weight)
-    return iter(found)
+        hints.append(block.proj_out(control) * weight)
+    return iter(hints)
 
 
 def _block(block: Any, x: T, text: T, image: T | None, temb: tuple[T, ...], rope: Any, per_token: bool) -> T:
@@ -200,23 +200,23 @@ def adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], per_token: b
     key = (latents.shape[2:], latents.device, state_of(m.rope.buffers()))
     cos, sin = _tables.get(module, key, lambda: _rotary(m, latents))
     sinusoids = m.condition_embedder.timesteps_proj(time)
-    made = {"hidden_states": tokens, "time": sinusoids.float(), "rope_cos": cos, "rope_sin": sin}
+    inputs = {"hidden_states": tokens, "time": sinusoids.float(), "rope_cos": cos, "rope_sin": sin}
     if "fps" in names:
-        made["fps"] = one_time(given(call, "fps")["fps"], latents.device).long()
+        inputs["fps"] = one_time(given(call, "fps")["fps"], latents.device).long()
     if "control_hidden_states" in names:
         control = patches(given(call, "control_hidden_states")["control_hidden_states"], patch)
         scale = call.get("control_hidden_states_scale")
-        made["control_hidden_states"] = control
-        made["control_hidden_states_scale"] = (
+        inputs["control_hidden_states"] = control
+        inputs["control_hidden_states_scale"] = (
             control.new_ones(len(m.config.vace_layers)) if scale is None else scale.to(control.dtype)
         )
         if control.shape[1] != tokens.shape[1]:
             raise ShapeError("this call's control video is shorter than the video")
-    made |= given(call, *(n for n in names if n not in made))
+    inputs |= given(call, *(n for n in names if n not in inputs))
     if "encoder_hidden_states_image" in names:
-        pictures: T = made["encoder_hidden_states_image"]  # one a video, or its first and last
-        made["encoder_hidden_states_image"] = pictures.reshape(len(latents), -1, pictures.shape[-1])
-    return made
+        pictures: T = inputs["encoder_hidden_states_image"]  # one a video, or its first and last
+        inputs["encoder_hidden_states_image"] = pictures.reshape(len(latents), -1, pictures.shape[-1])
+    return inputs
 
 
 def _times(timestep: T, frames: int, tokens: int) -> T:

@@ -30,8 +30,8 @@ Cache = tuple[str, int, int, int]
 
 def components(vae: Config, latent: LatentOf) -> tuple[Component, ...]:
     """Decoder and encoder, each for the first and for the following frames."""
-    made = (_component(vae, latent, part, first) for part in ("decoder", "encoder") for first in (True, False))
-    return tuple(made)
+    parts = (_component(vae, latent, part, first) for part in ("decoder", "encoder") for first in (True, False))
+    return tuple(parts)
 
 
 def _dims(vae: Config, part: str) -> list[int]:
@@ -150,25 +150,25 @@ def _adapt(module: nn.Module, call: Call, *, first: bool, caches: tuple[Cache, .
         raise OtherKind("this call streams no frames")
     if first != (feat_cache[0] is None) or first != bool(call.get("first_chunk", first)):
         raise OtherKind("this call is for another frame")
-    made = {"x": x}
+    inputs = {"x": x}
     if first:
-        return made
+        return inputs
     for i, (_, channels, frames, scale) in enumerate(caches):
-        kept = feat_cache[i]
-        if isinstance(kept, str):  # diffusers' mark of a temporal upsampling that has seen one frame
+        cache = feat_cache[i]
+        if isinstance(cache, str):  # diffusers' mark of a temporal upsampling that has seen one frame
             size = (1, channels, frames, x.shape[-2] * scale // side, x.shape[-1] * scale // side)
-            kept = x.new_zeros(size)
-        made[f"cache_{i}"] = pad(kept, (0, 0, 0, 0, frames - kept.shape[2], 0))
-    return made
+            cache = x.new_zeros(size)
+        inputs[f"cache_{i}"] = pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0))
+    return inputs
 
 
 def _returns(
     outputs: Mapping[str, T], call: Mapping[str, Any], *, caches: tuple[Cache, ...], first: bool, decodes: bool
 ) -> T:
     """The caches go where the stock module leaves them: into the caller's list."""
-    kept = iter(v for k, v in outputs.items() if k.startswith("kept_"))
+    tensors = iter(v for k, v in outputs.items() if k.startswith("kept_"))
     for i, (kind, *_) in enumerate(caches):
-        call["feat_cache"][i] = "Rep" if first and decodes and kind == TIME_CONV else next(kept)
+        call["feat_cache"][i] = "Rep" if first and decodes and kind == TIME_CONV else next(tensors)
     call["feat_idx"][0] = len(caches)
     return outputs["out"]
 

@@ -27,6 +27,7 @@ from overcrank.models.base import (
     renderings,
 )
 from overcrank.models.hub import read_json
+from overcrank.options import option
 
 CHUNK, TEXT_LENGTH = 16, 77
 
@@ -157,12 +158,12 @@ class AnimateDiff(_unet.UNetFamily):
         if sdxl:
             pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
             conditions += [TensorSpec("text_embeds", ("batch", pooled)), TensorSpec("time_ids", ("batch", 6))]
-        made = partial(_unet.component, self.denoiser_classes[0], unet, stride=_kl_vae.stride(vae))
-        denoiser, around = made(tuple(conditions)), _kl_vae.components(vae, CHUNK)
+        component_of = partial(_unet.component, self.denoiser_classes[0], unet, stride=_kl_vae.stride(vae))
+        denoiser, around = component_of(tuple(conditions)), _kl_vae.components(vae, CHUNK)
         if sdxl:  # its pipeline has no FreeNoise
             return (denoiser, *around)
         by_frame = (TensorSpec("encoder_hidden_states", ("batch", "frames", *text)),)
-        return (_freenoise.unwindowed(denoiser), *around, _freenoise.windowed(made(by_frame)))
+        return (_freenoise.unwindowed(denoiser), *around, _freenoise.windowed(component_of(by_frame)))
 
     def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
         """FreeNoise is on for a long video, and else off."""
@@ -172,7 +173,7 @@ class AnimateDiff(_unet.UNetFamily):
             if not hasattr(pipe, "enable_free_noise") or pipe.motion_adapter is None:
                 raise RequestError(
                     f"frames {frames}: {variant.name} makes at most {longest} at once, and more need FreeNoise, which "
-                    f"{type(pipe).__name__} of a checkpoint without motion_adapter has not; lower --frames."
+                    f"{type(pipe).__name__} of a checkpoint without motion_adapter has not; lower {option('frames')}."
                 )
             pipe.enable_free_noise(context_length=_freenoise.LENGTH, context_stride=_freenoise.STRIDE)
         elif _freenoise.is_on(pipe.unet):
@@ -226,16 +227,16 @@ _SHARED = (  # fields that both kinds of UNet have
 
 def _with_motion(cls: str, image: Config, motion: Config) -> Config:
     """Configuration of the UNet with the motion module, of class `cls`."""
-    made = {k: v for k, v in image.items() if k in _SHARED} | {"_class_name": cls}
+    config = {k: v for k, v in image.items() if k in _SHARED} | {"_class_name": cls}
     for side in ("down", "up"):
         cross = ["CrossAttn" * ("CrossAttn" in kind) for kind in image[f"{side}_block_types"]]
-        made[f"{side}_block_types"] = [f"{prefix}{side.title()}BlockMotion" for prefix in cross]
-    made["num_attention_heads"] = image.get("num_attention_heads") or image.get("attention_head_dim", 8)
-    made["layers_per_block"] = motion["motion_layers_per_block"]
+        config[f"{side}_block_types"] = [f"{prefix}{side.title()}BlockMotion" for prefix in cross]
+    config["num_attention_heads"] = image.get("num_attention_heads") or image.get("attention_head_dim", 8)
+    config["layers_per_block"] = motion["motion_layers_per_block"]
     for where in ("block", "mid_block"):
-        made[f"temporal_transformer_layers_per_{where}"] = motion.get(f"motion_transformer_layers_per_{where}", 1)
-    kept = ("motion_num_attention_heads", "motion_max_seq_length", "use_motion_mid_block")
-    return made | {key: motion[key] for key in kept}
+        config[f"temporal_transformer_layers_per_{where}"] = motion.get(f"motion_transformer_layers_per_{where}", 1)
+    keys = ("motion_num_attention_heads", "motion_max_seq_length", "use_motion_mid_block")
+    return config | {key: motion[key] for key in keys}
 
 
 def _weights_in(folder: Path) -> list[Path]:
@@ -249,7 +250,7 @@ def _weights_in(folder: Path) -> list[Path]:
     if not files:
         raise ModelError(
             f"{folder} has no .safetensors file: motion adapter and image model are joined of those alone; convert it "
-            f"with diffusers (save_pretrained), and give the folder of the whole pipeline as --model."
+            f"with diffusers (save_pretrained), and give the folder of the whole pipeline as {option('model')}."
         )
     return files
 

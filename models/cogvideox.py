@@ -185,10 +185,10 @@ class CogVideoX(Family):
 
     def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
         """Guidance is dynamic on the DPM scheduler."""
-        made = super().call_arguments(pipe, variant, media, arguments)
+        keywords = super().call_arguments(pipe, variant, media, arguments)
         if media.video:
-            made |= {"video": list(media.video), "strength": media.strength}
-        return made | {"use_dynamic_cfg": type(pipe.scheduler).__name__ == _DPM}
+            keywords |= {"video": list(media.video), "strength": media.strength}
+        return keywords | {"use_dynamic_cfg": type(pipe.scheduler).__name__ == _DPM}
 
 
 FAMILY = CogVideoX(
@@ -315,18 +315,18 @@ def _adapt(module: nn.Module, call: Call, *, names: tuple[str, ...], patch: tupl
     """The engine's inputs for a call of CogVideoXTransformer3DModel, whose batch shares one timestep."""
     m: Any = module
     latents: T = call["hidden_states"]  # [B, F, C, H, W]
-    made: dict[str, Any] = {"hidden_states": patches(latents.transpose(1, 2), patch)}
-    made["timestep"] = one_time(call["timestep"], latents.device)
+    inputs: dict[str, Any] = {"hidden_states": patches(latents.transpose(1, 2), patch)}
+    inputs["timestep"] = one_time(call["timestep"], latents.device)
     if "rope_cos" in names:
         cos, sin = given(call, "image_rotary_emb")["image_rotary_emb"]
         halves = _tables.get(cos, latents.device, lambda: [t[None, :, 0::2].float().contiguous() for t in (cos, sin)])
-        made["rope_cos"], made["rope_sin"] = (t.to(latents.device) for t in halves)
+        inputs["rope_cos"], inputs["rope_sin"] = (t.to(latents.device) for t in halves)
     if "position" in names:
         key = (latents.shape[1:], latents.dtype, latents.device, state_of(m.patch_embed.buffers()))
-        made["position"] = _positions.get(module, key, lambda: _position(m.patch_embed, latents))
+        inputs["position"] = _positions.get(module, key, lambda: _position(m.patch_embed, latents))
     if "ofs" in names:
-        made["ofs"] = one_time(given(call, "ofs")["ofs"], latents.device)
-    return made | given(call, "encoder_hidden_states")
+        inputs["ofs"] = one_time(given(call, "ofs")["ofs"], latents.device)
+    return inputs | given(call, "encoder_hidden_states")
 
 
 def _position(embed: Any, latents: T) -> T:

@@ -172,17 +172,17 @@ class Cosmos(Family):
         return self.strides(variant)[1] + 1, True
 
     def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-        made = super().call_arguments(pipe, variant, media, arguments)
+        keywords = super().call_arguments(pipe, variant, media, arguments)
         if media.video and arguments["num_frames"] <= len(media.video):
             raise RequestError(
                 f"frames {arguments['num_frames']}: the video begins with the last {len(media.video)} of the one "
                 f"given; ask for more."
             )
         if media.video:
-            made["video"] = list(media.video)
+            keywords["video"] = list(media.video)
         if not variant.configs["transformer"].get("use_crossattn_projection"):
-            made["fps"] = int(media.fps)
-        return made
+            keywords["fps"] = int(media.fps)
+        return keywords
 
 
 FAMILY = Cosmos(
@@ -314,8 +314,8 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
         mask = interpolate(padding.to(latents.dtype), latents.shape[-2:], mode="nearest")
         latents = torch.cat([latents, mask.unsqueeze(2).expand(latents.shape[0], -1, latents.shape[2], -1, -1)], dim=1)
     fps = call.get("fps")
-    made_of = state_of(m.learnable_pos_embed.parameters()) if learned else ()
-    key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None, made_of)
+    state = state_of(m.learnable_pos_embed.parameters()) if learned else ()
+    key = (latents.shape[2:], latents.device, latents.dtype, float(fps) if fps is not None else None, state)
     places = _tables.get(module, key, lambda: _places(m, latents, fps, learned))
     times = call["timestep"].reshape(-1).float()
     if learned and call["timestep"].ndim > 1 and not bool((times == times[0]).all()):
@@ -323,19 +323,19 @@ def _adapt(module: nn.Module, call: Call, *, learned: bool) -> dict[str, Any]:
     times = one_time(times, latents.device) if learned else times.expand(latents.shape[2])
     tokens = patches(latents, tuple(m.config.patch_size))
     frames = latents.shape[2]
-    made: dict[str, Any] = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
-    made |= places | given(call, "encoder_hidden_states")
-    return made
+    inputs: dict[str, Any] = {"hidden_states": tokens.reshape(frames, -1, tokens.shape[-1]), "timestep": times}
+    inputs |= places | given(call, "encoder_hidden_states")
+    return inputs
 
 
 def _places(m: Any, latents: T, fps: Any, learned: bool) -> dict[str, T]:
     """Rotary tables [F, P, d / 2], whose stock halves are equal, and the learned embedding [F, P, C]."""
     frames = latents.shape[2]
     cos, sin = (t[:, : t.shape[-1] // 2].float().unflatten(0, (frames, -1)) for t in m.rope(latents[:1], fps=fps))
-    made = {"rope_cos": cos.contiguous(), "rope_sin": sin.contiguous()}
+    tables = {"rope_cos": cos.contiguous(), "rope_sin": sin.contiguous()}
     if learned:
-        made["extra_pos_emb"] = m.learnable_pos_embed(latents[:1])[0].unflatten(0, (frames, -1))
-    return made
+        tables["extra_pos_emb"] = m.learnable_pos_embed(latents[:1])[0].unflatten(0, (frames, -1))
+    return tables
 
 
 def _returns(outputs: Mapping[str, T], call: Mapping[str, Any], *, patch: tuple[int, ...]) -> Any:

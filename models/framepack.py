@@ -116,10 +116,10 @@ class FramePack(Family):
         return max(1, ceil(shape.frames / ((WINDOW - 1) * self.strides(variant)[1] + 1)))
 
     def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-        made = arguments | {"image": media.images[0]}
+        keywords = arguments | {"image": media.images[0]}
         if len(media.images) > 1:
-            made["last_image"] = media.images[max(media.images)]
-        return made
+            keywords["last_image"] = media.images[max(media.images)]
+        return keywords
 
 
 FAMILY = FramePack(

@@ -22,6 +22,7 @@ from overcrank.models._hub_files import INDEX, OPTIONAL, part_files, parts_in
 from overcrank.models._hub_transfer import Item, cache, storage
 from overcrank.models.base import Repository, Variant
 from overcrank.models.registry import family
+from overcrank.options import option
 from overcrank.units import human_bytes
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -68,17 +69,17 @@ def hub_folder(variant: Variant, whole: bool = False, *, home: Path, watch: Watc
     if variant.hub_file:
         raise ModelError(
             f"{variant.name} is published as one file ({variant.hub_id}: {variant.hub_file}); convert it with "
-            f"diffusers (from_single_file, save_pretrained) and give the folder as --model."
+            f"diffusers (from_single_file, save_pretrained) and give the folder as {option('model')}."
         )
     if not variant.sources:
-        raise ModelError(f"No repository of {variant.name} is known; give its diffusers folder as --model.")
+        raise ModelError(f"No repository of {variant.name} is known; give its diffusers folder as {option('model')}.")
     every = family(variant.family).components(variant) if not whole else ()
-    wanted = {name for c in every for name in (c.subfolder, *c.also_serves)}
-    found = [_cached(source, wanted) or _listed(variant, source, wanted) for source in variant.sources]
-    _fetch_all(variant, found, watch)
-    if not variant.repositories or (len(found) == 1 and not found[0].source.parts):
-        return found[0].folder
-    return _hub_joined.joined(variant, {s.folder: (s.source, s.parts) for s in found}, home)
+    parts = {name for c in every for name in (c.subfolder, *c.also_serves)}
+    snapshots = [_cached(source, parts) or _listed(variant, source, parts) for source in variant.sources]
+    _fetch_all(variant, snapshots, watch)
+    if not variant.repositories or (len(snapshots) == 1 and not snapshots[0].source.parts):
+        return snapshots[0].folder
+    return _hub_joined.joined(variant, {s.folder: (s.source, s.parts) for s in snapshots}, home)
 
 
 def hub_json(source: Repository, file: str) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def published(variant: Variant) -> dict[str, Any]:
     """What is known of the variant's download: licence, gated, bytes, about (a computed size); empty for others."""
-    known: dict[str, dict[str, Any]] = read_json(Path(__file__).parent / "checkpoints.json")
-    return known.get(variant.name, {})
+    checkpoints: dict[str, dict[str, Any]] = read_json(Path(__file__).parent / "checkpoints.json")
+    return checkpoints.get(variant.name, {})
 
 
 # ── what is in the cache ─────────────────────────────────────────────────────────────
@@ -148,24 +149,25 @@ def _chosen(
     source: Repository, folder: Path, files: list[str], wanted: Iterable[str], read: Callable[[str], Mapping[str, Any]]
 ) -> Snapshot:
     """The files that a render takes; `wanted` are the parts that matter, none being all."""
-    made = Snapshot(source, folder)
+    snapshot = Snapshot(source, folder)
     parts = source.parts
     if not parts:
         if INDEX not in files:
             raise ModelError(
-                f"{_named(source)} has no {INDEX}: it is not in diffusers' layout; give a diffusers folder as --model."
+                f"{_named(source)} has no {INDEX}: it is not in diffusers' layout; give a diffusers folder as "
+                f"{option('model')}."
             )
         parts = parts_in(read(INDEX))
     if INDEX in files:
-        made.files = (INDEX,)
+        snapshot.files = (INDEX,)
     for part in parts:
         inside = part if part != source.top else ""
         absent = not any(f.startswith(f"{inside}/") for f in files) if inside else False
         if (wanted and part not in wanted) or (absent and part in OPTIONAL):
             continue
-        made.files += part_files(_named(source), files, part, inside, source.files, read)
-        made.parts += (part,)
-    return made
+        snapshot.files += part_files(_named(source), files, part, inside, source.files, read)
+        snapshot.parts += (part,)
+    return snapshot
 
 
 def _named(source: Repository) -> str:
@@ -190,21 +192,21 @@ def _listed(variant: Variant, source: Repository, wanted: Iterable[str]) -> Snap
             return read_json(Path(hf_hub_download(source.id, name, revision=commit)))
 
         folder = storage(source.id) / "snapshots" / str(commit)
-        made = _chosen(source, folder, list(files), wanted, read)
+        snapshot = _chosen(source, folder, list(files), wanted, read)
     except ModelError:
         raise
     except Exception as error:
         raise _said(error, source, INDEX) from error
-    for path in made.files:
+    for path in snapshot.files:
         if not (folder / path).exists():
             tag = files[path].lfs.sha256 if files[path].lfs else files[path].blob_id
-            made.missing.append(Item(source.id, str(commit), path, files[path].size, tag))
-    return made
+            snapshot.missing.append(Item(source.id, str(commit), path, files[path].size, tag))
+    return snapshot
 
 
-def _fetch_all(variant: Variant, found: list[Snapshot], watch: Watch) -> None:
+def _fetch_all(variant: Variant, snapshots: list[Snapshot], watch: Watch) -> None:
     """Fetch what is missing of all repositories: configurations first, so that weights mean a whole part."""
-    lacking = [s for s in found if s.missing]
+    lacking = [s for s in snapshots if s.missing]
     items = {(i.repository, i.tag): i for s in lacking for i in s.missing}
     left = sum(i.missing() for i in items.values())
     if lacking:
@@ -277,7 +279,7 @@ def _require_network(source: Repository, what: str) -> None:
     if is_offline_mode():
         raise ModelError(
             f"{what} is not in the local hub cache ({cache()}), or not all of it, and HF_HUB_OFFLINE is set: it cannot "
-            f"be fetched; unset that, or give a diffusers folder as --model. {_without(source)}"
+            f"be fetched; unset that, or give a diffusers folder as {option('model')}. {_without(source)}"
         )
 
 
@@ -286,7 +288,8 @@ def _without(source: Repository) -> str:
     from overcrank.models import closest_family
 
     nearest = closest_family(source.id)
-    return f"To build engines, --model {nearest} needs no download; to render the demo, leave --model out."
+    build = f"To build engines, {option('model', nearest)} needs no download"
+    return f"{build}; to render the demo, leave {option('model')} out."
 
 
 def _said(error: Exception, source: Repository, file: str) -> ModelError | StoreError:
@@ -307,7 +310,7 @@ def _said(error: Exception, source: Repository, file: str) -> ModelError | Store
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelError(
             f"'{source.id}' has no revision '{source.revision}' at {constants.ENDPOINT}; see its branches at "
-            f"{page}/tree/main, or give a diffusers folder as --model."
+            f"{page}/tree/main, or give a diffusers folder as {option('model')}."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ModelError(

@@ -195,15 +195,15 @@ class HunyuanVideo(Family):
             variant.configs["vae"]["spatial_compression_ratio"],
             variant.configs["transformer"]["target_size"],
         )
-        area, asked = round((target / step) ** 2), height / width
+        area, ratio = round((target / step) ** 2), height / width
         sizes: list[tuple[float, int, int]] = []
         h, w = area, 1
         while h:  # the largest sizes within the area, from tall to wide
             if max(h, w) <= 4 * min(h, w):
                 sizes.append((round(h / w, 5), h * step, w * step))
             h, w = (h, w + 1) if h * (w + 1) <= area else (h - 1, w)
-        able = [size for size in sizes if (size[0] <= asked if asked >= 1 else size[0] >= asked)]
-        _, tall, wide = min(able, key=lambda size: abs(size[0] - asked))
+        able = [size for size in sizes if (size[0] <= ratio if ratio >= 1 else size[0] >= ratio)]
+        _, tall, wide = min(able, key=lambda size: abs(size[0] - ratio))
         return tall, wide
 
     def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:

@@ -233,13 +233,13 @@ class LTXVideo(Family):
         if media.video:  # the size that the upsampler is told is that of what it encodes
             small = {axis: arguments[axis] // _ltx_upsampler.SCALE for axis in ("height", "width")}
             return arguments | small | {"video": list(media.video)}
-        made = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
+        keywords = arguments | {"frame_rate": media.fps, "max_sequence_length": variant.text_length}
         if list(media.images) == [0]:
-            made["image"] = media.images[0]
+            keywords["image"] = media.images[0]
         elif media.images:
-            made |= {"image": list(media.images.values()), "video": [None] * len(media.images)}
-            made |= {"frame_index": list(media.images), "strength": [1.0] * len(media.images)}
-        return made
+            keywords |= {"image": list(media.images.values()), "video": [None] * len(media.images)}
+            keywords |= {"frame_index": list(media.images), "strength": [1.0] * len(media.images)}
+        return keywords
 
 
 FAMILY = LTXVideo(

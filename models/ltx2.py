@@ -184,8 +184,8 @@ class LTX2(Family):
 
     def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
         """Sound is guided as the picture is."""
-        made = super().call_arguments(pipe, variant, media, arguments)
-        return made | {"frame_rate": media.fps, "audio_guidance_scale": arguments["guidance_scale"]}
+        keywords = super().call_arguments(pipe, variant, media, arguments)
+        return keywords | {"frame_rate": media.fps, "audio_guidance_scale": arguments["guidance_scale"]}
 
     def results(self, pipe: Any, result: Any) -> tuple[Any, tuple[Any, int] | None]:
         """The sound is at the vocoder's rate."""

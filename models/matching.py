@@ -38,36 +38,38 @@ def variant_from_configs(
         classes = _classes(nearest)
         for part, cls in classes.items():
             _warn_of_unknown(part, cls, configs.get(part, {}))
-        given = {
+        own_parts = {
             part: as_class_sees(classes[part], config) if part in classes else config
             for part, config in configs.items()
             if part in nearest.configs
         }
-        made = replace(
-            nearest, like=nearest.name, where=nearest.name, configs={**completed_variant(nearest).configs, **given}
+        variant = replace(
+            nearest, like=nearest.name, where=nearest.name, configs={**completed_variant(nearest).configs, **own_parts}
         )
-        same = _built_from(made, name, lambda made=made, nearest=nearest: same_networks(made, nearest))  # type: ignore[misc]
+        same = _built_from(variant, name, lambda variant=variant, nearest=nearest: same_networks(variant, nearest))  # type: ignore[misc]
         if same and published_at(nearest, (name, *sources)):
-            return made
+            return variant
         where = nearest.name if same else next(iter(sources), name)
-        made = made if same else _sized(made, alike)
-        return replace(made, name=name, title=name, hub_id="", hub_file="", repositories=(), packaged="", where=where)
+        variant = variant if same else _sized(variant, alike)
+        return replace(
+            variant, name=name, title=name, hub_id="", hub_file="", repositories=(), packaged="", where=where
+        )
     raise ModelError(f"{name}: no family here runs a {denoiser}; overcrank has {', '.join(families())}.")
 
 
-def _built_from(made: Variant, name: str, answer: Callable[[], bool]) -> bool:
+def _built_from(variant: Variant, name: str, answer: Callable[[], bool]) -> bool:
     """The answer; raises ModelError, naming fields, where the family makes nothing of the configurations."""
     try:
         return answer()
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         odd = [
-            f"{part}/config.json has {field} {short(made.configs[part].get(field))}, usually {short(default)}"
-            for part, cls in _classes(published()[made.like]).items()
+            f"{part}/config.json has {field} {short(variant.configs[part].get(field))}, usually {short(default)}"
+            for part, cls in _classes(published()[variant.like]).items()
             for field, default in class_fields(cls).items()
-            if default is not None and not _of_kind(made.configs[part].get(field), default)
+            if default is not None and not _of_kind(variant.configs[part].get(field), default)
         ]
-        said = "; ".join(odd[:3]) or f"{type(error).__name__}: {error}"
-        raise ModelError(f"{name}: no network is made from its configurations ({said}); correct them.") from error
+        reason = "; ".join(odd[:3]) or f"{type(error).__name__}: {error}"
+        raise ModelError(f"{name}: no network is made from its configurations ({reason}); correct them.") from error
 
 
 def _of_kind(value: Any, default: Any) -> bool:
@@ -77,35 +79,35 @@ def _of_kind(value: Any, default: Any) -> bool:
     return isinstance(value, type(default))
 
 
-def _sized(made: Variant, alike: Iterable[Variant]) -> Variant:
+def _sized(variant: Variant, alike: Iterable[Variant]) -> Variant:
     """With the shapes of the variant whose networks are nearest in size: a small one makes no large videos."""
-    module = family(made.family)
+    module = family(variant.family)
 
     def distance(other: Variant) -> float:
         pairs = [
-            (made.configs[part].get(field), value)
+            (variant.configs[part].get(field), value)
             for part in _classes(other)
             for field, value in as_class_sees(_classes(other)[part], other.configs[part]).items()
-            if part in made.configs
+            if part in variant.configs
         ]
         return sum(abs(math.log(a / b)) for a, b in pairs if all(type(n) is int and n > 0 for n in (a, b)))
 
     like = min(alike, key=distance)
-    grid = module.grid(made)
+    grid = module.grid(variant)
     fits = all((getattr(like.native, axis) - offset) % step == 0 for axis, (step, offset) in grid.items())
-    return replace(made, native=like.native, minimum=like.minimum, maximum=like.maximum) if fits else made
+    return replace(variant, native=like.native, minimum=like.minimum, maximum=like.maximum) if fits else variant
 
 
 def variant_from_manifest(manifest: Any) -> Variant:
     """The variant a bundle was built from: the published one it follows, with the bundle's configurations."""
-    known = variant_named(manifest.like) or _default_first(family(manifest.family))[0]
+    like = variant_named(manifest.like) or _default_first(family(manifest.family))[0]
     return replace(
-        known,
+        like,
         name=manifest.model,
-        title=known.title if manifest.model == known.name else manifest.model,
+        title=like.title if manifest.model == like.name else manifest.model,
         configs=manifest.configs,
         hub_id=manifest.hub_id,
-        like=known.name,
+        like=like.name,
     )
 
 
@@ -136,16 +138,16 @@ def _likeness(
     variant: Variant, configs: Mapping[str, Config], pipeline: str, sources: tuple[str, ...]
 ) -> tuple[bool, bool, bool, int, int, int]:
     """(published there, the same networks, made for this pipeline, fields alike, of the scheduler too, set alike)."""
-    seen = [
+    views = [
         (as_class_sees(cls, variant.configs[part]), as_class_sees(cls, configs[part]) if part in configs else {})
         for part, cls in _classes(variant).items()
     ]
-    known = {part for v in family(variant.family).variants for part in _classes(v)}
-    pairs = [(ours[f], given[f]) for ours, given in seen for f in ours if given]
+    parts = {part for v in family(variant.family).variants for part in _classes(v)}
+    pairs = [(ours[f], theirs[f]) for ours, theirs in views for f in ours if theirs]
     scheduler = variant.configs.get("scheduler", {})
     return (
         published_at(variant, sources),
-        all(ours == given for ours, given in seen) and not (known & set(configs)) - set(_classes(variant)),
+        all(ours == theirs for ours, theirs in views) and not (parts & set(configs)) - set(_classes(variant)),
         pipeline in (*variant.tasks.values(), *variant.saved_as),
         sum(a == b for a, b in pairs),
         sum(configs.get("scheduler", {}).get(f) == v for f, v in scheduler.items()),

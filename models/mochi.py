@@ -205,8 +205,8 @@ def _joint(attn: Any, x: T, c: T, bias: T, rope: tuple[T, T]) -> tuple[T, T]:
     import torch
 
     def heads(to: Any, norm: Any, tokens: T) -> T:
-        made: T = norm(to(tokens).unflatten(2, (attn.heads, -1)))
-        return made
+        result: T = norm(to(tokens).unflatten(2, (attn.heads, -1)))
+        return result
 
     q = torch.cat([rotated(heads(attn.to_q, attn.norm_q, x), *rope), heads(attn.add_q_proj, attn.norm_added_q, c)], 1)
     k = torch.cat([rotated(heads(attn.to_k, attn.norm_k, x), *rope), heads(attn.add_k_proj, attn.norm_added_k, c)], 1)
@@ -241,14 +241,14 @@ def _adapt(module: nn.Module, call: Call, *, patch: tuple[int, int, int]) -> dic
     latents: T = call["hidden_states"]  # [B, C, F, H, W]
     frames, height, width = latents.shape[2:]
     grid = (frames, height // patch[1], width // patch[2])
-    made = given(call, "encoder_hidden_states", "encoder_attention_mask")
-    made["encoder_attention_mask"] = made["encoder_attention_mask"].to(latents.dtype)
-    made["hidden_states"] = patches(latents, patch)
-    made["timestep"] = one_time(call["timestep"], latents.device)
+    inputs = given(call, "encoder_hidden_states", "encoder_attention_mask")
+    inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].to(latents.dtype)
+    inputs["hidden_states"] = patches(latents, patch)
+    inputs["timestep"] = one_time(call["timestep"], latents.device)
     key = (grid, latents.device, m.pos_frequencies._version)
     place = {"device": latents.device, "dtype": torch.float32}
     cos, sin = _tables.get(m.pos_frequencies, key, lambda: m.rope(m.pos_frequencies, *grid, **place))
-    return made | {"rope_cos": cos, "rope_sin": sin}
+    return inputs | {"rope_cos": cos, "rope_sin": sin}
 
 
 def _adapt_decoder(module: nn.Module, call: Call) -> dict[str, Any]:
@@ -261,11 +261,11 @@ def _sample(module: nn.Module, sizes: Sizes, generator: Any) -> dict[str, Any]:
     config: Any = module.config
     batch, length = sizes["batch"], sizes["text"]
     latents = (batch, config.in_channels, *(sizes[n] for n in ("frames", "height", "width")))
-    kept = torch.tensor([length // 2 + 1, *[0] * (batch - 1)])  # an empty prompt is all padding
+    lengths = torch.tensor([length // 2 + 1, *[0] * (batch - 1)])  # an empty prompt is all padding
     return {
         "hidden_states": torch.randn(latents, generator=generator),
         "encoder_hidden_states": torch.randn(batch, length, config.text_embed_dim, generator=generator),
-        "encoder_attention_mask": torch.arange(length)[None] < kept[:, None],
+        "encoder_attention_mask": torch.arange(length)[None] < lengths[:, None],
         "timestep": torch.tensor(750.0).expand(batch),
         "return_dict": False,
     }

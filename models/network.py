@@ -27,8 +27,8 @@ def network(component: Component) -> Config:
     Two components of one class and name with equal networks export the same graph.
     """
     unread = _table()["unread"].get(component.cls, {}).get(component.name, ())
-    seen = as_class_sees(component.cls, component.config)
-    return {field: _plain(value) for field, value in seen.items() if field not in unread}
+    config = as_class_sees(component.cls, component.config)
+    return {field: _plain(value) for field, value in config.items() if field not in unread}
 
 
 def as_class_sees(cls: str, config: Config) -> Config:
@@ -41,17 +41,17 @@ def as_class_sees(cls: str, config: Config) -> Config:
 
 def unknown_fields(cls: str, config: Config) -> list[str]:
     """Fields of a configuration that the diffusers class does not have; transformers' classes keep any."""
-    known = class_fields(cls)
+    fields = class_fields(cls)
     if cls in _table()["of_transformers"]:
         return []
-    return sorted(f for f in config if f not in known and not f.startswith("_") and f != "quantization_config")
+    return sorted(f for f in config if f not in fields and not f.startswith("_") and f != "quantization_config")
 
 
 def completed(variant: Variant, components: Iterable[Component]) -> Variant:
     """The variant with the configuration of each of its components as the class sees it."""
     classes = {part: c.cls for c in components for part in (c.subfolder, *c.also_serves) if part in variant.configs}
-    seen = {part: as_class_sees(cls, variant.configs[part]) for part, cls in classes.items()}
-    return replace(variant, configs={**variant.configs, **seen})
+    configs = {part: as_class_sees(cls, variant.configs[part]) for part, cls in classes.items()}
+    return replace(variant, configs={**variant.configs, **configs})
 
 
 def differences(here: Config, there: Config, place: str) -> list[str]:
@@ -62,8 +62,8 @@ def differences(here: Config, there: Config, place: str) -> list[str]:
 
 def class_fields(cls: str) -> Config:
     """The class's configuration fields with their defaults, from the table if it is of the installed libraries."""
-    known: dict[str, Config] = _table()["defaults"]
-    return known[cls] if cls in known and _of_installed_libraries() else inspected_fields(cls)
+    defaults: dict[str, Config] = _table()["defaults"]
+    return defaults[cls] if cls in defaults and _of_installed_libraries() else inspected_fields(cls)
 
 
 @lru_cache
@@ -75,9 +75,9 @@ def inspected_fields(cls: str) -> Config:
     import diffusers
 
     where, _, name = cls.rpartition(".")
-    found: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
-    if found is not None:
-        taken = inspect.signature(found.__init__).parameters
+    library_class: Any = getattr(import_module(f"diffusers.{where}") if where else diffusers, name, None)
+    if library_class is not None:
+        taken = inspect.signature(library_class.__init__).parameters
         return {n: _listed(p.default) for n, p in taken.items() if n not in ("self", "kwargs")}
     import transformers
 

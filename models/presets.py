@@ -11,6 +11,7 @@ from overcrank.errors import ModelError, RequestError
 from overcrank.models import families, family
 from overcrank.models.base import Preset, PublishedLora, Rendering, Repository, Variant
 from overcrank.models.hub import one_file
+from overcrank.options import option
 
 
 def every_preset() -> tuple[Preset, ...]:
@@ -36,11 +37,11 @@ def with_preset(variant: Variant, name: str | None) -> tuple[Variant, Preset | N
     has = f"{variant.name} has {', '.join(own) or 'no preset'}"
     others = [v for p in every_preset() if p.name == name for v in p.variants]
     if others:
-        raise RequestError(f"--preset {name} is for {', '.join(others)}; {has}.")
-    known = dict.fromkeys(p.name for p in every_preset())
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        raise RequestError(f"{option('preset', name)} is for {', '.join(others)}; {has}.")
+    names = dict.fromkeys(p.name for p in every_preset())
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise RequestError(f"--preset {name}: there is no such preset; {hint}{has}.")
+    raise RequestError(f"{option('preset', name)}: there is no such preset; {hint}{has}.")
 
 
 def applied(variant: Variant, preset: Preset) -> Variant:
@@ -53,15 +54,16 @@ def applied(variant: Variant, preset: Preset) -> Variant:
 
 def fetched(preset: Preset) -> list[tuple[PublishedLora, Path]]:
     """The preset's LoRA files, from the hub cache or the network; raises ModelError naming one that is in neither."""
-    found = []
+    files = []
     for lora in preset.loras:
         try:
-            found.append((lora, one_file(Repository(lora.repository), lora.file)))
+            files.append((lora, one_file(Repository(lora.repository), lora.file)))
         except ModelError as error:
             raise ModelError(
-                f"--preset {preset.name} needs {lora.file} of '{lora.repository}', which cannot be had: {error}"
+                f"{option('preset', preset.name)} needs {lora.file} of '{lora.repository}', which cannot be had: "
+                f"{error}"
             ) from error
-    return found
+    return files
 
 
 def schedule_of(rendering: Rendering) -> str:

@@ -41,18 +41,18 @@ def variant_named(name: str) -> Variant | None:
 def components(variant: Variant, names: tuple[str, ...] = ()) -> tuple[Component, ...]:
     """The variant's components: the default ones, or the named ones in the family's order."""
     every = family(variant.family).components(variant)
-    known = [c.name for c in every]
+    own_names = [c.name for c in every]
     for name in names:
-        if name not in known:
-            raise ModelError(f"{variant.name} has no component '{name}'; it has {', '.join(known)}.")
+        if name not in own_names:
+            raise ModelError(f"{variant.name} has no component '{name}'; it has {', '.join(own_names)}.")
     return tuple(c for c in every if (c.name in names if names else c.default))
 
 
 def main_part(classes: Mapping[str, str]) -> str | None:
     """Of a checkpoint's or pipeline's parts, by their class, the one that a family is known by."""
-    known = {cls for name in families() for cls in family(name).denoiser_classes}
+    denoisers = {cls for name in families() for cls in family(name).denoiser_classes}
     named = [part for part in ("transformer", "unet") if part in classes]  # named in errors, if of no family
-    return next((part for part, cls in classes.items() if cls in known), named[0] if named else None)
+    return next((part for part, cls in classes.items() if cls in denoisers), named[0] if named else None)
 
 
 @lru_cache

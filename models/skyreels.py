@@ -108,17 +108,17 @@ class SkyReels(Family):
         if variant.tasks != _DF:
             return wan.FAMILY.call_arguments(pipe, variant, media, arguments)
         frames = arguments["num_frames"]
-        made = arguments | {"fps": 16 if media.fps <= 16 else 24, "base_num_frames": variant.native.frames}
-        made |= {"image": media.images[0]} if media.images else {}
+        keywords = arguments | {"fps": 16 if media.fps <= 16 else 24, "base_num_frames": variant.native.frames}
+        keywords |= {"image": media.images[0]} if media.images else {}
         if media.video and frames <= OVERLAP:
             raise RequestError(
                 f"frames {frames}: the video begins with the last {OVERLAP} of the one given; ask for more."
             )
         if media.video:
-            made["video"] = list(media.video)
+            keywords["video"] = list(media.video)
         if media.video or frames > variant.native.frames:
-            made |= {"overlap_history": OVERLAP, "addnoise_condition": NOISE}
-        return made
+            keywords |= {"overlap_history": OVERLAP, "addnoise_condition": NOISE}
+        return keywords
 
 
 FAMILY = SkyReels(

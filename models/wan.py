@@ -192,17 +192,17 @@ class Wan(Family):
         return (denoiser, *_wan_vae.components(vae, latent), *images)
 
     def call_arguments(self, pipe: Any, variant: Variant, media: Media, arguments: Arguments) -> Arguments:
-        made = dict(arguments)
+        keywords = dict(arguments)
         if media.images:
-            made["image"] = media.images[0]
+            keywords["image"] = media.images[0]
         if len(media.images) > 1:
-            made["last_image"] = media.images[max(media.images)]
+            keywords["last_image"] = media.images[max(media.images)]
         if media.video:
-            made["video"] = media.video
+            keywords["video"] = media.video
         if media.video and not variant.configs["transformer"].get("vace_layers"):
-            made["strength"] = media.strength
-            made.pop("num_frames", None)  # as many as the video has
-        return made
+            keywords["strength"] = media.strength
+            keywords.pop("num_frames", None)  # as many as the video has
+        return keywords
 
 
 FAMILY = Wan(

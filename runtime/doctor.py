@@ -117,8 +117,8 @@ def _of_cards(machine: Machine) -> Iterator[Finding]:
         if target is None:
             yield Finding("bad", f"card {number}", f"{text}: not among {', '.join(BY_NAME)}")
         elif not usable:
-            wanted = " or ".join(FLAVOUR_TITLES[f] for f in target.flavours)
-            yield Finding("bad", f"card {number}", f"{text}: needs {wanted}, which is not usable here")
+            titles = " or ".join(FLAVOUR_TITLES[f] for f in target.flavours)
+            yield Finding("bad", f"card {number}", f"{text}: needs {titles}, which is not usable here")
         elif all(drivers):
             yield Finding("bad", f"card {number}", f"{text}: {drivers[0].sentence() if drivers[0] else ''}")
         else:
@@ -150,10 +150,10 @@ def of_store(machine: Machine, store: Store) -> Iterator[Finding]:
         text += f"; {damaged[0].path} is damaged and will be compiled again"
     yield Finding("note", "kernels", text)
     for card in machine.cards:
-        for found in measurements(store, card.name, card.driver).values():
-            if found.lost:
-                text = f"its engine for {found.shape} took {found.engine_ms:.1f} ms and eager {found.eager_ms:.1f} ms"
-                yield Finding("note", found.component, f"{text} ({found.date}): not used without {SLOW_ENGINES}")
+        for times in measurements(store, card.name, card.driver).values():
+            if times.lost:
+                text = f"its engine for {times.shape} took {times.engine_ms:.1f} ms and eager {times.eager_ms:.1f} ms"
+                yield Finding("note", times.component, f"{text} ({times.date}): not used without {SLOW_ENGINES}")
 
 
 def why_not(manifest: Manifest, machine: Machine) -> str:
@@ -251,5 +251,5 @@ def _error_on_card(flavour: str, plan: Any) -> float:
 def every_finding(store: Store, quick: bool) -> list[Finding]:
     """Of this machine and a store; `quick` leaves the self-test out."""
     machine = examined()
-    found = [*findings(machine, store.list()), *of_store(machine, store)]
-    return found if quick else [*found, self_test(machine)]
+    results = [*findings(machine, store.list()), *of_store(machine, store)]
+    return results if quick else [*results, self_test(machine)]

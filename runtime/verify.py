@@ -64,9 +64,9 @@ def verify_bundle(bundle: Path, weights: Path | None) -> Iterator[Check]:
     IntegrityError if a file of the bundle does not match its manifest, or its signature is not as it must be.
     """
     manifest = Keyring().whole(bundle)
-    variant, known = _described(manifest, bundle)
+    variant, networks = _described(manifest, bundle)
     for entry in manifest.components:
-        yield from _checks(bundle, manifest, entry, variant, known[entry.name], weights)
+        yield from _checks(bundle, manifest, entry, variant, networks[entry.name], weights)
 
 
 def _described(manifest: Manifest, bundle: Path) -> tuple[Variant, dict[str, Component]]:
@@ -114,9 +114,9 @@ def compare(component: Component, session: OrtSession, module: nn.Module, shape:
         expected = dict(_tensors((module(**call), _written(call))))
         torch.manual_seed(1)
         outputs = run_each(session, component, component.adapt(module, Call(own)))
-        found = dict(_tensors((component.returns(outputs, own), _written(own))))
+        results = dict(_tensors((component.returns(outputs, own), _written(own))))
     worst = relative = 0.0
-    for name, tensor in found.items():
+    for name, tensor in results.items():
         reference = expected.get(name)
         error = float("inf")
         if reference is not None and reference.shape == tensor.shape:
@@ -124,7 +124,7 @@ def compare(component: Component, session: OrtSession, module: nn.Module, shape:
         error = error if math.isfinite(error) else float("inf")
         largest = 1.0 if reference is None else float(reference.abs().max())
         worst, relative = max(worst, error), max(relative, error / max(largest, 1e-12))
-    if len(found) < len(component.outputs):
+    if len(results) < len(component.outputs):
         worst = relative = float("inf")
     return Check(component.name, shape, note, worst, relative, time.monotonic() - start)
 
@@ -225,9 +225,9 @@ def _ranges(
     fixed = {name: form for name, form in formats.items() if form.activations == "static"}
     if (bundle / RECIPE).is_file():
         recipe = read_recipe(bundle / RECIPE).components.get(component.name)
-        known = recipe.ranges.get(component.subfolder, {}) if recipe else {}
-        if not any(unmeasured(name, form, known) for name, form in fixed.items()):
-            return known
+        ranges = recipe.ranges.get(component.subfolder, {}) if recipe else {}
+        if not any(unmeasured(name, form, ranges) for name, form in fixed.items()):
+            return ranges
     if not fixed:
         return {}
     sizes = {**component.free_axes, **component.trace_sizes}

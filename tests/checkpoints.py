@@ -154,7 +154,10 @@ def _image_model(pipe: Any, work: Path) -> None:
     for value in pipe.motion_adapter.parameters():  # a new one adds nothing
         torch.nn.init.normal_(value, std=0.1)
     parts = {k: v for k, v in pipe.components.items() if k not in ("unet", "motion_adapter", "scheduler")}
-    parts |= {"unet": unet, "scheduler": diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)}
+    parts |= {
+        "unet": unet,
+        "scheduler": diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1),
+    }
     parts |= {"feature_extractor": None, "image_encoder": None}
     if large:
         whole = diffusers.StableDiffusionXLPipeline(**parts)

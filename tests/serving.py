@@ -65,6 +65,8 @@ def _put(variants: dict[str, tuple[Variant, ...]]) -> None:
 class Here:
     """Workers that are this process: 240 small tasks would spend their time on starting."""
 
+    count = 1
+
     def submit(self, work: Work, job: BuildJob) -> Future[None]:
         future: Future[None] = Future()
         try:

@@ -150,7 +150,12 @@ def test_overlapping_jobs_give_the_frames_of_jobs_one_by_one(run: Any, tmp_path:
 
 def started(file: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     command = [*OVERCRANK, "batch", str(file), "-o", str(out), "--backend", "eager", "--quiet", *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_hangs_up)
+
+
+def _hangs_up() -> None:
+    """As of a terminal's own, also where the tests run under nohup, which a batch obeys."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for(happened: Callable[[], bool]) -> None:

@@ -106,18 +106,21 @@ def test_a_batch_is_whole_though_a_worker_is_killed(cluster: str, run: Any, tmp_
     jobs = [
         {"prompt": f"a {c} {s}", "output": f"{c}-{s}", "steps": 8} for c in ("red", "blue") for s in ("ring", "cross")
     ]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, [*jobs, {"prompt": "x", "audio": __file__}])))
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, [*jobs, {"prompt": "x", "output": "taken"}])))
     out, killed = tmp_path / "out", list[int]()
+    out.mkdir()
+    (out / "taken.mp4").write_text("a user's")
     words = ["batch", tmp_path / "jobs.jsonl", "-o", out, "--backend", "eager", "--ray", cluster]
     killer = _kill_one("ray::_RemoteRenderer", killed, lambda: list(out.glob("*.json")))
     result = run("overcrank", *words, "--json")
     killer.join()
     assert killed
-    assert result.exit_code != 0  # one job has a sound track that is none
+    assert result.exit_code == 3, result.output  # one job's result would take the place of a user's file
     outcomes = {o["name"]: o for o in json.loads(result.stdout)["jobs"]}
     assert [o["status"] for name, o in outcomes.items() if "-" in name] == ["done"] * 4
-    assert "cannot be read as sound" in outcomes["0005"]["error"]
-    assert len(list(out.glob("*.mp4"))) == 4
+    assert "taken.mp4" in outcomes["taken"]["error"]
+    assert (out / "taken.mp4").read_text() == "a user's"
+    assert len(list(out.glob("*-*.mp4"))) == 4
     assert not list(out.glob(".*"))
     times = {f: f.stat().st_mtime_ns for f in out.glob("*.mp4")}
     again = run("overcrank", *words, "--json")

@@ -159,7 +159,7 @@ def test_an_engine_in_another_type_than_the_part_is_named_with_both_ways_out(bun
     with pytest.raises(CannotServe) as caught:
         engine_of(denoiser, fitting, "fp32")
     assert caught.value.why == refusals.OtherType("denoiser", "transformer", "bf16", "fp32")
-    both = "build-engine --dtype transformer=fp32, or render with --dtype transformer=bf16"
+    both = "build-engine --dtype transformer=fp32, or render with dtype=['transformer=bf16']"
     assert caught.value.why.words("build-engine")[1] == both
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from overcrank.errors import UserError
+from overcrank.errors import UserError, safe_text
 from overcrank.models import check_shape, resolve
 from overcrank.runtime.render.names import check_name
 from overcrank.runtime.render.request import RenderRequest, prompts_of, read_jobs, require_memory
@@ -152,7 +152,7 @@ def test_names_that_some_file_system_refuses(name: str, tmp_path: Path, run: Any
     if "/" not in name:
         result = run("overcrank", "render", "x", "--quiet", "-o", tmp_path / f"{name}.mp4")
         assert result.exit_code == 2
-        assert f"--out '{name}' " in result.output
+        assert f"--out '{safe_text(name)}' " in result.output
         assert [p.name for p in tmp_path.iterdir()] == ["jobs.jsonl"]
 
 
@@ -196,7 +196,9 @@ def test_seconds_are_frames_of_the_grid() -> None:
 
 
 def test_a_size_that_is_not_made_is_refused_and_fit_is_offered() -> None:
-    with pytest.raises(UserError, match=r"height 60 is not a multiple of 32 .* With --fit, or \"fit\": true in a job"):
+    with pytest.raises(
+        UserError, match=r"height 60 is not a multiple of 32 .* With fit=True, or \"fit\": true in a job"
+    ):
         completed(height=60)
     fitted = completed(height=60, width=64, frames=16, fit=True)
     assert str(fitted.shape) == "64x64x17"

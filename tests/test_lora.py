@@ -204,12 +204,12 @@ def test_a_distilled_file_is_merged_whole(experts: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["style"], r"does not say which it is for; write --lora high=\S+style\S+ --lora low=\S+style"),
+        (["style"], r"does not say which it is for; write loras=\['high=\S+style\S+', 'low=\S+style"),
         (
             ["a_high_noise", "b_HIGH_fp16"],
-            r"both go into transformer; say .* --lora high=\S+a_high.* --lora low=\S+b_HI",
+            r"both go into transformer; say .* loras=\['high=\S+a_high.*', 'low=\S+b_HI",
         ),
-        (["high=x_low_noise"], r"the file's name says low, and high is the other expert; write --lora low="),
+        (["high=x_low_noise"], r"the file's name says low, and high is the other expert; write loras=\['low="),
         (["transformer_2=my-HighNoise"], r"says high, and transformer_2 is the other expert"),
         (
             ["middle=style"],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from overcrank.engines import matrix
@@ -14,6 +16,7 @@ from overcrank.engines.matrix import Cell, cells_of, expanded
 from overcrank.engines.worker import BuildJob, compile_component
 from overcrank.engines.workers import LocalWorkers
 from overcrank.errors import CompileError, UserError
+from overcrank.options import named_as_flags, option
 
 
 @pytest.mark.quick
@@ -102,6 +105,20 @@ def test_one_that_fails_does_not_stop_the_rest(
     assert "built    ltx-demo sm_89 bf16" in again.output
     with pytest.raises(UserError, match="nothing failed"):
         matrix.failed_before(matrix.Store(store))
+
+
+def _refuse(job: BuildJob, report: Any) -> None:
+    raise CompileError(option("allow_fallback", True))
+
+
+@pytest.mark.parametrize(("flags", "says"), [(True, "--allow-fallback"), (False, "allow_fallback=True")])
+def test_a_worker_names_options_as_its_caller_does(flags: bool, says: str) -> None:
+    workers, job = LocalWorkers(1), cast(BuildJob, SimpleNamespace(title="x"))
+    try:
+        with named_as_flags() if flags else nullcontext(), pytest.raises(CompileError, match=f"^{says}$"):
+            workers.submit(_refuse, job).result()
+    finally:
+        workers.stop()
 
 
 def test_estimates_are_those_that_were_measured() -> None:

@@ -73,7 +73,7 @@ def test_auto_takes_what_is_free() -> None:
 
 
 def test_a_budget_that_nothing_fits_in(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UserError, match=r"--vram 8\.0 GB: one part alone has 9\.0 GB of weights; give more"):
+    with pytest.raises(UserError, match=r"vram='8\.0 GB': one part alone has 9\.0 GB of weights; give more"):
         planned(PARTS, 2 * GB, 8 * GB, free=0)
     everything = ("text_encoder", "text_encoder_2", "vae", "transformer")
     for wanted, free in (("auto", 5 * GB), (10 * GB, 0)):  # the engines' largest shapes, which a render may not need

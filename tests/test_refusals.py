@@ -12,6 +12,7 @@ import pytest
 from overcrank.engines import module_refusals, refusals
 from overcrank.engines.module_refusals import ModuleChange, ModuleChanged, ParameterUnfit, Unfit
 from overcrank.engines.refusals import CannotServe, Refusal
+from overcrank.options import named_as_flags
 from overcrank.runtime.sessions.session import Ledger
 
 pytestmark = pytest.mark.quick
@@ -70,7 +71,7 @@ def test_there_are_as_many_as_are_raised() -> None:
         (
             refusals.OutOfMemory("denoiser", 2_000_000_000, 1_000_000_000, 8_000_000_000),
             "the engine of denoiser ran out of GPU memory: it needs 2.0 GB for activations and 1.0 GB of 8.0 GB are "
-            "free; render fewer frames or a smaller size, with --vram low, or free the card",
+            "free; render fewer frames or a smaller size, with vram='low', or free the card",
         ),
         (
             refusals.LoadFailed("denoiser.engine", "CUDA error 35"),
@@ -100,6 +101,34 @@ def test_there_are_as_many_as_are_raised() -> None:
 )
 def test_sentences_as_a_person_reads_them(why: Refusal, sentence: str) -> None:
     assert why.sentence(BUILD) == sentence
+
+
+@pytest.mark.parametrize(
+    ("why", "here", "on_the_command_line"),
+    [
+        (refusals.OtherOnProcessor("fp32", "bf16"), "render with dtype=['fp32']", "render with --dtype fp32"),
+        (
+            refusals.Slower("denoiser", 2.0, 1.0, "64x64x17", "2026-11-21"),
+            "measure again with ./build.sh bench-gpu, or add slow_engines=True",
+            "measure again with ./build.sh bench-gpu, or add --slow-engines",
+        ),
+        (
+            ParameterUnfit(Unfit.PLACE, "w", "cpu"),
+            "keep the whole part on the card, or let it come and go with vram='low'",
+            "keep the whole part on the card, or let it come and go with --vram low",
+        ),
+        (
+            module_refusals.NoRange("to_q"),
+            "calibrate, and render with recipe, or build with activations='dynamic'",
+            "calibrate, and render with --recipe, or build with --activations dynamic",
+        ),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_options_are_named_as_they_are_given(why: Refusal, here: str, on_the_command_line: str) -> None:
+    assert why.words(BUILD)[1] == here
+    with named_as_flags():
+        assert why.words(BUILD)[1] == on_the_command_line
 
 
 def test_a_warning_has_the_command_for_this_pipeline(caplog: pytest.LogCaptureFixture) -> None:

@@ -75,8 +75,9 @@ def test_a_render_is_whole_and_reproducible(run: Any, tmp_path: Path) -> None:
         assert container.metadata["seed"] == "1"
         assert json.loads(container.metadata["comment"])["model"] == "ltx-demo"
     assert np.abs(np.stack(decoded) / 255 - first).mean() < 0.03
-    assert Image.open(tmp_path / "a.gif").n_frames == 17
-    assert Image.open(tmp_path / "a.sheet.png").width > 4 * 64
+    with Image.open(tmp_path / "a.gif") as animation, Image.open(tmp_path / "a.sheet.png") as sheet:
+        assert animation.n_frames == 17
+        assert sheet.width > 4 * 64
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 

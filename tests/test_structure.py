@@ -63,6 +63,23 @@ def test_packages_are_the_tree() -> None:
     assert set(listed) == tree
 
 
+def test_data_is_in_the_wheel() -> None:
+    """A file that is not listed is there in development and absent from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for layer in LAYERS:
+        for file in (ROOT / layer).rglob("*.json"):
+            patterns = {
+                owner: patterns
+                for package, patterns in listed.items()
+                if file.is_relative_to(owner := ROOT.joinpath(*package.split(".")[1:]))
+            }
+            assert any(
+                file.relative_to(o).match(p) or p == f"{file.relative_to(o).parts[0]}/**"
+                for o, ps in patterns.items()
+                for p in ps
+            ), file
+
+
 def test_no_family_is_named_outside_models() -> None:
     from overcrank.models import families
 
@@ -79,6 +96,18 @@ def test_files_and_functions_stay_small(file: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_functions_take_few_parameters(file: Path) -> None:
+    """What belongs together is one thing with a name; a network's forward takes what its checkpoint's does."""
+    if file.relative_to(ROOT).parts[0] == "models":
+        return
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            assert len([name for name in names if name not in ("self", "cls")]) <= 6, node.name
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,10 +198,10 @@ def test_tests_look_at_nothing_private(file: Path) -> None:
 
 def test_no_machine_path_or_index_host_is_named() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    words = re.compile(r"/wo[r]k/|pypi\.o[r]g|/opt/wh[e]els|files\.python[h]osted")
+    words = re.compile(r"/wo[r]k/|pypi\.o[r]g|/opt/wh[e]els|files\.python[h]osted|download\.pytorch\.o[r]g")
     for name in tracked.split():
         file = ROOT / name
-        if file.suffix in (".py", ".md", ".toml", ".txt", ".sh", ".json") and file.is_file():
+        if file.suffix in (".py", ".md", ".toml", ".txt", ".sh", ".json", ".Dockerfile", ".yml") and file.is_file():
             assert not words.search(file.read_text("utf-8")), name
 
 

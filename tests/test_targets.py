@@ -74,7 +74,7 @@ def test_several_gpus_are_taken_once_each() -> None:
         ("rtx4900", "did you mean"),
         ("banana", "Unknown GPU 'banana'"),
         ("sm_90", "TensorRT for RTX cannot build for sm_90"),
-        ("", "--gpu is empty"),
+        ("", "^gpu is empty"),
     ],
 )
 def test_bad_gpus(word: str, says: str) -> None:

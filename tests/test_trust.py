@@ -210,6 +210,12 @@ def _field(name: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
+def _plan(**fields: Any) -> Callable[[Path], None]:
+    groups = ("gemm_formats", "weight_formats", "attention_formats", "weights_moved")
+    numbers = ("kernels", "gemms", "fused_gemms", "convolutions", "attentions")
+    return _field("plan", dict.fromkeys(numbers, 1) | {key: {} for key in groups} | fields)
+
+
 def _other_statement(bundle: Path) -> None:
     """What the publisher signed of another manifest."""
     (bundle / SIGNATURE).write_bytes(Keyring().seal(STATEMENT, statement(b"{}", ()), "studio")[0])
@@ -259,6 +265,9 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a dimension below zero": (_field("inputs", [{"name": "x", "dtype": "bf16", "dims": [-1]}]), r"inputs\.0\.dims\.0"),
     "a configuration nested deeply": (_field("config", {"x": json.loads("[" * 40 + "]" * 40)}), "nested too deeply"),
     "a configuration with a huge number": (_field("config", {"x": 10**400}), r"config: .*a number is out of bounds"),
+    "a count of 401 digits": (_plan(kernels=10**400), r"components\.0\.plan: .*a number is out of bounds"),
+    "a count below zero": (_plan(gemm_formats={"fp8": -1}), r"components\.0\.plan: .*a count is below zero"),
+    "an escape in a format": (_plan(gemm_formats={"\x1b[2J": 1}), r"components\.0\.plan: .*control characters"),
     "an escape in a label": (_rewritten(model="x\x1b]52;c;eA==\x07"), r"model: .*control characters"),
     "a line break in a label": (_rewritten(hub_id="x\nsigned by studio"), r"hub_id: .*control characters"),
     "a label of 300 letters": (_rewritten(hub_id="x" * 300), r"hub_id: String should have at most 255"),
@@ -472,7 +481,7 @@ def test_a_store_of_another_user(somebody: Path, demo_store: Path) -> None:
     os.seteuid(0)
     store.bundles.chmod(0o700)
     os.seteuid(65534)
-    with pytest.raises(StoreError, match=r"bundles cannot be read \(Permission denied\); give another --store"):
+    with pytest.raises(StoreError, match=r"bundles cannot be read \(Permission denied\); give another store"):
         store.list()
 
 

@@ -132,7 +132,7 @@ WAYS: list[tuple[str, str, type[OvercrankError], str]] = [
     ("index", "dripping", StoreError, r"index\.json comes slower than 2,000 bytes a second"),
     ("index", "error", StoreError, "the server answers 500"),
     ("index", "forbidden", StoreError, "the server answers 403"),
-    ("index", "away", StoreError, r"redirects to another host, localhost; add --follow if its publisher says so"),
+    ("index", "away", StoreError, r"redirects to another host, localhost; add follow=True if its publisher says so"),
     ("index", "around", StoreError, "redirects without end"),
     ("index", "down", StoreError, r"redirects to ftp://127\.0\.0\.1/x, which is not followed"),
     ("index", "compressed", StoreError, "the server compresses, which was not asked for"),
@@ -143,7 +143,7 @@ WAYS: list[tuple[str, str, type[OvercrankError], str]] = [
     ("blob", "silent", StoreError, "[Tt]imeout.*begins this file anew|[Tt]imeout.*goes on from there"),
     ("blob", "dripping", StoreError, "comes slower than 2,000 bytes a second"),
     ("blob", "error", StoreError, "the server answers 500"),
-    ("blob", "away", StoreError, "redirects to another host, localhost; add --follow"),
+    ("blob", "away", StoreError, "redirects to another host, localhost; add follow=True"),
     ("blob", "compressed", StoreError, "the server compresses"),
     ("blob", "cut", StoreError, "ClientPayloadError"),
     ("blob", "other bytes", IntegrityError, r"manifest\.json from .* does not match its SHA-256"),
@@ -182,7 +182,7 @@ def test_redirects_are_followed_when_asked_and_passwords_stay(server: Server, tm
     server.ways |= {"index": "away", "blob": "away"}
     server.other = behind.url.replace("127.0.0.1", "localhost")
     url = server.url.replace("://", "://somebody:geheim@")
-    with pytest.raises(StoreError, match="add --follow") as refused:
+    with pytest.raises(StoreError, match="add follow=True") as refused:
         fetched(url, tmp_path / "store", ring)
     assert "geheim" not in str(refused.value)
     path = fetched(url, tmp_path / "store", ring, follow=True)

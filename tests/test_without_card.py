@@ -95,7 +95,8 @@ def test_eager_is_what_remains_and_one_line_says_so(
     without = accelerate(pipeline(), store=tmp_path)
     assert calls(without) == {}  # no module's forward is taken over
     assert [r.getMessage().partition(": rendering with eager PyTorch: ")[2] for r in caplog.records] == [
-        "on a processor, ONNX Runtime computes in fp32, and the pipeline's weights are bf16; render with --dtype fp32.",
+        "on a processor, ONNX Runtime computes in fp32, and the pipeline's weights are bf16; "
+        "render with dtype=['fp32'].",
         "the pipeline is on cpu, not on an NVIDIA GPU; render on a machine that has one.",
     ]
 

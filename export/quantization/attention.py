@@ -80,7 +80,7 @@ def _module_of(value: ir.Value | None) -> str:
     """The module whose linear layer made the value: the nearest above it in the graph."""
     waiting, seen = [value], set()
     while waiting:
-        node = found.producer() if (found := waiting.pop(0)) is not None else None
+        node = source.producer() if (source := waiting.pop(0)) is not None else None
         if node is None or node in seen:
             continue
         seen.add(node)
@@ -122,7 +122,7 @@ class _Rewriting(Rewriting):
         if len(node.inputs) > 3 and node.inputs[3] is not None:
             scores = self.node("Add", scores, node.inputs[3])
         likely = self.node("Softmax", scores, axis=-1)
-        self.made.name = called
+        self.last_node.name = called
         likely = self.rounded(likely, self.constant("quant_step_probabilities", PROBABILITIES))
         y = self.node("Mul", self.node("MatMul", likely, v), self.factors["value_behind"])
         self.replace(node, y)
@@ -140,8 +140,8 @@ def packed_factors(name: str, ranges: Mapping[str, ActivationRange], compute: st
     import torch
 
     def before(operand: str) -> float:
-        seen = ranges.get(f"{name}.{operand}")
-        return 2.0 ** math.floor(math.log2(STEP * FP8.largest / (seen.amax if seen else FP8.largest)))
+        operand_range = ranges.get(f"{name}.{operand}")
+        return 2.0 ** math.floor(math.log2(STEP * FP8.largest / (operand_range.amax if operand_range else FP8.largest)))
 
     query, key, value = (before(operand) for operand in OPERANDS)
     values = (query, key, 1 / (query * key), value, 1 / value)
@@ -194,11 +194,11 @@ def intercepted(module: nn.Module, names: Collection[str], handle: Handler) -> I
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if func is stock and within:
-                given = dict(zip((*OPERANDS, "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
-                query, key, value = (given.pop(operand) for operand in OPERANDS)
-                found = handle(within[-1], query, key, value, given)
-                if found is not None:
-                    return found
+                arguments = dict(zip((*OPERANDS, "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+                query, key, value = (arguments.pop(operand) for operand in OPERANDS)
+                result = handle(within[-1], query, key, value, arguments)
+                if result is not None:
+                    return result
             return func(*args, **kwargs)
 
     with ExitStack() as hooks:

@@ -60,7 +60,7 @@ class Rewriting:
         self.graph, self.name, self.number, self.compute = graph, name, number, compute
         self.packed: list[Packed] = []
         self.at: ir.Node
-        self.made: ir.Node
+        self.last_node: ir.Node
 
     def rounded(self, x: ir.Value, step: ir.Value) -> ir.Value:
         """Q and DQ."""
@@ -100,10 +100,10 @@ class Rewriting:
     def nodes(self, kind: str, outputs: int, *inputs: ir.Value, domain: str = "", **attributes: Any) -> list[ir.Value]:
         import onnx_ir as ir
 
-        made = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs)
-        self.graph.insert_before(self.at, made)
-        self.made = made
-        return list(made.outputs)
+        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs)
+        self.graph.insert_before(self.at, node)
+        self.last_node = node
+        return list(node.outputs)
 
     def replace(self, node: ir.Node, y: ir.Value) -> None:
         """`y` stands where the node's output stood."""

@@ -57,8 +57,8 @@ def layout_in(
 
     With the `ranges` of a profile, attentions that would not be fused there stay in 16 bit.
     """
-    found = attentions(model) if ranges is None else fusable(model, ranges)
-    return recipe.layout([x.name for x in linear_layers(model)], [x.name for x in found])
+    candidates = attentions(model) if ranges is None else fusable(model, ranges)
+    return recipe.layout([x.name for x in linear_layers(model)], [x.name for x in candidates])
 
 
 def quantize(
@@ -121,7 +121,7 @@ class _Rewrite(Rewriting):
         if self.form.activations != "16bit":
             x = self._rounded(x)
         y = self.node("MatMul", x, self._dequantized_weight())
-        self.made.name = called
+        self.last_node.name = called
         if token is not None:
             y = self.node("Mul", y, token)
         y = self.node("Mul", y, self.behind)

@@ -16,6 +16,7 @@ from overcrank.errors import CheckpointError, UserError
 from overcrank.export.quantization.formats import Packed
 from overcrank.export.quantization.packing import packed_tensors
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
+from overcrank.options import option
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,9 +79,9 @@ def _write_part(stream: BinaryIO, part: Part, progress: Callable[[str], None]) -
         progress(layer)
         form = part.formats[layer]
         _require_ranges(part, layer, form)
-        made = packed_tensors(layer, form, part.read, part.ranges, part.compute)
+        tensors = packed_tensors(layer, form, part.read, part.ranges, part.compute)
         for entry in entries:
-            tensor = made[entry.role]
+            tensor = tensors[entry.role]
             if list(tensor.shape) != _stored(entry):
                 raise CheckpointError(f"{layer}: its {entry.role} is {list(tensor.shape)}, not {_stored(entry)}.")
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -156,24 +157,25 @@ def require_loras(file: Path, merged: Sequence[Mapping[str, Any]]) -> None:
     if packed != [[x["sha256"], x["scale"], x["parts"]] for x in merged]:
         names = ", ".join(str(x["file"]) for x in merged) or "none"
         raise UserError(
-            f"--pack {file} was packed with other LoRAs than this render merges ({names}); pack it again with them."
+            f"{option('pack', file)} was packed with other LoRAs than this render merges ({names}); pack it again with "
+            f"them."
         )
 
 
 def _check(file: Path, about: Mapping[str, str], component: str, layout: str, compute: str) -> None:
     if about.get("overcrank_pack") != VERSION:
         raise CheckpointError(f"{file} is no weight pack of version {VERSION}; make it with overcrank pack.")
-    for field, wanted in ((f"layout.{component}", layout), (f"compute.{component}", compute)):
-        if about.get(field) != wanted:
+    for field, value in ((f"layout.{component}", layout), (f"compute.{component}", compute)):
+        if about.get(field) != value:
             raise CheckpointError(
                 f"{file} does not match the engine: {field} is {about.get(field, 'missing')}, the engine's is "
-                f"{wanted}; pack it again with the engine's recipe."
+                f"{value}; pack it again with the engine's recipe."
             )
 
 
 def _layouts(parts: Sequence[Part]) -> dict[str, str]:
-    found = {f"layout.{p.component}": p.layout for p in parts}
-    return found | {f"compute.{p.component}": p.compute for p in parts}
+    layouts = {f"layout.{p.component}": p.layout for p in parts}
+    return layouts | {f"compute.{p.component}": p.compute for p in parts}
 
 
 def _stored(entry: Packed) -> list[int]:

@@ -28,7 +28,7 @@ def packed_tensors(
 
 
 def packed_layer(
-    name: str, weight: Tensor, form: LayerFormat, seen: ActivationRange | None, compute: str
+    name: str, weight: Tensor, form: LayerFormat, activation_range: ActivationRange | None, compute: str
 ) -> dict[str, Tensor]:
     """Role → tensor as `Packed` declares them; weight [N, K] in any float type.
 
@@ -42,35 +42,35 @@ def packed_layer(
     wide = weight.float()
     if not bool(torch.isfinite(wide).all()):
         raise CheckpointError(f"{name}.weight has values that are not finite; the checkpoint is damaged.")
-    before = _before(wide, form, seen, reach).to(dtype)
-    made: dict[str, Tensor] = {"before": before[None, None]}
+    before = _before(wide, form, activation_range, reach).to(dtype)
+    tensors: dict[str, Tensor] = {"before": before[None, None]}
     wide = wide / before.float()
     if form.activations == "dynamic":
         wide = wide / reach  # a token's own factor is its largest value alone
     rows = wide.abs().amax(1).clamp_min(torch.finfo(torch.float16).tiny) / reach
     behind = (rows * (1 + torch.finfo(dtype).eps)).to(dtype)  # never rounded below what the row needs
-    made["behind"] = behind[None, None]
+    tensors["behind"] = behind[None, None]
     scaled = wide / (behind.float() * number.step)[:, None]
     if form.format == "nvfp4":
-        made["weight"], made["block_scale"] = _fp4(scaled)
+        tensors["weight"], tensors["block_scale"] = _fp4(scaled)
     elif form.format == "int8":
-        made["weight"] = scaled.round().to(torch.int8)[None]
+        tensors["weight"] = scaled.round().to(torch.int8)[None]
     else:
-        made["weight"] = scaled.to(torch.float8_e4m3fn)[None]
+        tensors["weight"] = scaled.to(torch.float8_e4m3fn)[None]
     if form.activations == "16bit":
-        made["weight"] = made["weight"].transpose(1, 2).contiguous()
-    return made
+        tensors["weight"] = tensors["weight"].transpose(1, 2).contiguous()
+    return tensors
 
 
-def _before(weight: Tensor, form: LayerFormat, seen: ActivationRange | None, reach: float) -> Tensor:
+def _before(weight: Tensor, form: LayerFormat, activation_range: ActivationRange | None, reach: float) -> Tensor:
     """The factor of each input channel [K]: one over its smoothing, and over the range if that is static."""
     import torch
 
     factor = torch.ones(weight.shape[1], device=weight.device)
-    if seen is not None and seen.smoothing is not None:
-        factor = factor / torch.tensor(seen.smoothing, device=weight.device)
+    if activation_range is not None and activation_range.smoothing is not None:
+        factor = factor / torch.tensor(activation_range.smoothing, device=weight.device)
     if form.activations == "static":
-        factor = factor * (reach / present(seen, "the range of a layer").amax)
+        factor = factor * (reach / present(activation_range, "the range of a layer").amax)
     return factor
 
 

@@ -105,11 +105,11 @@ class ComponentRecipe(_Model):
 
     def layout(self, layers: Iterable[str], attentions: Iterable[str] = ()) -> dict[str, LayerFormat]:
         """Layer → format, of those that leave 16 bit."""
-        found = {layer: form for layer in layers if (form := self.of(layer)).format != SIXTEEN}
+        formats = {layer: form for layer in layers if (form := self.of(layer)).format != SIXTEEN}
         for name in attentions:  # which have no kernel in other formats, and no weights
             if (form := self.of(name)).format == "fp8" and form.activations != SIXTEEN:
-                found[name] = form._replace(kind=ATTENTION)
-        return found
+                formats[name] = form._replace(kind=ATTENTION)
+        return formats
 
     def digest(self) -> str:
         """SHA-256 of what the engine depends on: the rules, without their reasons."""
@@ -118,7 +118,7 @@ class ComponentRecipe(_Model):
 
     def digest_with_ranges(self) -> str:
         """SHA-256 of what an engine with embedded weights depends on."""
-        ranges = {part: {n: r.model_dump() for n, r in seen.items()} for part, seen in self.ranges.items()}
+        ranges = {part: {n: r.model_dump() for n, r in layers.items()} for part, layers in self.ranges.items()}
         return hashlib.sha256(json.dumps([self.digest(), ranges if self.rules else {}]).encode()).hexdigest()
 
 
@@ -192,18 +192,18 @@ def recipe_of(recipe: Recipe | None, component: Component, form: LayerFormat) ->
     """
     if recipe is None:
         return default_recipe(component, form)
-    found = recipe.components.get(component.name)
-    if found is None:
+    entry = recipe.components.get(component.name)
+    if entry is None:
         return default_recipe(component, IN_16_BIT)
-    _check_architecture(recipe, found, component)
-    return found
+    _check_architecture(recipe, entry, component)
+    return entry
 
 
-def _check_architecture(recipe: Recipe, found: ComponentRecipe, component: Component) -> None:
-    differing = differences(network(component), network(replace(component, config=found.config)), "in the recipe")
-    if found.cls != component.cls:
+def _check_architecture(recipe: Recipe, entry: ComponentRecipe, component: Component) -> None:
+    differing = differences(network(component), network(replace(component, config=entry.config)), "in the recipe")
+    if entry.cls != component.cls:
         raise UserError(
-            f"the recipe's {component.name} is a {found.cls} (of {recipe.model}), this one a {component.cls}; "
+            f"the recipe's {component.name} is a {entry.cls} (of {recipe.model}), this one a {component.cls}; "
             f"calibrate this model."
         )
     if differing:
@@ -219,9 +219,9 @@ def default_rules(component: Component, form: LayerFormat) -> list[Rule]:
     Modulation, embedders, the time step and the output projection stay in 16 bit.
     """
     blocks = [f"{r.path}.{i}" for r in component.repeats for i in range(r.full + r.after)]
-    kept = min(KEPT_ENDS, max(len(blocks) // 8, 1)) if len(blocks) > 2 else 0
-    ends = blocks[:kept] + blocks[len(blocks) - kept :]
-    rules = [Rule(layers=f"{b}.*", format=SIXTEEN, reason=f"among the {kept} at either end") for b in ends]
+    count = min(KEPT_ENDS, max(len(blocks) // 8, 1)) if len(blocks) > 2 else 0
+    ends = blocks[:count] + blocks[len(blocks) - count :]
+    rules = [Rule(layers=f"{b}.*", format=SIXTEEN, reason=f"among the {count} at either end") for b in ends]
     rules.append(Rule(layers="*.norm*", format=SIXTEEN, reason="modulation"))
     chains = [f"{path}.*" for path in dict.fromkeys(r.path for r in component.repeats)]
     within = chains or ["*blocks.*.attn*", "*blocks.*.ff*"]

@@ -77,10 +77,10 @@ def ranges_of_call(
     module: nn.Module, formats: Mapping[str, LayerFormat], call: Mapping[str, Any]
 ) -> dict[str, ActivationRange]:
     """Layer → the range of its input in one call of the module, for networks nothing was measured of."""
-    seen: dict[str, float] = {}
+    maxima: dict[str, float] = {}
 
     def note(name: str, x: Tensor) -> None:
-        seen[name] = max(float(x.abs().max()), 1e-6, seen.get(name, 0.0))
+        maxima[name] = max(float(x.abs().max()), 1e-6, maxima.get(name, 0.0))
 
     def noting(name: str) -> Any:
         return lambda _, args: note(name, args[0])
@@ -97,7 +97,7 @@ def ranges_of_call(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: ActivationRange(amax=largest) for name, largest in seen.items()}
+    return {name: ActivationRange(amax=largest) for name, largest in maxima.items()}
 
 
 def _forward(layer: Any, packed: Mapping[str, Tensor], form: LayerFormat) -> Any:

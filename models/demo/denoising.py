@@ -113,11 +113,11 @@ def _example(data: dict[str, torch.Tensor], rows: torch.Tensor, random: Random) 
     even, bell = torch.rand(batch, device=device), (0.2 + torch.randn(batch, device=device)).sigmoid()
     sigma = torch.where(torch.rand(batch, device=device) < 0.3, even, bell)[:, None].expand(batch, clean.shape[1])
     mode = random.choices(("text", "image", "conditions"), (6, 2, 2))[0]
-    given = torch.zeros_like(sigma, dtype=torch.bool)
+    mask = torch.zeros_like(sigma, dtype=torch.bool)
     first = mode == "image" or (mode == "conditions" and random.random() < 0.7)
     if first:
-        given[:, : video.shape[3] * video.shape[4]] = True
-    sigma = sigma.masked_fill(given, 0.0)
+        mask[:, : video.shape[3] * video.shape[4]] = True
+    sigma = sigma.masked_fill(mask, 0.0)
     noise = torch.randn_like(clean)
     noisy = torch.lerp(clean, noise, sigma[..., None])
     frames, height, width = video.shape[2:]
@@ -131,7 +131,7 @@ def _example(data: dict[str, torch.Tensor], rows: torch.Tensor, random: Random) 
     else:
         size = {"num_frames": frames, "height": height, "width": width}
         call |= size | {"rope_interpolation_scale": (4 / clips.FPS, 16, 16)}
-    return call, noise - clean, ~given
+    return call, noise - clean, ~mask
 
 
 def _tokens(latent: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,8 @@ DIRECTIONS = tuple(f"moving {d}" for d in captions.DIRECTIONS)
 @dataclass(frozen=True)
 class Trial:
     prompt: str
-    wanted: Verdict
-    found: Verdict
+    truth: Verdict
+    verdict: Verdict
     frames: np.ndarray  # [F, H, W, 3] in [0, 1]
 
 
@@ -66,29 +66,29 @@ def scores(done: list[Trial]) -> dict[str, float]:
     """Share of trials right in each aspect; "motion" counts all motions, "direction" the four ways to move."""
 
     def share(aspect: str, counted: list[Trial]) -> float:
-        right = [t for t in counted if getattr(t.found, aspect) == getattr(t.wanted, aspect)]
+        right = [t for t in counted if getattr(t.verdict, aspect) == getattr(t.truth, aspect)]
         return len(right) / max(1, len(counted))
 
-    moving = [t for t in done if t.wanted.motion in DIRECTIONS]
+    moving = [t for t in done if t.truth.motion in DIRECTIONS]
     return {aspect: share(aspect, done) for aspect in REQUIRED} | {"direction": share("motion", moving)}
 
 
 def table(done: list[Trial]) -> str:
     """Markdown: the scores, then every word with how often it was right, then what went wrong."""
-    found = scores(done)
+    shares = scores(done)
     lines = ["| aspect | right | required |", "|---|---|---|"]
-    lines += [f"| {a} | {found[a]:.1%} | {REQUIRED[a]:.0%} |" for a in REQUIRED]
-    lines += [f"| direction (of the four ways to move) | {found['direction']:.1%} | {REQUIRED['motion']:.0%} |"]
+    lines += [f"| {a} | {shares[a]:.1%} | {REQUIRED[a]:.0%} |" for a in REQUIRED]
+    lines += [f"| direction (of the four ways to move) | {shares['direction']:.1%} | {REQUIRED['motion']:.0%} |"]
     lines += ["", "| word | right | of |", "|---|---|---|"]
     for aspect in REQUIRED:
-        asked = Counter(getattr(t.wanted, aspect) for t in done)
+        counts = Counter(getattr(t.truth, aspect) for t in done)
         right = Counter(
-            getattr(t.wanted, aspect) for t in done if getattr(t.found, aspect) == getattr(t.wanted, aspect)
+            getattr(t.truth, aspect) for t in done if getattr(t.verdict, aspect) == getattr(t.truth, aspect)
         )
-        lines += [f"| {word} | {right[word]} | {count} |" for word, count in sorted(asked.items())]
-    wrong = [t for t in done if t.found != t.wanted]
+        lines += [f"| {word} | {right[word]} | {count} |" for word, count in sorted(counts.items())]
+    wrong = [t for t in done if t.verdict != t.truth]
     lines += ["", f"{len(done)} prompts; not as asked: {len(wrong)}"]
-    lines += [f"- {t.prompt}: seen as {t.found.colour} {t.found.shape} {t.found.motion}" for t in wrong]
+    lines += [f"- {t.prompt}: seen as {t.verdict.colour} {t.verdict.shape} {t.verdict.motion}" for t in wrong]
     return "\n".join(lines) + "\n"
 
 
@@ -120,8 +120,8 @@ def main() -> None:
         command = "Made by `python -m overcrank.models.demo.evaluate --report models/demo`.\n\n"
         (arguments.report / "evaluation.md").write_text("# ltx-demo on held-out prompts\n\n" + command + text, "utf-8")
         samples(done, arguments.report / "samples.png")
-    found = scores(done)
-    sys.exit(0 if all(found[a] >= REQUIRED[a] for a in REQUIRED) else 1)
+    shares = scores(done)
+    sys.exit(0 if all(shares[a] >= REQUIRED[a] for a in REQUIRED) else 1)
 
 
 if __name__ == "__main__":

@@ -64,14 +64,14 @@ class Acceleration:
 
     def settings(self) -> dict[str, Any]:
         """What decides the frames beside model and request, of what is not the usual."""
-        found: dict[str, Any] = {"loras": self.loras} if self.loras else {}
+        settings: dict[str, Any] = {"loras": self.loras} if self.loras else {}
         if self.variant.preset:
-            found["preset"] = self.variant.preset
-        found |= {"dtypes": self.dtypes} if self.dtypes else {}
+            settings["preset"] = self.variant.preset
+        settings |= {"dtypes": self.dtypes} if self.dtypes else {}
         if self.quantization is not None:
             recipe = self.quantization.recipe
-            found |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
-        return found
+            settings |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
+        return settings
 
     def save_kernels(self) -> None:
         """Keep on disk what sessions have compiled; a disk that is full costs later renders time, not this one."""
@@ -133,8 +133,8 @@ def accelerate(pipe: Any, options: AccelerateOptions | None = None, **changes: A
 
     Raises UserError for an unknown option, backend or bundle, ModelError for a pipeline of no known family.
     """
-    asked = merged(AccelerateOptions, options, changes)
-    return with_engines(pipe, asked, asked.quantization())
+    options = merged(AccelerateOptions, options, changes)
+    return with_engines(pipe, options, options.quantization())
 
 
 def with_engines(pipe: Any, options: AccelerateOptions, quantization: Quantization | None) -> Any:
@@ -201,8 +201,8 @@ def _variant_of(pipe: Any, model: str) -> Variant:
     if denoiser is None:
         raise UserError(f"{kind} has no transformer or unet; overcrank accelerates video diffusion pipelines.")
     every: dict[str, Any] = {name: getattr(module, "config", None) for name, module in pipe.components.items()}
-    read = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
-    configs = {name: dict(config) for name, config in read.items() if isinstance(config, Mapping)}
+    plain = {n: c.to_dict() if hasattr(c, "to_dict") else c for n, c in every.items()}
+    configs = {name: dict(config) for name, config in plain.items() if isinstance(config, Mapping)}
     if "scheduler" in configs:  # one that was made in memory does not say what it is
         configs["scheduler"]["_class_name"] = type(pipe.scheduler).__name__
     read_from = [pipe.config.get("_name_or_path"), *(c.get("_name_or_path") for c in configs.values())]
@@ -224,23 +224,25 @@ def denoisers(pipe: Any, variant: Variant) -> list[tuple[nn.Module, str]]:
     return [(m, serving[0].name) for part in parts if (m := getattr(pipe, part, None)) is not None]
 
 
-def _in_onnx_runtime(found: Acceleration, store: Store, bundle: Path | None) -> SessionMaker:
+def _in_onnx_runtime(acceleration: Acceleration, store: Store, bundle: Path | None) -> SessionMaker:
     """Sessions of the graphs in the bundle that is named, else of those in the store's cache."""
     if bundle is None:
-        return lambda c, part, module: graph_session(c, part, module, store, found.quantization)
-    fitting = [require_renderable(bundle, found.variant, found.quantization)]
-    found.ledger.build = build_command(found.variant, fitting[0][1].target)
-    return BundledGraphs(found.quantization, store, fitting, found.bundles).session
+        return lambda c, part, module: graph_session(c, part, module, store, acceleration.quantization)
+    fitting = [require_renderable(bundle, acceleration.variant, acceleration.quantization)]
+    acceleration.ledger.build = build_command(acceleration.variant, fitting[0][1].target)
+    return BundledGraphs(acceleration.quantization, store, fitting, acceleration.bundles).session
 
 
-def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: Path | None, slow: bool) -> SessionMaker | None:
-    variant, ledger, quantization = found.variant, found.ledger, found.quantization
+def _on_card(
+    pipe: Any, acceleration: Acceleration, store: Store, bundle: Path | None, slow: bool
+) -> SessionMaker | None:
+    variant, ledger, quantization = acceleration.variant, acceleration.ledger, acceleration.quantization
     try:
         card = _card(pipe)
     except CannotServe as error:
-        session = _without_card(pipe, found, store, bundle, error) if found.backend == "auto" else None
+        session = _without_card(pipe, acceleration, store, bundle, error) if acceleration.backend == "auto" else None
         if session is None:
-            _all_eager(found, error)
+            _all_eager(acceleration, error)
         return session
     ledger.build = build_command(variant, card.target)
     try:
@@ -248,18 +250,20 @@ def _on_card(pipe: Any, found: Acceleration, store: Store, bundle: Path | None, 
         precision = quantization.precision if quantization else _precision(pipe)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
-        _all_eager(found, error)
+        _all_eager(acceleration, error)
         return None
-    return Engines(quantization, store, fitting, found.bundles, slow, card=card, workspace=found.workspace).session
+    return Engines(
+        quantization, store, fitting, acceleration.bundles, slow, card=card, workspace=acceleration.workspace
+    ).session
 
 
-def _all_eager(found: Acceleration, error: CannotServe) -> None:
-    names = [c.name for c in components(found.variant)]
-    found.ledger.fall_back(names, error.why, standing=True)
+def _all_eager(acceleration: Acceleration, error: CannotServe) -> None:
+    names = [c.name for c in components(acceleration.variant)]
+    acceleration.ledger.fall_back(names, error.why, standing=True)
 
 
 def _without_card(
-    pipe: Any, found: Acceleration, store: Store, bundle: Path | None, error: CannotServe
+    pipe: Any, acceleration: Acceleration, store: Store, bundle: Path | None, error: CannotServe
 ) -> SessionMaker | None:
     """Sessions of the graphs that are here, in ONNX Runtime; None if there are none, or a card could be used.
 
@@ -267,8 +271,8 @@ def _without_card(
     """
     import torch
 
-    variant = found.variant
-    if found.quantization is not None or device_of(pipe).type != "cpu" or torch.cuda.is_available():
+    variant = acceleration.variant
+    if acceleration.quantization is not None or device_of(pipe).type != "cpu" or torch.cuda.is_available():
         return None
     candidates = [bundle] if bundle else [path for path, _ in store.list()]
     bundles = bundles_with_graphs(candidates, variant)
@@ -276,7 +280,7 @@ def _without_card(
         return None
     if no_card():
         log.warning("rendering on the processor, in ONNX Runtime: %s.", error)
-    return GraphsHere(None, store, bundles, found.bundles, packaged=not bundle).session
+    return GraphsHere(None, store, bundles, acceleration.bundles, packaged=not bundle).session
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -334,7 +338,7 @@ def _look_for_others(
         owner = getattr(pipe(), part, None)
         if owner is None or not module.slots:  # taken out to save memory, or engines were removed
             continue
-        found = getattr(owner, attribute, None) if attribute else owner
-        if getattr(found, "_orig_mod", found) is not module.module:
+        current = getattr(owner, attribute, None) if attribute else owner
+        if getattr(current, "_orig_mod", current) is not module.module:
             place = f"pipe.{part}.{attribute}".rstrip(".")
             ledger.fall_back([module.name], ModuleChanged(ModuleChange.REPLACED, place))

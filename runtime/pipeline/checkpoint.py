@@ -30,13 +30,13 @@ def checkpoint_digest(folder: Path, parts: Iterable[Component], store: Store) ->
     folders = [folder / name for c in parts for name in (c.subfolder, *c.also_serves) if (folder / name).is_dir()]
     files = list(dict.fromkeys(file for each in folders for file in weight_files(each)))
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    known = store.root / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
-    if not known.is_file():
+    record = store.root / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    if not record.is_file():
         store.prepare()
-        known.parent.mkdir(exist_ok=True)
-        with atomic_write(known) as part:
+        record.parent.mkdir(exist_ok=True)
+        with atomic_write(record) as part:
             part.write_text(weights_digest(files), "utf-8")
-    return known.read_text("utf-8")
+    return record.read_text("utf-8")
 
 
 def require_calibrated_on(folder: Path, recipe: Recipe | None, variant: Variant, store: Store) -> None:
@@ -45,11 +45,11 @@ def require_calibrated_on(folder: Path, recipe: Recipe | None, variant: Variant,
     if recipe is None or about is None or not about.checkpoint:
         return
     parts = [c for c in components(variant) if c.name in recipe.components]
-    found = checkpoint_digest(folder, parts, store)
-    if found != about.checkpoint:
+    digest = checkpoint_digest(folder, parts, store)
+    if digest != about.checkpoint:
         raise UserError(
             f"the recipe was calibrated on another checkpoint: calibration.checkpoint is {about.checkpoint[:16]}…, "
-            f"{folder} is {found[:16]}…; calibrate this one, or empty that field to use its ranges here."
+            f"{folder} is {digest[:16]}…; calibrate this one, or empty that field to use its ranges here."
         )
 
 
@@ -73,9 +73,9 @@ def require_whole(folder: Path, pipeline: type, kind: str) -> None:
     if not isinstance(index.get("_class_name"), str):
         raise ModelError(f"{folder / INDEX} has no _class_name, the pipeline's class; download it again.")
     optional = getattr(pipeline, "_optional_components", ())
-    for part, taken in inspect.signature(pipeline).parameters.items():
+    for part, parameter in inspect.signature(pipeline).parameters.items():
         absent = part not in parts_in(index)
-        if absent and (taken.default is not inspect.Parameter.empty or part in optional):
+        if absent and (parameter.default is not inspect.Parameter.empty or part in optional):
             continue
         if absent:
             raise ModelError(f"{folder / INDEX} names no {part}, and {pipeline.__name__} needs one; it is not whole.")
@@ -119,12 +119,12 @@ def _quantized_by(file: Path, library: str, config: Config) -> bool:
     from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as OF_DIFFUSERS
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as OF_TRANSFORMERS
 
-    said = config.get("quantization_config")
-    if said is None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
         return False
-    known = set(OF_TRANSFORMERS if library == "transformers" else OF_DIFFUSERS) - {"gguf"}  # of single files
-    method = said.get("quant_method") if isinstance(said, Mapping) else said
-    if not any(kind == method or kind.startswith(f"{method}_") for kind in known):  # bitsandbytes_4bit
+    kinds = set(OF_TRANSFORMERS if library == "transformers" else OF_DIFFUSERS) - {"gguf"}  # of single files
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if not any(kind == method or kind.startswith(f"{method}_") for kind in kinds):  # bitsandbytes_4bit
         raise ModelError(
             f"{file}: its quantization_config is of the kind {method!r}, which {library} does not read from a folder; "
             f"take the checkpoint in bf16 or fp16, and let engines quantize it."

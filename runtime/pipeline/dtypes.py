@@ -32,7 +32,7 @@ def check_parts(names: Mapping[str, Any], folder: Path | str) -> None:
 
 
 def dtypes_of(
-    variant: Variant, device: str, asked: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None
+    variant: Variant, device: str, dtypes: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None
 ) -> dict[str, torch.dtype]:
     """Part → type, "" standing for those not named: the publisher's on a card, fp32 on a processor, or as asked.
 
@@ -41,17 +41,17 @@ def dtypes_of(
     """
     import torch
 
-    if isinstance(asked, torch.dtype):
-        return {"": asked}
-    given = dict(asked) if isinstance(asked, Mapping) else _read(typed(asked or ()))
-    if "" in given:
-        return given
+    if isinstance(dtypes, torch.dtype):
+        return {"": dtypes}
+    types = dict(dtypes) if isinstance(dtypes, Mapping) else _read(typed(dtypes or ()))
+    if "" in types:
+        return types
     if device == "cpu":
-        return {"": torch.float32} | given
+        return {"": torch.float32} | types
     usual = _read({"": "bf16"} | dict(variant.dtypes))
     if torch.cuda.get_device_capability(device)[0] < 8:
         usual = {k: torch.float16 if v is torch.bfloat16 else v for k, v in usual.items()}
-    return usual | given
+    return usual | types
 
 
 def _read(names: Mapping[str, str]) -> dict[str, torch.dtype]:
@@ -65,7 +65,7 @@ def of_parts(pipe: Any) -> dict[str, str]:
     import torch
 
     ours = {v: k for k, v in NAMES.items()}
-    found = {
+    types = {
         n: str(m.dtype).removeprefix("torch.") for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)
     }
-    return {name: ours.get(dtype, dtype) for name, dtype in found.items()}
+    return {name: ours.get(dtype, dtype) for name, dtype in types.items()}

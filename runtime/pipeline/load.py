@@ -50,24 +50,24 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     import torch
     from overcrank.runtime.pipeline.accelerate import with_engines
 
-    asked = merged(LoadOptions, options, changes)
-    quantization, vram, store = asked.quantization(), vram_of(asked.vram), Store(asked.store)
-    variant, chosen = with_preset(resolve(model), asked.preset)
-    files = _of_preset(chosen) + [lora_of(argument) for argument in asked.loras]
+    options = merged(LoadOptions, options, changes)
+    quantization, vram, store = options.quantization(), vram_of(options.vram), Store(options.store)
+    variant, preset = with_preset(resolve(model), options.preset)
+    files = _of_preset(preset) + [lora_of(argument) for argument in options.loras]
     folder = checkpoint_folder(model, variant, store, watch)
     if quantization is not None:
         require_calibrated_on(folder, quantization.recipe, variant, store)
-    device = _usable_device(asked.device)
-    dtypes = dtypes_of(variant, device, asked.dtype)
-    check_parts(dtypes if asked.dtype else {}, folder)
+    device = _usable_device(options.device)
+    dtypes = dtypes_of(variant, device, options.dtype)
+    check_parts(dtypes if options.dtype else {}, folder)
     pipe = _read(folder, variant, dtypes)
     family(variant.family).prepare(pipe, variant)
     loras = _merged(pipe, variant, files)
     quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
-    shown = chosen.checkpoint if chosen and chosen.checkpoint else variant.name
-    about = with_engines(pipe, replace(asked, model=shown), quantization).overcrank
-    about.loras, about.moved, about.dtypes = loras, moved, of_parts(pipe) if asked.dtype else {}
+    name = preset.checkpoint if preset and preset.checkpoint else variant.name
+    about = with_engines(pipe, replace(options, model=name), quantization).overcrank
+    about.loras, about.moved, about.dtypes = loras, moved, of_parts(pipe) if options.dtype else {}
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
     return pipe
 
@@ -100,20 +100,20 @@ def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> 
     return pipe
 
 
-def _placed(pipe: Any, variant: Variant, device: torch.device, wanted: str | int, store: Store) -> tuple[str, ...]:
+def _placed(pipe: Any, variant: Variant, device: torch.device, vram: str | int, store: Store) -> tuple[str, ...]:
     """Put the parts where they belong; returns those that are on the card only while they run."""
     from overcrank.runtime.pipeline.accelerate import denoisers
     from overcrank.runtime.sessions.select import engines_of
 
     if device.type != "cuda":
-        if wanted != AUTO:
+        if vram != AUTO:
             raise UserError(f"{option('vram')} is for a card, and this render is on the processor; leave it out.")
         pipe.to(device)
         return ()
     parts = parts_of(pipe, [module for module, _ in denoisers(pipe, variant)])
-    plan = planned(parts, working_bytes(engines_of(store, variant)), wanted, card_of(device).free)
+    plan = planned(parts, working_bytes(engines_of(store, variant)), vram, card_of(device).free)
     if plan.moved:
-        log.info("--vram %s: %s", wanted, plan.line())
+        log.info("%s: %s", option("vram", vram), plan.line())
     place(pipe, plan.moved, device)
     return plan.moved
 
@@ -152,10 +152,10 @@ def _usable_device(device: str | None) -> str:
     if device.startswith("cuda") and not there:
         if reason := no_card():
             raise UserError(f"{option('device', device)}: {reason.sentence()}.")
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = f" (CUDA_VISIBLE_DEVICES is '{shown}')" if shown is not None else ""
-        found = f"PyTorch {torch.__version__} finds no NVIDIA GPU here{why}"
-        raise UserError(f"{option('device', device)}: {found}; use {option('device', 'cpu')}.")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" (CUDA_VISIBLE_DEVICES is '{visible}')" if visible is not None else ""
+        what = f"PyTorch {torch.__version__} finds no NVIDIA GPU here{why}"
+        raise UserError(f"{option('device', device)}: {what}; use {option('device', 'cpu')}.")
     return device
 
 
@@ -171,8 +171,8 @@ def pipeline_for(pipe: Any, variant: Variant, task: str, request: RenderRequest 
     cls = getattr(diffusers, variant.tasks[task])
     scheduler = getattr(pipe, "scheduler", None)
     own = {"scheduler": scheduler_of(scheduler, variant.rendering(task), request)} if scheduler else {}
-    taken = inspect.signature(cls.__init__).parameters
-    parts = {k: v for k, v in {**pipe.config, **pipe.components}.items() if k in taken}
-    made = cls(**(parts | own))
-    made.set_progress_bar_config(disable=True)
-    return made
+    parameters = inspect.signature(cls.__init__).parameters
+    parts = {k: v for k, v in {**pipe.config, **pipe.components}.items() if k in parameters}
+    pipeline = cls(**(parts | own))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CheckpointError, UserError, present
+from overcrank.options import option
 from overcrank.runtime.pipeline.lora_layouts import TRAINER, halves_that_disagree, layout_of, odd_setting
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class Lora:
             whole = self.differences[part, parameter].float() * self.scale
             added = whole if added is None else added + whole.reshape(added.shape)
         if added is not None and not bool(added.isfinite().all()):
-            raise CheckpointError(f"--lora {self.file} holds NaN or infinities in {part}.{parameter}; save it again.")
+            raise CheckpointError(
+                f"{lora_option(self.file)} holds NaN or infinities in {part}.{parameter}; save it again."
+            )
         return added
 
     def about(self) -> dict[str, Any]:
@@ -92,8 +95,13 @@ class Lora:
         from hashlib import sha256
 
         digest = sha256(self.file.read_bytes()).hexdigest()
-        said = {"file": self.file.name, "sha256": digest, "scale": self.scale, "parts": self.parts}
-        return said | ({"repository": self.repository} if self.repository else {})
+        entry = {"file": self.file.name, "sha256": digest, "scale": self.scale, "parts": self.parts}
+        return entry | ({"repository": self.repository} if self.repository else {})
+
+
+def lora_option(file: object, part: str = "") -> str:
+    """A LoRA as it is asked for, in a message."""
+    return option("loras", [f"{part}={file}" if part else file])
 
 
 def merge(loras: Sequence[Lora], parts: Parts) -> None:
@@ -130,8 +138,8 @@ class Contents:
         shapes += [(p, n, _alike(tensor)) for (p, n), tensor in self.differences.items()]
         return self.odd + [f"{p}.{n}" for p, n, fits in shapes if not _found(parts, p, n, fits)]
 
-    def lora(self, asked: LoraFile) -> Lora:
-        return Lora(asked.file, asked.scale, self.pairs, self.differences, asked.repository)
+    def lora(self, source: LoraFile) -> Lora:
+        return Lora(source.file, source.scale, self.pairs, self.differences, source.repository)
 
 
 def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
@@ -144,19 +152,21 @@ def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
     rest = {key: tensor for key, tensor in tensors.items() if not _DIFFERENCE.fullmatch(key)}
     strange = [key for key in rest if not _UNDERSTOOD.fullmatch(key)]
     if strange:
-        said = layout_of(strange) or f"is for another model: nothing here matches {listed(strange)}"
-        raise CheckpointError(f"--lora {file} {said}.")
-    given = _count_pairs(file, rest)
+        problem = layout_of(strange) or f"is for another model: nothing here matches {listed(strange)}"
+        raise CheckpointError(f"{lora_option(file)} {problem}.")
+    layers = _count_pairs(file, rest)
     state, alphas = _named(file, pipeline, rest)
-    found = _paired(file, state, alphas, adapter, parts)
-    read = len(found.pairs) + len(found.odd)
-    if read < given:
-        raise CheckpointError(f"--lora {file}: diffusers drops {given - read} of its {given} layers; it is not merged.")
+    contents = _paired(file, state, alphas, adapter, parts)
+    count = len(contents.pairs) + len(contents.odd)
+    if count < layers:
+        raise CheckpointError(
+            f"{lora_option(file)}: diffusers drops {layers - count} of its {layers} layers; it is not merged."
+        )
     own = next((p for p in ("transformer", "unet") if p in parts), "")
     for match in filter(None, map(_DIFFERENCE.fullmatch, tensors)):
         parameter = f"{match['name']}.{'bias' if match['kind'] == 'diff_b' else 'weight'}"
-        found.differences[own, _known(parameter, own, parts)] = tensors[match.string]
-    return found
+        contents.differences[own, _known(parameter, own, parts)] = tensors[match.string]
+    return contents
 
 
 def _count_pairs(file: Path, tensors: Mapping[str, Tensor]) -> int:
@@ -168,13 +178,13 @@ def _count_pairs(file: Path, tensors: Mapping[str, Tensor]) -> int:
             same = layers.setdefault(match["layer"], {})
             if half in same:
                 raise CheckpointError(
-                    f"--lora {file} holds several adapters, such as {same[half]} and {key}; save one alone."
+                    f"{lora_option(file)} holds several adapters, such as {same[half]} and {key}; save one alone."
                 )
             same[half] = key
     for layer, halves in layers.items():
         a, b = (tensors.get(halves.get(half, "")) for half in "AB")
         if wrong := halves_that_disagree(a, b):
-            raise CheckpointError(f"--lora {file} is not whole: {layer} {wrong}; download or save it again.")
+            raise CheckpointError(f"{lora_option(file)} is not whole: {layer} {wrong}; download or save it again.")
     return len(layers)
 
 
@@ -189,25 +199,27 @@ def _loaded(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         tensors = load_file(file)
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
+        with safe_open(file, framework="pt") as reader:
+            header = reader.metadata() or {}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"--lora {file} cannot be read as safetensors: {str(error).rstrip('.')}.") from error
+        raise UserError(f"{lora_option(file)} cannot be read as safetensors: {str(error).rstrip('.')}.") from error
     if any("dora_scale" in k or "magnitude_vector" in k for k in tensors):
-        raise UserError(f"--lora {file} is a DoRA, which cannot be merged here; merge it into the checkpoint first.")
+        raise UserError(
+            f"{lora_option(file)} is a DoRA, which cannot be merged here; merge it into the checkpoint first."
+        )
     if quantized := next((k for k, tensor in tensors.items() if not tensor.is_floating_point()), ""):
         raise CheckpointError(
-            f"--lora {file}: tensor '{quantized}' is {tensors[quantized].dtype}, no floating type; take the file in "
-            f"bf16 or fp16."
+            f"{lora_option(file)}: tensor '{quantized}' is {tensors[quantized].dtype}, no floating type; take the file "
+            f"in bf16 or fp16."
         )
     try:
         adapter = json.loads(header.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
         adapter = None
     if not isinstance(adapter, dict):
-        raise UserError(f"--lora {file}: its lora_adapter_metadata is no JSON object; save the LoRA again.")
+        raise UserError(f"{lora_option(file)}: its lora_adapter_metadata is no JSON object; save the LoRA again.")
     if odd := odd_setting(adapter):
-        raise UserError(f"--lora {file}: its lora_adapter_metadata has {odd}; it is not merged here: {TRAINER}.")
+        raise UserError(f"{lora_option(file)}: its lora_adapter_metadata has {odd}; it is not merged here: {TRAINER}.")
     return tensors, adapter
 
 
@@ -215,19 +227,19 @@ def _named(file: Path, pipeline: type, rest: Mapping[str, Tensor]) -> tuple[Mapp
     """The tensors under diffusers' names, and the alphas it does not multiply in."""
     reader: Any = getattr(pipeline, "lora_state_dict", None)
     if reader is None:
-        raise UserError(f"--lora {file}: {pipeline.__name__} takes no LoRA.")
+        raise UserError(f"{lora_option(file)}: {pipeline.__name__} takes no LoRA.")
     if not rest:
         return {}, {}
     alphas = {} if "return_alphas" not in inspect.signature(reader).parameters else {"return_alphas": True}
     try:
-        found = reader(dict(rest), **alphas)
+        result = reader(dict(rest), **alphas)
     except Exception as error:  # its converters take the file as they expect it to be
-        said = layout_of(rest) or (
+        problem = layout_of(rest) or (
             f"is for another model: diffusers does not understand its names, such as {listed(sorted(rest)[:2])} "
             f"({type(error).__name__}: {str(error)[:160]})"
         )
-        raise CheckpointError(f"--lora {file} {said}.") from error
-    state, scales = found if isinstance(found, tuple) else (found, None)
+        raise CheckpointError(f"{lora_option(file)} {problem}.") from error
+    state, scales = result if isinstance(result, tuple) else (result, None)
     return state, scales or {}
 
 
@@ -235,27 +247,27 @@ def _paired(
     file: Path, state: Mapping[str, Tensor], alphas: Mapping[str, float], adapter: Mapping[str, Any], parts: Parts
 ) -> Contents:
     halves: dict[Place, dict[str, Tensor]] = {}
-    found = Contents()
+    contents = Contents()
     factor = _Factor(file, state, alphas, adapter)
     for key, tensor in state.items():
         match = _HALF.fullmatch(key)
         if match is None:
-            found.odd += [] if key.endswith(".alpha") else [key]
+            contents.odd += [] if key.endswith(".alpha") else [key]
             continue
         half = "A" if match["half"] in ("A", "down") else "B"
         halves.setdefault((match["part"], match["layer"]), {})[half + match["kind"]] = tensor
     for (part, layer), own in halves.items():
         if not {"Aweight", "Bweight"} <= own.keys() or "Abias" in own:
-            found.odd += [f"{part}.{layer}.lora_{kind[0]}.{kind[1:]}" for kind in own]
+            contents.odd += [f"{part}.{layer}.lora_{kind[0]}.{kind[1:]}" for kind in own]
             continue
         a, b = own["Aweight"], own["Bweight"]
         scale = factor.of(part, layer, a.shape[0])
         name = _known(f"{layer}.weight", part, parts).removesuffix(".weight")
-        found.pairs[part, name] = (a, b, scale)
+        contents.pairs[part, name] = (a, b, scale)
         if "Bbias" in own:
-            found.differences[part, f"{name}.bias"] = own["Bbias"] * scale
-    found.odd += [key for key in state if key.endswith(".alpha") and key not in factor.used]
-    return found
+            contents.differences[part, f"{name}.bias"] = own["Bbias"] * scale
+    contents.odd += [key for key in state if key.endswith(".alpha") and key not in factor.used]
+    return contents
 
 
 @dataclass
@@ -276,7 +288,7 @@ class _Factor:
         except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, re.error):
             scale = math.nan
         if not math.isfinite(scale):
-            raise UserError(f"--lora {self.file}: the alpha of {part}.{layer} is no number; save the LoRA again.")
+            raise UserError(f"{lora_option(self.file)}: the alpha of {part}.{layer} is no number; save the LoRA again.")
         return scale
 
     def _alpha(self, config: Mapping[str, Any], part: str, layer: str) -> float | None:
@@ -324,10 +336,10 @@ def _renamed(cls: str, parameter: str) -> str:
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     try:
-        found: nn.Parameter = module.get_parameter(name)
+        parameter: nn.Parameter = module.get_parameter(name)
     except AttributeError:
         return None
-    return found
+    return parameter
 
 
 def _found(parts: Parts, part: str, name: str, fits: Callable[[nn.Parameter], bool]) -> bool:

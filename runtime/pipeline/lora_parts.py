@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from overcrank.errors import CheckpointError, UserError
-from overcrank.runtime.pipeline.lora import Contents, Lora, LoraFile, Parts, listed, read_contents
+from overcrank.options import option
+from overcrank.runtime.pipeline.lora import Contents, Lora, LoraFile, Parts, listed, lora_option, read_contents
 from overcrank.runtime.pipeline.lora_layouts import layout_of
 
 _WRITTEN = re.compile(r"(?P<part>[A-Za-z_]\w*)=(?P<file>.+)", re.DOTALL)
@@ -16,21 +17,23 @@ _WRITTEN = re.compile(r"(?P<part>[A-Za-z_]\w*)=(?P<file>.+)", re.DOTALL)
 
 def lora_of(argument: str) -> LoraFile:
     """FILE, FILE:SCALE or PART=FILE:SCALE; raises UserError for a file that does not exist."""
-    written = None if Path(argument).is_file() else _WRITTEN.fullmatch(argument)
-    part, rest = (written["part"], written["file"]) if written else ("", argument)
+    match = None if Path(argument).is_file() else _WRITTEN.fullmatch(argument)
+    part, rest = (match["part"], match["file"]) if match else ("", argument)
     path, colon, scale = rest.rpartition(":")
     try:
         file, factor = (Path(path), float(scale)) if colon else (Path(rest), 1.0)
     except ValueError:  # a colon of the path, as in C:\
         file, factor = Path(rest), 1.0
     if not file.expanduser().is_file():
-        raise UserError(f"--lora {argument}: {file} does not exist; give FILE or FILE:SCALE, or PART=FILE:SCALE.")
+        raise UserError(f"{lora_option(argument)}: {file} does not exist; give FILE or FILE:SCALE, or PART=FILE:SCALE.")
     if not math.isfinite(factor):
-        raise UserError(f"--lora {argument}: the scale {factor} is no number to multiply with; give one such as 0.8.")
+        raise UserError(
+            f"{lora_option(argument)}: the scale {factor} is no number to multiply with; give one such as 0.8."
+        )
     return LoraFile(file.expanduser(), factor, part)
 
 
-def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: Mapping[str, str]) -> list[Lora]:
+def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: Mapping[str, str]) -> list[Lora]:
     """Every file for its part of a pipeline of class `pipeline` with these modules.
 
     `words`: what people call the parts of one architecture, such as the experts of a model that has two; they mean
@@ -39,40 +42,38 @@ def read_loras(asked: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
     nothing.
     """
     experts = dict(words) if set(words.values()) <= parts.keys() else {}
-    made: list[Lora] = []
+    loras: list[Lora] = []
     unwritten: dict[str, LoraFile] = {}  # expert → the file that was taken for it
-    for one in asked:
+    for one in files:
         contents = _placed(one, read_contents(one.file, pipeline, parts), pipeline, parts, experts)
         unmatched = contents.unmatched(parts)
         if unmatched or not (contents.pairs or contents.differences):
-            said = layout_of(unmatched) or f"is for another model: nothing here matches {listed(unmatched) or 'it'}"
-            raise CheckpointError(f"--lora {one.file} {said}.")
+            problem = layout_of(unmatched) or f"is for another model: nothing here matches {listed(unmatched) or 'it'}"
+            raise CheckpointError(f"{lora_option(one.file)} {problem}.")
         expert = next((p for p in contents.parts() if p in experts.values()), "")
         if expert and not one.part:
             if expert in unwritten:
                 raise UserError(
-                    f"--lora {unwritten[expert].file} and --lora {one.file} would both go into {expert}; say which "
-                    f"expert each is for: {_examples([unwritten[expert].file, one.file], experts)}."
+                    f"{lora_option(unwritten[expert].file)} and {lora_option(one.file)} would both go into "
+                    f"{expert}; say which expert each is for: {_examples([unwritten[expert].file, one.file], experts)}."
                 )
             unwritten[expert] = one
-        made.append(contents.lora(one))
-    return made
+        loras.append(contents.lora(one))
+    return loras
 
 
 def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> Contents:
     """The contents under the part they are for."""
-    said = said_by(one.file.name, experts)
+    words, name = said_by(one.file.name, experts), lora_option(one.file, one.part)
     if one.part:
         part = _part_named(one, pipeline, parts, experts)
-        if said and part in experts.values() and part not in {experts[w] for w in said}:
+        if words and part in experts.values() and part not in {experts[w] for w in words}:
             raise UserError(
-                f"--lora {one.part}={one.file}: the file's name says {said[0]}, and {one.part} is the other expert; "
-                f"write --lora {said[0]}={one.file}."
+                f"{name}: the file's name says {words[0]}, and {one.part} is the other expert; write "
+                f"{lora_option(one.file, words[0])}."
             )
         if len(contents.parts()) > 1:
-            raise UserError(
-                f"--lora {one.part}={one.file} holds layers of {' and '.join(contents.parts())}; leave {one.part}= out."
-            )
+            raise UserError(f"{name} holds layers of {' and '.join(contents.parts())}; leave {one.part}= out.")
         return contents.moved(part)
     if not any(part in experts.values() for part in contents.parts()) or len(contents.parts()) != 1:
         return contents
@@ -81,12 +82,12 @@ def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, exp
         return contents.moved(fitting[0])
     if not fitting:
         return contents  # of another model
-    if len(said) != 1:
+    if len(words) != 1:
         raise UserError(
-            f"--lora {one.file}: it fits {len(fitting)} experts of {pipeline.__name__}, and its name does not say "
-            f"which it is for; write {_examples([one.file, one.file], experts)}, or one of the two."
+            f"{lora_option(one.file)}: it fits {len(fitting)} experts of {pipeline.__name__}, and its name does not "
+            f"say which it is for; write {_examples([one.file, one.file], experts)}, or one of the two."
         )
-    return contents.moved(experts[said[0]])
+    return contents.moved(experts[words[0]])
 
 
 def said_by(name: str, words: Mapping[str, str]) -> list[str]:
@@ -106,13 +107,13 @@ def _part_named(one: LoraFile, pipeline: type, parts: Parts, experts: Mapping[st
         return part
     called = {part: word for word, part in experts.items()}
     there = ", ".join(f"{p} ({called[p]})" if p in called else p for p in sorted(parts))
-    raise UserError(f"--lora {one.part}={one.file}: {pipeline.__name__} has no part '{one.part}'; it has {there}.")
+    raise UserError(f"{lora_option(one.file, one.part)}: {pipeline.__name__} has no part '{one.part}'; it has {there}.")
 
 
 def _examples(files: Sequence[Path], experts: Mapping[str, str]) -> str:
     """What to write: each file with the word of its name, else the words in their order."""
-    left = [w for w in experts if not any(w in said_by(f.name, experts) for f in files)] or list(experts)
-    written = [(said_by(f.name, experts) or [left[i % len(left)]])[0] for i, f in enumerate(files)]
-    if len(set(written)) < len(files):
-        written = list(experts)[: len(files)]
-    return " ".join(f"--lora {word}={file}" for word, file in zip(written, files, strict=True))
+    rest = [w for w in experts if not any(w in said_by(f.name, experts) for f in files)] or list(experts)
+    words = [(said_by(f.name, experts) or [rest[i % len(rest)]])[0] for i, f in enumerate(files)]
+    if len(set(words)) < len(files):
+        words = list(experts)[: len(files)]
+    return option("loras", [f"{word}={file}" for word, file in zip(words, files, strict=True)])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.manifest import ComponentEntry, ShapeEntry, TensorEntry
 from overcrank.errors import UserError
+from overcrank.options import option
 from overcrank.units import human_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Plan:
     peak: int
 
     def line(self) -> str:
-        kept = f"{', '.join(self.moved)} on the card only while in use" if self.moved else "every part on the card"
-        return f"{kept}; weights and engines take {human_bytes(self.peak)} at most"
+        where = f"{', '.join(self.moved)} on the card only while in use" if self.moved else "every part on the card"
+        return f"{where}; weights and engines take {human_bytes(self.peak)} at most"
 
 
 def vram_of(word: str) -> str | int:
@@ -58,24 +59,24 @@ def vram_of(word: str) -> str | int:
     if word in MODES:
         return word
     try:
-        size = 0 if word.strip().isdigit() else parse_size(word, "--vram")
+        size = 0 if word.strip().isdigit() else parse_size(word, option("vram"))
     except UserError:
         size = 0
     if not size:
-        raise UserError(f"--vram {word}: use {', '.join(MODES)}, or an amount such as 8GB.")
+        raise UserError(f"{option('vram', word)}: use {', '.join(MODES)}, or an amount such as 8GB.")
     return size
 
 
-def planned(parts: Sequence[Part], working: int, wanted: str | int, free: int) -> Plan:
+def planned(parts: Sequence[Part], working: int, vram: str | int, free: int) -> Plan:
     """`working`: bytes of the largest activations; `free`: of the card, for auto.
 
     Raises UserError when an amount was given that not even the weights fit in.
     """
     fixed = {HIGH: (), LOW: tuple(p.name for p in parts)}
     fixed[BALANCED] = tuple(p.name for p in parts if p.rank == ENCODERS)
-    if isinstance(wanted, str) and wanted in fixed:
-        return Plan(fixed[wanted], _peak(parts, fixed[wanted], working))
-    budget = wanted if isinstance(wanted, int) else free - RESERVE
+    if isinstance(vram, str) and vram in fixed:
+        return Plan(fixed[vram], _peak(parts, fixed[vram], working))
+    budget = vram if isinstance(vram, int) else free - RESERVE
     order = [p.name for p in sorted(parts, key=lambda p: (p.rank, -p.weights))]
     plans = [Plan(moved, _peak(parts, moved, working)) for i in range(len(order) + 1) if (moved := tuple(order[:i]), 1)]
     fitting = next((plan for plan in plans if plan.peak <= budget), None)
@@ -83,15 +84,16 @@ def planned(parts: Sequence[Part], working: int, wanted: str | int, free: int) -
         return fitting
     least = min(plans, key=lambda plan: plan.peak)
     weights = _peak(parts, least.moved, 0)
-    if isinstance(wanted, int) and wanted < weights:
+    if isinstance(vram, int) and vram < weights:
         raise UserError(
-            f"--vram {human_bytes(wanted)}: one part alone has {human_bytes(weights)} of weights; give more."
+            f"{option('vram', human_bytes(vram))}: one part alone has {human_bytes(weights)} of weights; give more."
         )
     log.warning(
         "with one part at a time weights and engines take %s at the engines' largest shapes, and there is %s: a large "
-        "video may not fit; quantize with --precision, or build for smaller ones.",
+        "video may not fit; quantize with %s, or build for smaller ones.",
         human_bytes(least.peak),
         human_bytes(budget),
+        option("precision"),
     )
     return least
 
@@ -156,14 +158,14 @@ def _unnamed(spec: TensorEntry, video: int, input_bytes: int) -> int:
 def parts_of(pipe: Any, denoisers: Sequence[nn.Module]) -> list[Part]:
     import torch
 
-    found = []
+    parts = []
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
-            held = (*module.parameters(), *module.buffers())
+            tensors = (*module.parameters(), *module.buffers())
             encodes = name.startswith(("text_encoder", "image_encoder"))
             rank = DENOISERS if any(module is d for d in denoisers) else ENCODERS if encodes else OTHERS
-            found.append(Part(name, sum(t.numel() * t.element_size() for t in held), rank))
-    return found
+            parts.append(Part(name, sum(t.numel() * t.element_size() for t in tensors), rank))
+    return parts
 
 
 def place(pipe: Any, moved: Sequence[str], device: torch.device) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from overcrank.engines.cluster import RETRIES, heard
 from overcrank.errors import OvercrankError, RenderError, UserError
 from overcrank.models.base import Variant
+from overcrank.options import use_flags
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.render.renderer import (
     CANCELLED,
@@ -36,6 +37,7 @@ class _RemoteRenderer:
     """Lives in a process of the cluster; loads the pipeline when it is first needed."""
 
     def __init__(self) -> None:
+        use_flags(True)  # a command started this process
         self._loading = threading.Lock()
         self._renderer: Renderer | None = None
         self._attempts: dict[RenderJob, tuple[int, int]] = {}
@@ -174,13 +176,13 @@ class ClusterRenderer:
 
     def _lost(self, number: int, actor: Any) -> None:
         """Load the model anew where the process was, and render the job where there is room."""
-        job, tried = self._jobs[number], self._attempt[number]
+        job, attempts = self._jobs[number], self._attempt[number]
         self._free = [a for a in self._free if a is not actor]
         if actor not in self._starting.values():
             self._starting[self._asked(actor)] = actor
         remove_partial_results(job.stem)
-        if tried > RETRIES:
-            self._outcomes[number] = _failure(job, f"its process was lost {tried} times (out of memory?)")
+        if attempts > RETRIES:
+            self._outcomes[number] = _failure(job, f"its process was lost {attempts} times (out of memory?)")
             self._watcher.ended(self._outcomes[number])
             return
         log.warning("%s: its process was lost; it is rendered again.", job.stem.name)

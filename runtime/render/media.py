@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from overcrank.errors import RequestError, present
 from overcrank.models import family
 from overcrank.models.base import Media, Variant, VideoShape
+from overcrank.options import option
 from overcrank.runtime.render.pictures import on_white, picture_of
 
 if TYPE_CHECKING:
@@ -115,20 +116,21 @@ def fitted_video(path: Path, shape: VideoShape, count: int, last: bool, pad: boo
     """
     from PIL import Image, ImageOps
 
-    kept: deque[Any] = deque(maxlen=count)
+    frames: deque[Any] = deque(maxlen=count)
     size = (shape.width, shape.height)
     with opened_media(path, "video") as container:
         aspect = float(container.streams.video[0].sample_aspect_ratio or 1)
         for frame in container.decode(video=0):
-            kept.append(frame if last else ImageOps.fit(_shown(frame, aspect), size, Image.Resampling.LANCZOS))
-            if len(kept) == count and not last:
+            frames.append(frame if last else ImageOps.fit(_shown(frame, aspect), size, Image.Resampling.LANCZOS))
+            if len(frames) == count and not last:
                 break
         if last:
-            kept = deque(ImageOps.fit(_shown(frame, aspect), size, Image.Resampling.LANCZOS) for frame in kept)
-    if not kept or (len(kept) < count and not pad):
-        fix = "give a longer one" if last else "lower --frames, or add --fit to go on with its last frame"
-        raise RequestError(f"video {path} has {len(kept)} frames and {count} are used; {fix}.")
-    return [*kept, *[kept[-1]] * (count - len(kept))]
+            frames = deque(ImageOps.fit(_shown(frame, aspect), size, Image.Resampling.LANCZOS) for frame in frames)
+    if not frames or (len(frames) < count and not pad):
+        further = f"lower {option('frames')}, or add {option('fit', True)} to go on with its last frame"
+        fix = "give a longer one" if last else further
+        raise RequestError(f"video {path} has {len(frames)} frames and {count} are used; {fix}.")
+    return [*frames, *[frames[-1]] * (count - len(frames))]
 
 
 def _shown(frame: Any, aspect: float) -> Image.Image:
@@ -136,12 +138,12 @@ def _shown(frame: Any, aspect: float) -> Image.Image:
     from PIL import Image
 
     clear = any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8"
-    wanted: dict[str, Any] = {"format": "rgba" if clear else "rgb24", "width": max(1, round(frame.width * aspect))}
+    settings: dict[str, Any] = {"format": "rgba" if clear else "rgb24", "width": max(1, round(frame.width * aspect))}
     if frame.colorspace == UNTAGGED and frame.height >= HD_LINES:
-        wanted["src_colorspace"] = BT709
+        settings["src_colorspace"] = BT709
     if frame.color_trc in HDR or (frame.color_primaries in WIDE and frame.color_trc != UNTAGGED):
-        wanted |= {"dst_color_trc": BT709, "dst_color_primaries": BT709}
-    return on_white(Image.fromarray(_turned(frame.to_ndarray(**wanted), frame)))
+        settings |= {"dst_color_trc": BT709, "dst_color_primaries": BT709}
+    return on_white(Image.fromarray(_turned(frame.to_ndarray(**settings), frame)))
 
 
 def _turned(pixels: Any, frame: Any) -> Any:
@@ -196,10 +198,10 @@ def fitted_image(path: Path, shape: VideoShape) -> Image.Image:
     size = (shape.width, shape.height)
     width, height = picture.size
     scale = min(width / size[0], height / size[1])
-    kept = (round(size[0] * scale), round(size[1] * scale))
-    if max(width - kept[0], height - kept[1]) > 1:
+    middle = (round(size[0] * scale), round(size[1] * scale))
+    if max(width - middle[0], height - middle[1]) > 1:
         log.warning(
             "%s is %dx%d and the video %dx%d: its middle %dx%d is used, the rest is cut off.",
-            path.name, width, height, *size, *kept,
+            path.name, width, height, *size, *middle,
         )  # fmt: skip
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)

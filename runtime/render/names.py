@@ -52,6 +52,6 @@ def split_suffix(out: Path, suffixes: tuple[str, ...]) -> tuple[Path, str]:
         return out.with_suffix(""), suffix.removeprefix(".")
     kind = (mimetypes.guess_type(f"x{suffix}", strict=False)[0] or "").partition("/")[0]
     if kind in ("video", "image", "audio") or suffix in MEDIA:
-        known = ", ".join(f".{s}" for s in suffixes)
-        raise RequestError(f"--out {out}: unknown suffix {suffix}; use {known} (png: frames), or none.")
+        choices = ", ".join(f".{s}" for s in suffixes)
+        raise RequestError(f"--out {out}: unknown suffix {suffix}; use {choices} (png: frames), or none.")
     return out, ""

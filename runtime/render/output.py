@@ -62,9 +62,9 @@ def write_results(video: Video, stem: Path, writing: Writing) -> list[Path]:
     """
     import numpy as np
 
-    shown = _without_folders(writing.about) if writing.metadata else {}
+    notes = _without_folders(writing.about) if writing.metadata else {}
     writers: dict[str, Callable[[Path], None]] = {
-        "mp4": lambda p: write_mp4(video, p, shown, writing.audio),
+        "mp4": lambda p: write_mp4(video, p, notes, writing.audio),
         "gif": lambda p: write_gif(video, p),
         "png": lambda p: _write_frames(video.frames, p),
         "sheet": lambda p: contact_sheet(video.frames).save(p),
@@ -73,12 +73,12 @@ def write_results(video: Video, stem: Path, writing: Writing) -> list[Path]:
     final = result_paths(stem, writing.formats)
     require_free(stem, writing.formats, writing.replace)
     with write_errors(stem.parent, "--out"), staging(stem) as work:
-        listed = []
+        entries = []
         for name, path in final.items():
             writers[name](work / path.name)
-            listed.append({"format": name, "name": path.name} | described(work / path.name))
+            entries.append({"format": name, "name": path.name} | described(work / path.name))
         digest = hashlib.sha256(np.ascontiguousarray(video.frames).data).hexdigest()
-        about = _relative(writing.about, stem.parent) | {"frames_sha256": digest, "files": listed}
+        about = _relative(writing.about, stem.parent) | {"frames_sha256": digest, "files": entries}
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         (work / sidecar_path(stem).name).write_text(text, "utf-8", errors="backslashreplace")
         place(work, stem, writing.formats, writing.replace)
@@ -174,12 +174,12 @@ def _mux_sound(container: Any, sound: Any, heard: Iterator[Any], seconds: float)
             yield from resampler.resample(decoded)
         yield from resampler.resample(None)
 
-    written = 0
+    position = 0
     for frame in resampled():
-        if written >= seconds * RATE:
+        if position >= seconds * RATE:
             break
-        frame.pts = written
-        written += frame.samples
+        frame.pts = position
+        position += frame.samples
         container.mux(sound.encode(frame))
     container.mux(sound.encode(None))
 
@@ -189,14 +189,14 @@ def write_gif(video: Video, path: Path) -> None:
     from PIL import Image
 
     times = [round(100 * i / video.fps) for i in range(len(video.frames) + 1)]
-    shown, ends = [0], []
+    indices, ends = [0], []
     for i in range(1, len(video.frames)):
-        if times[i] - times[shown[-1]] >= GIF_SHORTEST:
+        if times[i] - times[indices[-1]] >= GIF_SHORTEST:
             ends.append(times[i])
-            shown.append(i)
-    ends.append(max(times[-1], times[shown[-1]] + GIF_SHORTEST))
-    durations = [10 * (end - times[i]) for i, end in zip(shown, ends, strict=True)]
-    first, *rest = [Image.fromarray(video.frames[i]) for i in shown]
+            indices.append(i)
+    ends.append(max(times[-1], times[indices[-1]] + GIF_SHORTEST))
+    durations = [10 * (end - times[i]) for i, end in zip(indices, ends, strict=True)]
+    first, *rest = [Image.fromarray(video.frames[i]) for i in indices]
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
@@ -223,7 +223,7 @@ def contact_sheet(frames: np.ndarray) -> Image.Image:
     from PIL import Image, ImageDraw
 
     count = min(SHEET_TILES, len(frames))
-    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    indices = np.linspace(0, len(frames) - 1, count).round().astype(int)
     height, width = frames.shape[1:3]
     tile = (SHEET_WIDTH, max(1, round(SHEET_WIDTH * height / width)))
     columns, margin, label = min(4, count), 4, 14
@@ -231,7 +231,7 @@ def contact_sheet(frames: np.ndarray) -> Image.Image:
     cell = (tile[0] + margin, tile[1] + label + margin)
     sheet = Image.new("RGB", (columns * cell[0] + margin, rows * cell[1] + margin), (32, 32, 32))
     draw = ImageDraw.Draw(sheet)
-    for i, index in enumerate(chosen):
+    for i, index in enumerate(indices):
         left, top = margin + i % columns * cell[0], margin + i // columns * cell[1]
         sheet.paste(Image.fromarray(frames[index]).resize(tile, Image.Resampling.LANCZOS), (left, top + label))
         draw.text((left + 2, top + 1), f"frame {index}", fill=(220, 220, 220))

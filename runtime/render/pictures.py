@@ -46,9 +46,9 @@ def picture_of(path: Path) -> Image.Image:
         if size > LARGEST:
             raise RequestError(f"image {path} has {human_bytes(size)}; pictures have at most {human_bytes(LARGEST)}.")
         # Not by its path: of mapped files Pillow 13 reads rows of turned TIFFs at the wrong places.
-        with path.open("rb") as stream, Image.open(stream, formats=[f for f in FORMATS if f in _known()]) as opened:
-            opened.load()
-            return on_white(_in_srgb(_eight_bit(ImageOps.exif_transpose(opened), opened, path), path))
+        with path.open("rb") as stream, Image.open(stream, formats=[f for f in FORMATS if f in _known()]) as source:
+            source.load()
+            return on_white(_in_srgb(_eight_bit(ImageOps.exif_transpose(source), source, path), path))
     except RequestError:
         raise
     except Exception as error:  # whatever Pillow's parsers make of damage
@@ -120,14 +120,14 @@ def _in_srgb(picture: Image.Image, path: Path) -> Image.Image:
     alpha = picture.getchannel("A") if picture.mode.endswith("A") else None
     colours = picture.convert(picture.mode.removesuffix("A")) if alpha else picture
     try:
-        shown = ImageCms.profileToProfile(
+        result = ImageCms.profileToProfile(
             colours, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         log.warning("%s has a colour profile that cannot be used (%s); its colours are read as sRGB.", path.name, error)
         return picture
-    if shown is None:
+    if result is None:
         return picture
     if alpha is not None:
-        shown.putalpha(alpha)
-    return shown
+        result.putalpha(alpha)
+    return result

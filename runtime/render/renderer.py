@@ -24,6 +24,7 @@ from overcrank.errors import OvercrankError, RenderCancelled, RenderError
 from overcrank.models import family
 from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
+from overcrank.options import merged, option
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
 from overcrank.runtime.pipeline.checkpoint import broken_weight
@@ -99,22 +100,21 @@ class Renderer:
         pipe: Any,
         model: str,
         watcher: Watcher,
-        *,
-        preview: bool = False,
-        lanes: int | None = None,
-        cache: float = 0.0,
-        metadata: bool = True,
+        options: RenderOptions | None = None,
+        **changes: Any,
     ) -> None:
-        """`pipe`: an accelerated pipeline; `lanes`: jobs at a time [default: 2 on a GPU of 24 GB or more, else 1].
+        """`pipe`: an accelerated pipeline. `changes`: fields of RenderOptions, over those of `options`.
 
-        One at a time if parts of the pipeline come and go. `cache`: threshold of the step cache
-        (stepcache.py), 0 for none. `metadata`: whether MP4s say what they were made of.
+        Of the options its own fields are looked at; the pipeline is loaded. One job at a time if parts of it come
+        and go, whatever `lanes` says. Raises UserError for an unknown option or word.
         """
-        self.pipe, self.model, self.watcher, self.preview = pipe, model, watcher, preview
-        self.metadata = metadata
+        options = merged(RenderOptions, options, changes)
+        self.pipe, self.model, self.watcher = pipe, model, watcher
+        self.preview, self.metadata = options.preview, options.metadata
         self.acceleration: Acceleration = pipe.overcrank
-        self.cache = StepCache(cache, self.acceleration.variant, self.acceleration.ledger)
-        self.lanes = 1 if self.acceleration.moved else lanes or _lanes(device_of(pipe))
+        variant = self.acceleration.variant
+        self.cache = StepCache(threshold_of(options.cache, variant), variant, self.acceleration.ledger)
+        self.lanes = 1 if self.acceleration.moved else options.lanes or _lanes(device_of(pipe))
         self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
         self._cancelled = threading.Event()
 
@@ -185,7 +185,8 @@ class Renderer:
         device = device_of(self.pipe)
         if isinstance(error, torch.OutOfMemoryError):
             figures = f" ({free_memory(*memory_of(device))})" if device.type == "cuda" else ""
-            return f"out of memory{figures}; render fewer frames, a smaller size, with --vram low, or with --lanes 1."
+            less = f"with {option('vram', 'low')}, or with {option('lanes', 1)}"
+            return f"out of memory{figures}; render fewer frames, a smaller size, {less}."
         if isinstance(error, torch.AcceleratorError):
             self._cancelled.set()  # nothing more can be computed in this process
             first = str(error).strip().splitlines()[0]
@@ -200,15 +201,15 @@ class Renderer:
             try:
                 video, pipe = self.made(outcome)
             except NonFinite as error:
-                used = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
+                components = sorted(c for c, b in record.backends().items() if set(b) != {"eager"})
                 if broken := broken_weight(self.pipe):
                     raise RenderError(
                         f"{error}: {broken} holds NaN or infinities, so the checkpoint is damaged, or is too large for "
                         f"the part's dtype; download it again, or load that part in bf16 or fp32."
                     ) from error
-                if not used:
+                if not components:
                     raise RenderError(f"the model itself gave {error}; try another seed, or dtype.") from error
-                ledger.fall_back(used, NonFiniteResult(str(error)))
+                ledger.fall_back(components, NonFiniteResult(str(error)))
                 with ledger.eagerly():
                     try:
                         video, pipe = self.made(outcome)
@@ -328,14 +329,14 @@ def _usual_arguments(request: RenderRequest) -> dict[str, Any]:
 
 def _guidance(request: RenderRequest) -> dict[str, Any]:
     """Kinds of guidance that not every pipeline has."""
-    asked = {"guidance_scale_2": request.guidance_2, "guidance_rescale": request.guidance_rescale or None}
-    return {k: v for k, v in asked.items() if v is not None}
+    values = {"guidance_scale_2": request.guidance_2, "guidance_rescale": request.guidance_rescale or None}
+    return {k: v for k, v in values.items() if v is not None}
 
 
 def _taken(pipe: Any, arguments: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     """The arguments but those of the usual ones that this pipeline lacks: not every one takes a size, or guidance."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    return {k: v for k, v in arguments.items() if k in known or k not in usual}
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {k: v for k, v in arguments.items() if k in parameters or k not in usual}
 
 
 def _lanes(device: Any) -> int:
@@ -366,14 +367,6 @@ def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) ->
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    threshold = threshold_of(options.cache, variant)
+    threshold_of(options.cache, variant)  # a wrong word is told before anything is loaded
     pipe = load(options.model, options, watch=unwatched)  # a bar would be drawn over that of the jobs
-    return Renderer(
-        pipe,
-        variant.name,
-        watcher,
-        preview=options.preview,
-        lanes=options.lanes,
-        cache=threshold,
-        metadata=options.metadata,
-    )
+    return Renderer(pipe, variant.name, watcher, options)

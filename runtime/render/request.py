@@ -16,6 +16,7 @@ from overcrank.errors import RequestError, ShapeError, UserError, present
 from overcrank.models import check_shape, family, local_folder
 from overcrank.models._schedulers import RESCALING
 from overcrank.models.base import Rendering, Variant, VideoShape
+from overcrank.options import option
 from overcrank.runtime.render.media import length_of, rate_of, require_sound, size_of_picture
 from overcrank.runtime.render.names import check_name, same_name
 from overcrank.runtime.render.schedule import scheduled
@@ -29,7 +30,6 @@ PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
 FILES = ("image", "last_image", "video", "audio")
 LONGEST_SIDE, MOST_FRAMES = 16_384, 100_000
 SLOWEST, FASTEST = 0.1, 240.0  # frames a second
-FITTING = 'With --fit, or "fit": true in a job, it is rounded up and cropped back.'
 LARGEST_TEXT = 64_000_000
 """Bytes of a file of jobs or prompts."""
 
@@ -100,7 +100,7 @@ class RenderRequest(BaseModel):
         if self.video is not None and (self.image is not None or self.last_image is not None):
             raise RequestError("video and image both condition the render; give one of them.")
         if self.task not in variant.tasks:
-            what = variant.name + (f" with --preset {variant.preset}" if variant.preset else "")
+            what = variant.name + (f" with {option('preset', variant.preset)}" if variant.preset else "")
             raise RequestError(f"{what} cannot do {self.task}: it does {', '.join(variant.tasks)}.")
         rendering = variant.rendering(self.task)
         if self.guidance_until < 1 and not family(variant.family).guides_apart:
@@ -181,32 +181,33 @@ class RenderRequest(BaseModel):
             raise RequestError("seconds and frames both say how long the video is; give one of them.")
         if self.seconds is not None:
             step, offset = family(variant.family).grid(variant)["frames"]
-            asked = max(1, round(self.seconds * present(self.fps, "fps of the request")))
-            return asked if self.fit else max(offset or step, round((asked - offset) / step) * step + offset)
+            count = max(1, round(self.seconds * present(self.fps, "fps of the request")))
+            return count if self.fit else max(offset or step, round((count - offset) / step) * step + offset)
         if self.fit and "video" in paths and not family(variant.family).clip_of(variant, variant.native)[1]:
             return length_of(paths["video"], usual)
         return usual
 
     def _fitted(self, variant: Variant, values: Mapping[str, object]) -> dict[str, object]:
         """The size that is computed, and of it what is kept; raises ShapeError for one that has to be rounded first."""
-        asked = self.model_copy(update=dict(values)).shape
+        shape = self.model_copy(update=dict(values)).shape
         if not self.fit:
             try:
-                check_shape(variant, asked)
+                check_shape(variant, shape)
             except ShapeError as error:
-                raise ShapeError(f"{error} {FITTING}") from error
-            computed = (asked.height, asked.width, asked.frames)
-            if self.crop and any(not 1 <= kept <= whole for kept, whole in zip(self.crop, computed, strict=True)):
+                fitting = f'With {option("fit", True)}, or "fit": true in a job, it is rounded up and cropped back.'
+                raise ShapeError(f"{error} {fitting}") from error
+            computed = (shape.height, shape.width, shape.frames)
+            if self.crop and any(not 1 <= length <= whole for length, whole in zip(self.crop, computed, strict=True)):
                 raise RequestError(f"crop {list(self.crop)}: give height, width and frames within {list(computed)}.")
             return {"seconds": None}
         sizes = {}
         for axis, (step, offset) in family(variant.family).grid(variant).items():
-            sizes[axis] = max(offset or step, -(-(getattr(asked, axis) - offset) // step) * step + offset)
-        kept = (asked.height, asked.width, asked.frames)
-        if "mp4" in self.formats and (asked.height % 2 or asked.width % 2):
-            raise ShapeError(f"An MP4 has even sides, and {asked.width}x{asked.height} has not; ask for even ones.")
-        whole = all(sizes[axis] == getattr(asked, axis) for axis in sizes)
-        return {"seconds": None, "fit": False, **sizes} | ({} if whole else {"crop": kept})
+            sizes[axis] = max(offset or step, -(-(getattr(shape, axis) - offset) // step) * step + offset)
+        crop = (shape.height, shape.width, shape.frames)
+        if "mp4" in self.formats and (shape.height % 2 or shape.width % 2):
+            raise ShapeError(f"An MP4 has even sides, and {shape.width}x{shape.height} has not; ask for even ones.")
+        whole = all(sizes[axis] == getattr(shape, axis) for axis in sizes)
+        return {"seconds": None, "fit": False, **sizes} | ({} if whole else {"crop": crop})
 
     @property
     def shape(self) -> VideoShape:
@@ -263,7 +264,7 @@ def read_jobs(file: Path, variant: Variant) -> list[RenderRequest]:
     lines = _lines(file, str(file))
     jobs: list[RenderRequest] = []
     wrong: list[str] = []
-    taken: dict[str, int] = {}
+    outputs: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -272,7 +273,7 @@ def read_jobs(file: Path, variant: Variant) -> list[RenderRequest]:
         except UserError as error:
             wrong.append(f"line {number}: {error}")
             continue
-        first = taken.setdefault(same_name(job.output), number)
+        first = outputs.setdefault(same_name(job.output), number)
         if first != number:
             wrong.append(f"line {number}: output '{job.output}' is also that of line {first}; give each its own.")
         jobs.append(job)
@@ -289,9 +290,9 @@ def prompts_of(file: Path | None, variant: Variant) -> list[str]:
     """Lines of the file, else of the model's own prompts.txt, else of the set that ships."""
     own = local_folder(variant.name)
     default = own / "prompts.txt" if own is not None and (own / "prompts.txt").is_file() else PROMPTS
-    lines = [line.strip() for line in _lines(file or default, f"--prompts {file}") if line.strip()]
+    lines = [line.strip() for line in _lines(file or default, option("prompts", str(file))) if line.strip()]
     if not lines:
-        raise RequestError(f"--prompts {file} is empty; write one prompt a line.")
+        raise RequestError(f"{option('prompts', str(file))} is empty; write one prompt a line.")
     return lines
 
 
@@ -345,5 +346,5 @@ def _reason(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{field}: no such field; there are {', '.join(RenderRequest.model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (got {shorten(repr(error['input']), 80)})"
-    return f"{field}: {message[0].lower()}{message[1:]}{given}"
+    value = "" if error["type"] in ("missing", "value_error") else f" (got {shorten(repr(error['input']), 80)})"
+    return f"{field}: {message[0].lower()}{message[1:]}{value}"

@@ -31,9 +31,9 @@ def scheduled(request: RenderRequest, variant: Variant, rendering: Rendering) ->
     """
     config = variant.configs.get("scheduler")
     if config is None:
-        named = next((f for f in ("scheduler", "shift", *LISTS) if getattr(request, f) is not None), None)
-        if named is not None:
-            raise RequestError(f"{named}: {variant.name} takes no steps ({rendering.pipeline}); leave it out.")
+        field = next((f for f in ("scheduler", "shift", *LISTS) if getattr(request, f) is not None), None)
+        if field is not None:
+            raise RequestError(f"{field}: {variant.name} takes no steps ({rendering.pipeline}); leave it out.")
         if request.steps not in (None, rendering.steps):
             raise RequestError(
                 f"steps {request.steps}: {variant.name} takes none ({rendering.pipeline}); leave it out."
@@ -46,12 +46,12 @@ def scheduled(request: RenderRequest, variant: Variant, rendering: Rendering) ->
     values = _listed(request, rendering, name, own)
     if request.shift is not None:
         _check_shift(name, values, own)
-    made: dict[str, Any] = {"steps": request.steps or rendering.steps} | values
+    fields: dict[str, Any] = {"steps": request.steps or rendering.steps} | values
     if request.shift is None and not values:
-        made["shift"] = next((float(rendering.scheduler[k]) for k in SHIFTS if k in rendering.scheduler), None)
+        fields["shift"] = next((float(rendering.scheduler[k]) for k in SHIFTS if k in rendering.scheduler), None)
     if request.scheduler is None:
-        made["scheduler"] = rendering.scheduler.get("_class_name")
-    return made
+        fields["scheduler"] = rendering.scheduler.get("_class_name")
+    return fields
 
 
 def _check_class(name: str, variant: Variant, rendering: Rendering, config: Mapping[str, Any]) -> None:
@@ -68,8 +68,8 @@ def _check_class(name: str, variant: Variant, rendering: Rendering, config: Mapp
 
 
 def _check_shift(name: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    known = SCHEDULERS.get(name)
-    if known is not None and not (known.shift and kind_of(config) == FLOW):
+    scheduler = SCHEDULERS.get(name)
+    if scheduler is not None and not (scheduler.shift and kind_of(config) == FLOW):
         raise RequestError(f"shift: {name} of this model has none; leave it out.")
     if values:
         raise RequestError("shift: the sigmas or timesteps that are listed are final, nothing shifts them; give one.")
@@ -81,16 +81,16 @@ def _check_shift(name: str, values: Mapping[str, Any], config: Mapping[str, Any]
 
 def _listed(request: RenderRequest, rendering: Rendering, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """`steps` and the list, where there is one."""
-    given = [f for f in LISTS if getattr(request, f) is not None]
-    if len(given) == 2:
+    lists = [f for f in LISTS if getattr(request, f) is not None]
+    if len(lists) == 2:
         raise RequestError("sigmas and timesteps both list the steps; give one of them.")
-    if not given:
+    if not lists:
         mine = {f: getattr(rendering, f) for f in LISTS if getattr(rendering, f)}
         stays = request.shift is None and request.scheduler in (None, config.get("_class_name"))
         if not (mine and stays and request.steps in (None, len(rendering.listed))):
             return {}
         return {"steps": len(rendering.listed), **mine}
-    (field,) = given
+    (field,) = lists
     return _checked(field, _without_end(getattr(request, field)), request.steps, name, config)
 
 
@@ -103,8 +103,8 @@ def _checked(
     field: str, values: tuple[float, ...], steps: int | None, name: str, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     largest = limit(config)
-    known = SCHEDULERS.get(name)
-    if (known is not None and not known.listed) or (field == "timesteps" and largest is None):
+    scheduler = SCHEDULERS.get(name)
+    if (scheduler is not None and not scheduler.listed) or (field == "timesteps" and largest is None):
         raise RequestError(f"{field}: {name} of this model takes no list of them; give steps.")
     if not values:
         raise RequestError(f"{field}: the list is empty; give one number a step.")
@@ -143,16 +143,16 @@ def scheduler_of(own: Any, rendering: Rendering, request: RenderRequest | None) 
         overlay = _translated(config, cls.__name__) | overlay
     if shift is not None:
         overlay[_shift_of(cls)] = shift
-    listed = _list_of(request)
-    if listed is not None:
+    schedule = _list_of(request)
+    if schedule is not None:
         overlay |= _unshifted(cls)
-        cls = _exact(cls, *listed)
+        cls = _exact(cls, *schedule)
     return cls.from_config(config, **overlay)
 
 
 def _shift_of(cls: Any) -> str:
-    known = SCHEDULERS.get(cls.__name__)
-    return (known and known.shift) or next(k for k in SHIFTS if k in _fields(cls))
+    scheduler = SCHEDULERS.get(cls.__name__)
+    return (scheduler and scheduler.shift) or next(k for k in SHIFTS if k in _fields(cls))
 
 
 def _fields(cls: Any) -> Mapping[str, Any]:
@@ -165,10 +165,10 @@ def _translated(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A flow model's settings as another class calls them."""
     if kind_of(config) != FLOW or name not in SCHEDULERS:
         return {}
-    made = {SCHEDULERS[name].shift: next((config[k] for k in SHIFTS if k in config), 1.0)}
+    settings = {SCHEDULERS[name].shift: next((config[k] for k in SHIFTS if k in config), 1.0)}
     if SCHEDULERS[name].shift == "flow_shift":
-        made |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    return made
+        settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return settings
 
 
 def _list_of(request: RenderRequest | None) -> tuple[tuple[float, ...], tuple[float, ...] | None] | None:
@@ -191,16 +191,16 @@ def _exact(cls: Any, sigmas: tuple[float, ...], timesteps: tuple[float, ...] | N
     import inspect
 
     stock = cls.set_timesteps
-    taken = inspect.signature(stock).parameters
+    parameters = inspect.signature(stock).parameters
     values = [*sigmas, 0.0] if cls.__name__ == "EulerDiscreteScheduler" else list(sigmas)
 
     @functools.wraps(stock)
     def set_timesteps(
-        self: Any, num_inference_steps: int | None = None, device: Any = None, *_: Any, **given: Any
+        self: Any, num_inference_steps: int | None = None, device: Any = None, *_: Any, **others: Any
     ) -> None:
         import numpy as np
 
-        more = {"timesteps": list(timesteps)} if timesteps is not None and "timesteps" in taken else {}
+        more = {"timesteps": list(timesteps)} if timesteps is not None and "timesteps" in parameters else {}
         stock(self, device=device, sigmas=np.array(values), **more)
 
     return type(cls.__name__, (cls,), {"set_timesteps": set_timesteps, "__module__": cls.__module__})

@@ -97,10 +97,10 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    packages = {}
     for name in VERSIONS:
         try:
-            found[name] = metadata.version(name)
+            packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return packages

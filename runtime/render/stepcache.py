@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import UserError
 from overcrank.models import family
 from overcrank.models.base import Variant
+from overcrank.options import option
 from overcrank.runtime.pipeline.accelerate import denoisers
 from overcrank.runtime.sessions.session import Ledger
 
@@ -46,7 +47,7 @@ def threshold_of(word: str, variant: Variant) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number <= 1:
-        raise UserError(f"--cache {word}: use off, {', '.join(levels)}, or a number from 0 to 1 such as 0.08.")
+        raise UserError(f"{option('cache', word)}: use off, {', '.join(levels)}, or a number from 0 to 1 such as 0.08.")
     return number
 
 
@@ -118,10 +119,10 @@ class _Part:
 
     def _within(self, branch: _Branch, x: Tensor) -> bool:
         """Whether the outputs of this step may be extrapolated; on a GPU waits for its input, once a step."""
-        seen, self._seen = self._seen, x.detach().clone()
-        if seen is None or not branch.follows(x):
+        before, self._seen = self._seen, x.detach().clone()
+        if before is None or not branch.follows(x):
             return False
-        self._error = self._error + branch.rate() * (x.float() - seen).abs().mean()
+        self._error = self._error + branch.rate() * (x.float() - before).abs().mean()
         if bool(self._error < self._cache.threshold):
             return True
         self._error = 0.0

@@ -58,10 +58,10 @@ class Steps:
         """How the pipeline is told to call this; older ones take another argument, some none."""
         import inspect
 
-        taken = inspect.signature(type(self._pipe).__call__).parameters
-        if "callback_on_step_end" in taken:
+        parameters = inspect.signature(type(self._pipe).__call__).parameters
+        if "callback_on_step_end" in parameters:
             return {"callback_on_step_end": self}
-        if "callback" in taken:
+        if "callback" in parameters:
             return {"callback": lambda step, timestep, latents: self(self._pipe, step, timestep, {"latents": latents})}
         if self._scheduler is not None:
             self._watch_scheduler(self._scheduler)

@@ -65,6 +65,6 @@ def no_card() -> Refusal | None:
 
 def in_pytorchs_order(cards: Sequence[Card], uuids: Sequence[str]) -> tuple[Card, ...]:
     """As PyTorch numbers them, which `uuids` are in the order of; those it does not see come last."""
-    known = {card.uuid.removeprefix("GPU-"): card for card in cards if card.uuid}
-    seen = [known[uuid] for u in uuids if (uuid := u.removeprefix("GPU-")) in known]
-    return (*seen, *(card for card in cards if card not in seen))
+    by_uuid = {card.uuid.removeprefix("GPU-"): card for card in cards if card.uuid}
+    visible = [by_uuid[uuid] for u in uuids if (uuid := u.removeprefix("GPU-")) in by_uuid]
+    return (*visible, *(card for card in cards if card not in visible))

@@ -165,12 +165,12 @@ class EngineModule:
     def _bind(self) -> None:
         """Have every session follow what was done to the module; raises CannotServe while it is none of its class's."""
         with self._binding:
-            bound = self._bound
-            if bound is not None and bound.same():
+            before = self._bound
+            if before is not None and before.same():
                 return
             kinds = kinds_of([slot.component for slot in self.slots])
             fresh = Fingerprint(self.module, kinds, any(s.session and s.session.copies for s in self.slots))
-            change = fresh.since(bound)
+            change = fresh.since(before)
             for slot in self.slots:
                 slot.follow(change)
             self._bound = fresh
@@ -215,18 +215,18 @@ class EngineModule:
 def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """A call's arguments by name; those that the signature does not name are among them."""
     try:
-        bound = signature.bind(*args, **kwargs).arguments
+        arguments = signature.bind(*args, **kwargs).arguments
     except TypeError as error:  # the stock forward says so in its own words
         raise CannotServe(WrongCall(str(error))) from error
     more = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    return bound | {k: v for name in more for k, v in bound.pop(name, {}).items()}
+    return arguments | {k: v for name in more for k, v in arguments.pop(name, {}).items()}
 
 
 def _first_line(error: Exception) -> str:
     """Of a failure that nobody foresaw; all of it is logged."""
     log.debug("an engine failed", exc_info=error)
-    said = str(error).strip().partition("\n")[0].rstrip(".")[:300]
-    return said if isinstance(error, OvercrankError) else f"{type(error).__name__}: {said}"
+    line = str(error).strip().partition("\n")[0].rstrip(".")[:300]
+    return line if isinstance(error, OvercrankError) else f"{type(error).__name__}: {line}"
 
 
 def _check_fixed(component: Component, inputs: Mapping[str, Any]) -> None:

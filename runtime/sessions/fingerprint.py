@@ -145,12 +145,12 @@ class Fingerprint:
 
         whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows not every type
         in_host_memory = all(p.device.type == "cpu" for p in self._parameters)
-        found: dict[str, list[Any]] = defaultdict(list)
+        samples: dict[str, list[Any]] = defaultdict(list)
         for parameter in self._parameters:
             bits = parameter.detach().view(whole[parameter.element_size()])
             ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
-            found[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
-        return found
+            samples[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
+        return samples
 
 
 class _Tables:
@@ -209,16 +209,16 @@ def _watch(fingerprint: Fingerprint, submodules: Sequence[nn.Module]) -> None:
     """Have PyTorch tell when a submodule or parameter is put into one of these, such as a LoRA's layer."""
     me = weakref.ref(fingerprint)
     ids = [id(m) for m in submodules]
-    for known in ids:
-        _watchers[known] = [*(r for r in _watchers.get(known, ()) if r() is not None), me]
+    for key in ids:
+        _watchers[key] = [*(r for r in _watchers.get(key, ()) if r() is not None), me]
     weakref.finalize(fingerprint, _forget, ids)
 
 
 def _forget(ids: Sequence[int]) -> None:
-    for known in ids:
-        _watchers[known] = [r for r in _watchers.get(known, ()) if r() is not None]
-        if not _watchers[known]:
-            del _watchers[known]
+    for key in ids:
+        _watchers[key] = [r for r in _watchers.get(key, ()) if r() is not None]
+        if not _watchers[key]:
+            del _watchers[key]
 
 
 @cache

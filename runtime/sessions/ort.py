@@ -93,8 +93,8 @@ class OrtSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # PyTorch's threads work between calls
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # it makes integer products of fp8
-        loaded = ir.load(model) if isinstance(model, Path) else model
-        content = ir.to_proto(lower_nvfp4(widen_to_fp32(loaded))).SerializeToString()
+        graph = ir.load(model) if isinstance(model, Path) else model
+        content = ir.to_proto(lower_nvfp4(widen_to_fp32(graph))).SerializeToString()
         providers = [p for p in PROVIDERS[device] if p in ort.get_available_providers()]
         try:
             self._session: Any = ort.InferenceSession(content, options, providers=providers)
@@ -123,12 +123,12 @@ class OrtSession:
 
 def _unpacked(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of four bits widened to fp32, times their block scales."""
-    made = dict(parameters)
+    tensors = dict(parameters)
     for name, scale in parameters.items():
         layer, _, role = name.rpartition(".")
         if role == "block_scale":
-            made[f"{layer}.weight"] = unpacked_fp4(made[f"{layer}.weight"], scale)
-    return made
+            tensors[f"{layer}.weight"] = unpacked_fp4(tensors[f"{layer}.weight"], scale)
+    return tensors
 
 
 def _value(tensor: torch.Tensor) -> Any:

@@ -46,9 +46,9 @@ def _scale_outright(graph: ir.Graph, node: ir.Node) -> None:
 
     scale = present(node.inputs[1], "a weight's scale")
     inner = present(scale.producer(), "the product of a weight's scales")
-    made = ir.node("Mul", [node.inputs[0], inner.inputs[1]])
-    graph.insert_before(node, made)
-    node.outputs[0].replace_all_uses_with(made.outputs[0])
+    product = ir.node("Mul", [node.inputs[0], inner.inputs[1]])
+    graph.insert_before(node, product)
+    node.outputs[0].replace_all_uses_with(product.outputs[0])
     graph.remove(node, safe=True)
 
 
@@ -65,8 +65,8 @@ class _Rounding:
         last = self._numbers(np.array([-1], np.int64))
         blocks = self._op("Reshape", x, self._numbers(np.array([0, 0, -1, BLOCK], np.int64)))
         largest = self._op("ReduceMax", self._op("Abs", blocks), last, keepdims=1)
-        wanted = self._op("Div", self._op("Div", largest, self._number(6.0)), step)
-        e4m3 = self._op("Cast", wanted, to=int(ir.DataType.FLOAT8E4M3FN))
+        ratio = self._op("Div", self._op("Div", largest, self._number(6.0)), step)
+        e4m3 = self._op("Cast", ratio, to=int(ir.DataType.FLOAT8E4M3FN))
         scale = self._op("Mul", self._op("Cast", e4m3, to=int(ir.DataType.FLOAT)), step)
         unit = self._op("Div", blocks, self._op("Max", scale, self._number(1e-30)))
         size = self._op("Abs", unit)
@@ -85,9 +85,9 @@ class _Rounding:
     def _op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         import onnx_ir as ir
 
-        made = ir.node(kind, inputs, attributes)
-        self.graph.insert_before(self.node, made)
-        return made.outputs[0]
+        node = ir.node(kind, inputs, attributes)
+        self.graph.insert_before(self.node, node)
+        return node.outputs[0]
 
     def _number(self, value: float) -> ir.Value:
         return self._numbers(np.array(value, np.float32))

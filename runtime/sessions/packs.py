@@ -29,9 +29,9 @@ def kept_pack(
     with write_errors(file), store.lock(f"pack-{key}"):
         file.parent.mkdir(exist_ok=True)
         with suppress(OSError, SafetensorError):  # there is none, or it is damaged
-            kept: dict[str, Tensor] = load_file(file, device=str(device))
-            return kept
-        made = dict(make())
+            tensors: dict[str, Tensor] = load_file(file, device=str(device))
+            return tensors
+        tensors = dict(make())
         with atomic_write(file) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in made.items()}, part)
-        return made
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        return tensors

@@ -46,14 +46,14 @@ def packed_parameters(
     def weight(layer: str) -> Tensor:
         return module.get_parameter(f"{layer}.weight").detach()
 
-    made = {}
+    tensors = {}
     device = next(module.parameters()).device
     for layer, form in formats.items():
         if missing := unmeasured(layer, form, ranges):
             raise CannotServe(NoRange(missing))
         for role, tensor in packed_tensors(layer, form, weight, ranges, compute).items():
-            made[f"{layer}.{role}"] = tensor.to(device)
-    return made
+            tensors[f"{layer}.{role}"] = tensor.to(device)
+    return tensors
 
 
 def require_packed(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> None:
@@ -62,11 +62,11 @@ def require_packed(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> None:
     An engine is told addresses alone, and reads as many bytes as it was compiled for.
     """
     for packed in entry.packed:
-        tensor, wanted = packs.get(packed.input), packed.shape
+        tensor, shape = packs.get(packed.input), packed.shape
         if packed.dtype == "float4e2m1":  # two values in a byte
-            wanted = [*wanted[:-1], wanted[-1] // 2]
+            shape = [*shape[:-1], shape[-1] // 2]
         there = None if tensor is None else (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        if there != (PACKED_TYPES.get(packed.dtype), wanted):
+        if there != (PACKED_TYPES.get(packed.dtype), shape):
             raise CheckpointError(
                 f"the weight pack has {packed.input} {'not at all' if there is None else f'as {there[0]} {there[1]}'}, "
                 f"and the engine takes it as {packed.dtype} {packed.shape}; pack it again with the engine's recipe."
@@ -78,24 +78,24 @@ def compute_of(entry: ComponentEntry) -> str:
     return next((p.dtype for p in entry.packed if p.role.endswith("before")), "bfloat16")
 
 
-def own_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, nn.Parameter]:
+def own_parameters(module: nn.Module, component: Component, parameters: Iterable[Parameter]) -> dict[str, nn.Parameter]:
     """Graph input → the module's parameter, which follows when the module is moved.
 
     Raises CannotServe when the module lacks one, as with LoRA layers that are not fused.
     """
     named = dict(module.named_parameters())
     prefix = f"{component.attribute}." if component.attribute else ""
-    bound = {}
-    for parameter in wanted:
+    inputs = {}
+    for parameter in parameters:
         own = named.get(parameter.name.removeprefix(prefix))
         if own is None or tuple(own.shape) != parameter.module_shape:
             raise CannotServe(NoParameter(component.subfolder, parameter.name, parameter.module_shape))
-        bound[parameter.input] = own
-    return bound
+        inputs[parameter.input] = own
+    return inputs
 
 
-def bound_parameters(module: nn.Module, component: Component, wanted: Iterable[Parameter]) -> dict[str, Tensor]:
+def bound_parameters(module: nn.Module, component: Component, parameters: Iterable[Parameter]) -> dict[str, Tensor]:
     """Graph input → view of the module's parameter in the graph's shape; nothing is copied."""
-    wanted = tuple(wanted)
-    own = own_parameters(module, component, wanted)
-    return {p.input: own[p.input].detach().view(p.shape) for p in wanted}
+    parameters = tuple(parameters)
+    own = own_parameters(module, component, parameters)
+    return {p.input: own[p.input].detach().view(p.shape) for p in parameters}

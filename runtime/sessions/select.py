@@ -37,6 +37,7 @@ from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import family
 from overcrank.models.base import Component, Variant
 from overcrank.models.network import differences, network
+from overcrank.options import option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,11 +59,11 @@ def fitting_bundles(candidates: Sequence[Path], variant: Variant, card: str, pre
     The newest come first, portable ones last. Raises CannotServe with the nearest miss: no bundle, other networks and
     the field they differ in, other card, another precision than the pipeline's weights, weights embedded.
     """
-    known, outdated = _read(candidates)
+    bundles, outdated = _read(candidates)
     own = family(variant.family).components(variant)
-    alike = [(p, m) for p, m in known if m.family == variant.family and any(_entry(c, m) for c in own)]
+    alike = [(p, m) for p, m in bundles if m.family == variant.family and any(_entry(c, m) for c in own)]
     if not alike:
-        near = _nearest_miss(own, [m for _, m in known if m.family == variant.family])
+        near = _nearest_miss(own, [m for _, m in bundles if m.family == variant.family])
         raise CannotServe(NoEngine(variant.name, (*near, *map(str, outdated[:1]))))
     here = [(p, m) for p, m in alike if serves(m.target, m.precision, card)]
     if not here:
@@ -80,7 +81,7 @@ def bundles_with_graphs(candidates: Sequence[Path], variant: Variant) -> list[Bu
     Their weights are inputs, no layer is quantized. Those in fp32 come first, then the newest.
     """
     own = family(variant.family).components(variant)
-    found = [
+    bundles = [
         (path, manifest)
         for path, manifest in _read(candidates)[0]
         if manifest.family == variant.family
@@ -88,20 +89,20 @@ def bundles_with_graphs(candidates: Sequence[Path], variant: Variant) -> list[Bu
         and manifest.precision not in QUANTIZED
         and any(_entry(component, manifest) for component in own)
     ]
-    return sorted(found, key=lambda bundle: (bundle[1].precision == "fp32", bundle[1].created), reverse=True)
+    return sorted(bundles, key=lambda bundle: (bundle[1].precision == "fp32", bundle[1].created), reverse=True)
 
 
 def _read(candidates: Sequence[Path]) -> tuple[list[Bundle], list[OutdatedBundle]]:
-    known: list[Bundle] = []
+    bundles: list[Bundle] = []
     outdated = []
     for path in candidates:
         try:
-            known.append((path, read_manifest(path)))
+            bundles.append((path, read_manifest(path)))
         except OutdatedBundle as error:
             outdated.append(error)
         except IntegrityError as error:
             log.warning("a bundle is left out: %s", error)
-    return known, outdated
+    return bundles, outdated
 
 
 def _entry(component: Component, manifest: Manifest) -> ComponentEntry | None:
@@ -167,14 +168,14 @@ def compute_type(module: nn.Module) -> str:
 
 def engines_of(store: Store, variant: Variant) -> list[tuple[ComponentEntry, ShapeEntry]]:
     """Of each component of this network that the store has engines of, the one that works on the largest videos."""
-    found: dict[str, tuple[ComponentEntry, ShapeEntry]] = {}
+    engines: dict[str, tuple[ComponentEntry, ShapeEntry]] = {}
     for _, manifest in store.list():
         if isinstance(manifest, Manifest) and manifest.family == variant.family:
             for component in family(variant.family).components(variant):
-                entry, known = _entry(component, manifest), found.get(component.name)
-                if entry and (not known or (entry.activation_bytes or 0) > (known[0].activation_bytes or 0)):
-                    found[component.name] = entry, manifest.max
-    return list(found.values())
+                entry, largest = _entry(component, manifest), engines.get(component.name)
+                if entry and (not largest or (entry.activation_bytes or 0) > (largest[0].activation_bytes or 0)):
+                    engines[component.name] = entry, manifest.max
+    return list(engines.values())
 
 
 def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> None:
@@ -184,7 +185,7 @@ def require_same_network(variant: Variant, manifest: Manifest, bundle: str) -> N
         return
     near = _nearest_miss(own, [manifest] if manifest.family == variant.family else [])
     what = ": ".join((f"another network than {variant.name}", *near))
-    raise UserError(f"--bundle {bundle} is of {manifest.model}, {what}.")
+    raise UserError(f"{option('bundle', bundle)} is of {manifest.model}, {what}.")
 
 
 def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring: Keyring) -> None:
@@ -201,15 +202,15 @@ def pull_missing(url: str, variant: Variant, precision: str, store: Store, ring:
 
     try:
         for card in targets_for(["auto"], "tensorrt_rtx"):
-            wanted = precision_for(card, precision, own_precision(variant))
+            own = precision_for(card, precision, own_precision(variant))
             try:
-                fitting_bundles([path for path, _ in store.list()], variant, card.name, wanted)
+                fitting_bundles([path for path, _ in store.list()], variant, card.name, own)
                 continue
             except CannotServe:
                 pass
             remote = Remote(url)
-            listed = fitting(read_index(remote, ring), variant.where, card.name, wanted)
-            log.info("fetching %s from %s", listed.name, url)
-            pull(remote, listed, store, ring, lambda name, there, size: None)
+            bundle = fitting(read_index(remote, ring), variant.where, card.name, own)
+            log.info("fetching %s from %s", bundle.name, url)
+            pull(remote, bundle, store, ring, lambda name, there, size: None)
     except OvercrankError as error:
-        log.warning("--pull %s: %s", url, error)
+        log.warning("%s: %s", option("pull", url), error)

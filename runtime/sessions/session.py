@@ -58,8 +58,8 @@ def run_each(session: Session, component: Component, inputs: Mapping[str, Tensor
         if shape[0] not in (1, batch):
             raise CannotServe(OtherLengths(component.name, name, shape, (batch, *shape[1:])))
     batched = {name for name in single if inputs[name].shape[0] == batch}
-    made = [session({k: v[i : i + 1] if k in batched else v for k, v in inputs.items()}) for i in range(batch)]
-    return {name: torch.cat([out[name] for out in made]) for name in made[0]}
+    results = [session({k: v[i : i + 1] if k in batched else v for k, v in inputs.items()}) for i in range(batch)]
+    return {name: torch.cat([out[name] for out in results]) for name in results[0]}
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class Ledger:
         if self.strict:
             raise BackendError(f"{', '.join(components)}: {reason}; {fix}.")
         entries = [Fallback(c, reason, fix, why.kind) for c in components]
-        kept = self.standing if standing else self.record.fallbacks
-        kept += [e for e in entries if e not in kept]
+        fallbacks = self.standing if standing else self.record.fallbacks
+        fallbacks += [e for e in entries if e not in fallbacks]
         if reason not in self._warned:
             self._warned.add(reason)
             plain = f", not in {self.precision}" if self.precision else ""

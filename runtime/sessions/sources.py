@@ -27,6 +27,7 @@ from overcrank.export.quantization.recipe import (
     recipe_of,
 )
 from overcrank.models.base import Component, Variant
+from overcrank.options import option
 from overcrank.runtime.sessions.packs import kept_pack
 from overcrank.runtime.sessions.parameters import (
     bound_parameters,
@@ -65,7 +66,7 @@ class OfBundles:
     quantization: Quantization | None
     store: Store
     fitting: Sequence[Bundle]
-    used: dict[str, str] = field(default_factory=dict)  # component → name of the bundle that runs it
+    bundles: dict[str, str] = field(default_factory=dict)  # component → name of the bundle that runs it
 
     def packs(self, bundled: BundledEngine, component: Component, part: str, module: nn.Module) -> Mapping[str, Tensor]:
         """Tensors of its quantized layers, of the module's weights, with the bundle's ranges if none were given."""
@@ -98,7 +99,7 @@ class Engines(OfBundles):
         packs = self.packs(bundled, component, part, module)
         parameters = {**own_parameters(module, component, parameters_of(entry)), **packs}
         session = TrtSession(bundled, parameters, self.workspace, self.store, self.card)
-        self.used[component.name] = bundled.folder.name
+        self.bundles[component.name] = bundled.folder.name
         return session
 
 
@@ -114,7 +115,7 @@ class BundledGraphs(OfBundles):
         packs = self.packs(bundled, component, part, module)
         device = next(module.parameters()).device.type
         session = OrtSession(bundled_graph(bundled.folder, bundled.entry.graph), {**views, **packs}, device)
-        self.used[component.name] = bundled.folder.name
+        self.bundles[component.name] = bundled.folder.name
         return session
 
 
@@ -141,12 +142,14 @@ def require_renderable(path: Path, variant: Variant, quantization: Quantization 
     manifest = read_manifest(path)
     require_same_network(variant, manifest, path.name)
     if manifest.weights != "inputs":
-        raise UserError(f"--bundle {path.name} has weights of its own; its graphs are not run in ONNX Runtime.")
-    asked = quantization.precision if quantization else ""
+        raise UserError(
+            f"{option('bundle', path.name)} has weights of its own; its graphs are not run in ONNX Runtime."
+        )
+    precision = quantization.precision if quantization else ""
     own = manifest.precision if manifest.precision in QUANTIZED else ""
-    if asked != own:
-        fix = f"add --precision {own}" if own else "leave --precision out"
-        raise UserError(f"--bundle {path.name} is in {manifest.precision}; {fix}, or name another bundle.")
+    if precision != own:
+        fix = f"add {option('precision', own)}" if own else f"leave {option('precision')} out"
+        raise UserError(f"{option('bundle', path.name)} is in {manifest.precision}; {fix}, or name another bundle.")
     return path, manifest
 
 
@@ -207,9 +210,9 @@ def _packs(
         make = partial(packed_parameters, module, formats, ranges, compute)
         if quantization is None or not quantization.source:
             return make()
-        described = {name: seen.model_dump() for name, seen in ranges.items()}
+        described = {name: each.model_dump() for name, each in ranges.items()}
         dtype = str(next(module.parameters()).dtype)  # a checkpoint read in 16 bit has other values
         identity = [quantization.source, dtype, layers.part, layers.recipe, sorted(formats.items()), described, compute]
         return kept_pack(identity, store, make, device)
-    read = read_pack(quantization.pack, layers.part, layers.component, layers.recipe, compute)
-    return {name: tensor.to(device) for name, tensor in read.items() if name.rpartition(".")[0] in formats}
+    tensors = read_pack(quantization.pack, layers.part, layers.component, layers.recipe, compute)
+    return {name: tensor.to(device) for name, tensor in tensors.items() if name.rpartition(".")[0] in formats}

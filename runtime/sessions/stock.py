@@ -38,8 +38,8 @@ def kinds_of(components: Sequence[Component]) -> Kinds:
     """Of components that serve the same module."""
     first = components[0]
     config = json.dumps(dict(first.config), sort_keys=True, default=str)
-    types, stored = _types_and_buffers(_Made(first, config))
-    constant = {path: value for path, value in stored.items() if path not in first.fed}
+    types, buffers = _types_and_buffers(_Made(first, config))
+    constant = {path: value for path, value in buffers.items() if path not in first.fed}
     return Kinds(types, frozenset(n for c in components for n in c.variations), constant)
 
 
@@ -57,13 +57,13 @@ class _Made:
 
 
 @lru_cache(maxsize=32)
-def _types_and_buffers(made: _Made) -> tuple[Types, Mapping[str, torch.Tensor]]:
+def _types_and_buffers(key: _Made) -> tuple[Types, Mapping[str, torch.Tensor]]:
     from accelerate import init_empty_weights
     from overcrank.export.module import construct, part
 
     with init_empty_weights(include_buffers=False):
-        whole = construct(made.component.cls, made.component.config, f"{made.component.subfolder}/config.json")
-    module = part(whole, made.component)
+        whole = construct(key.component.cls, key.component.config, f"{key.component.subfolder}/config.json")
+    module = part(whole, key.component)
     return {path: _type(sub) for path, sub in module.named_modules()}, stored_buffers(module)
 
 

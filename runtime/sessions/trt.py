@@ -71,8 +71,8 @@ class Loaded:
 
     def refusal(self) -> CannotServe:
         """Why there is no engine, or no context of it."""
-        said = self.said()
-        return CannotServe((LoadOutOfMemory if NO_MEMORY.search(said) else LoadFailed)(self._file.name, said))
+        words = self.said()
+        return CannotServe((LoadOutOfMemory if NO_MEMORY.search(words) else LoadFailed)(self._file.name, words))
 
 
 class TrtSession:
@@ -163,7 +163,7 @@ class TrtSession:
                 stream.wait(current.mark())
             try:
                 with self._device.over(stream):
-                    made = self._with_room(inputs, stream)
+                    outputs = self._with_room(inputs, stream)
             except CannotServe as refusal:
                 self._forget()
                 raise refusal.with_traceback(None) from None  # whose frames would keep what was made for the call
@@ -174,9 +174,9 @@ class TrtSession:
                 if stream is not current:
                     current.wait(stream.mark())  # before the caller's tensors can be freed
             if stream is not current:
-                for tensor in made.values():
+                for tensor in outputs.values():
                     self._device.used(tensor, current)
-            return made
+            return outputs
 
     def _with_room(self, inputs: Mapping[str, torch.Tensor], stream: Stream) -> dict[str, torch.Tensor]:
         """When memory runs out, once more with all that can be given back.
@@ -199,14 +199,14 @@ class TrtSession:
         self._take_shapes(inputs)
         with self._arena.lent(self._needed, stream) as memory:
             self._tell(ACTIVATIONS, memory)
-            held = [self._given(spec.name, inputs[spec.name]) for spec in self._entry.inputs]
-            made = {name: self._buffer(name, shape) for name, shape in self._results.items()}
-            for name, tensor in made.items():
+            sources = [self._given(spec.name, inputs[spec.name]) for spec in self._entry.inputs]
+            outputs = {name: self._buffer(name, shape) for name, shape in self._results.items()}
+            for name, tensor in outputs.items():
                 self._tell(name, tensor)
             self._execute(stream)
-            del held  # copies the engine has been told to read, in the order of this stream
+            del sources  # copies the engine has been told to read, in the order of this stream
             self._last = stream.handle
-            return {name: self._copied(t) for name, t in made.items()} if self._steady else made
+            return {name: self._copied(t) for name, t in outputs.items()} if self._steady else outputs
 
     def _execute(self, stream: Stream) -> None:
         import torch
@@ -214,10 +214,10 @@ class TrtSession:
         before = len(self._loaded.logger.errors)
         if self._context.execute_async_v3(stream.handle):
             return
-        said = self._loaded.said(before)
-        if NO_MEMORY.search(said):
-            raise torch.OutOfMemoryError(said)
-        raise CannotServe(RunFailed(self._entry.name, said))
+        words = self._loaded.said(before)
+        if NO_MEMORY.search(words):
+            raise torch.OutOfMemoryError(words)
+        raise CannotServe(RunFailed(self._entry.name, words))
 
     def _take_shapes(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Tell the shapes that are others than before, and learn those of outputs and the bytes for activations."""
@@ -249,11 +249,11 @@ class TrtSession:
             and tensor.is_contiguous()
             and tensor.data_ptr() % device.alignment == 0
         )
-        given = tensor if as_it_is else self._buffer(name, tuple(tensor.shape))
+        source = tensor if as_it_is else self._buffer(name, tuple(tensor.shape))
         if not as_it_is:
-            device.copy(given, tensor)
-        self._tell(name, given)
-        return given
+            device.copy(source, tensor)
+        self._tell(name, source)
+        return source
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """New memory; for addresses that stay, that of the last call."""
@@ -303,8 +303,8 @@ class TrtSession:
 
     def _follow(self, stream: Stream) -> None:
         """Bind anew what has moved, and let a stream that is new here wait for what others have enqueued."""
-        bound = self._bound
-        if any(name not in bound or t.data_ptr() != bound[name][0] for name, t in self._parameters.items()):
+        addresses = self._bound
+        if any(name not in addresses or t.data_ptr() != addresses[name][0] for name, t in self._parameters.items()):
             self.bind()
         if stream.handle not in self._streams:
             stream.wait(self._ready)
@@ -314,13 +314,13 @@ class TrtSession:
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         """A parameter as the engine takes it; what is not may be later, such as when its module is moved back."""
-        wanted, alignment = self._dtype(name), self._device.alignment
+        dtype, alignment = self._dtype(name), self._device.alignment
         if not self._device.holds(tensor):
             why = ParameterUnfit(Unfit.PLACE, name, str(tensor.device))
         elif not tensor.is_contiguous():
             why = ParameterUnfit(Unfit.LAYOUT, name)
-        elif tensor.dtype != wanted:
-            why = ParameterUnfit(Unfit.TYPE, name, str(tensor.dtype), str(wanted))
+        elif tensor.dtype != dtype:
+            why = ParameterUnfit(Unfit.TYPE, name, str(tensor.dtype), str(dtype))
         elif tensor.numel() != self._sizes[name]:
             why = ParameterUnfit(Unfit.SIZE, name, str(tensor.numel()), str(self._sizes[name]))
         elif tensor.data_ptr() % alignment:
@@ -351,10 +351,10 @@ def _flavour_of(manifest: Manifest, card: Card) -> Any:
     flavour, built_with = manifest.flavour, manifest.flavour_version
     if why := too_old(flavour, card.driver):
         raise CannotServe(why)
-    installed = flavour_version(flavour)
-    if installed != built_with:
+    version = flavour_version(flavour)
+    if version != built_with:
         title, install = FLAVOUR_TITLES.get(flavour, flavour), install_command(flavour, built_with)
-        raise CannotServe(OtherTensorRT(title, built_with, installed or "", install))
+        raise CannotServe(OtherTensorRT(title, built_with, version or "", install))
     try:
         return load_flavour(flavour)
     except TargetError as error:

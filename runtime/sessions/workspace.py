@@ -72,8 +72,8 @@ _LOCK = threading.Lock()
 def arena_of(device: Device) -> Arena:
     """The card's, whichever pipeline asks; it lasts as long as a session has it."""
     with _LOCK:
-        known = _ARENAS.get(device)
-        arena = known() if known is not None else None
+        reference = _ARENAS.get(device)
+        arena = reference() if reference is not None else None
         if arena is None:
             arena = Arena(device)
             _ARENAS[device] = ref(arena)
@@ -113,10 +113,10 @@ class Workspace:
     def engine(self, digest: str, load: Callable[[], Any]) -> Any:
         """The engine that another session has loaded, such as its twin's; kept while one uses it."""
         with self._lock:
-            found = self._engines.get(digest)
-            if found is None:
-                found = self._engines[digest] = load()
-            return found
+            engine = self._engines.get(digest)
+            if engine is None:
+                engine = self._engines[digest] = load()
+            return engine
 
     def add(self, session: Holder) -> None:
         self._sessions.add(session)
