@@ -18,6 +18,7 @@ from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
 from overcrank.errors import StoreError, UserError
 from overcrank.export.packaged import packaged_graph
+from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged, option
@@ -167,24 +168,34 @@ def _prepared(
     """What will be done to the pipeline, to which nothing is done yet; no sessions where no engine can serve it."""
     variant = _variant_of(pipe, options.model)
     precision = quantization.precision if quantization else ""
+    if options.backend != EAGER:
+        quantization = quantization or _as_stored(pipe, variant)
     if precision and options.backend == EAGER:
         raise UserError(
             f"{option('precision', precision)} is computed by engines, and {option('backend', EAGER)} uses none; leave "
             f"one of them out."
         )
-    ledger = Ledger(options.backend == "tensorrt", precision)
+    ledger = Ledger(options.backend == "tensorrt", precision)  # eager PyTorch computes with a file's own weights
     acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
     acceleration.source = str(pipe.config.get("_name_or_path", ""))
     store = Store(options.store)
     bundle = store.resolve(str(options.bundle)) if options.bundle else None
     if options.pull:
-        pull_missing(options.pull, variant, precision or "auto", store, Keyring())
+        pull_missing(options.pull, variant, quantization.precision if quantization else "auto", store, Keyring())
     session: SessionMaker | None = None
     if options.backend == "onnxruntime":
         session = _in_onnx_runtime(acceleration, store, bundle)
     elif options.backend != EAGER:
         session = _on_card(pipe, acceleration, store, bundle, options.slow_engines)
     return acceleration, session
+
+
+def _as_stored(pipe: Any, variant: Variant) -> Quantization | None:
+    """As the files of the pipeline's parts quantize their layers, if they do."""
+    from overcrank.runtime.pipeline.weights import stored_recipe
+
+    recipe = stored_recipe(pipe, variant)
+    return None if recipe is None else Quantization(LayerFormat(recipe.precision, "dynamic"), recipe)
 
 
 def _unwrap_compiled(pipe: Any) -> dict[str, Any]:

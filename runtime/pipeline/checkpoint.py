@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,17 +63,19 @@ def file_variant(folder: Path, variant: Variant) -> str:
     return published or next(filter(None, (twin_of(_names(part)) for part in sorted(folder.glob("*")))), "")
 
 
-def require_whole(folder: Path, pipeline: type, kind: str) -> None:
+def require_whole(folder: Path, pipeline: type, kind: str, given: Collection[str] = ()) -> None:
     """Look at every part that a pipeline takes of this checkpoint: its files, and the headers of its weights.
 
-    `kind`: see `file_variant`. Raises ModelError for a part that is missing or not whole, CheckpointError for weights
-    that are not what its module needs.
+    `kind`: see `file_variant`; `given`: parts that come from elsewhere. Raises ModelError for a part that is missing or
+    not whole, CheckpointError for weights that are not what its module needs.
     """
     index = read_json(folder / INDEX)
     if not isinstance(index.get("_class_name"), str):
         raise ModelError(f"{folder / INDEX} has no _class_name, the pipeline's class; download it again.")
     optional = getattr(pipeline, "_optional_components", ())
     for part, parameter in inspect.signature(pipeline).parameters.items():
+        if part in given:
+            continue
         absent = part not in parts_in(index)
         if absent and (parameter.default is not inspect.Parameter.empty or part in optional):
             continue

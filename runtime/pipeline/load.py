@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from overcrank.runtime.render.request import RenderRequest
     from overcrank.runtime.sessions.sources import Quantization
+    from torch import nn
 
 log = logging.getLogger("overcrank")
 
@@ -49,6 +50,7 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     """
     import torch
     from overcrank.runtime.pipeline.accelerate import with_engines
+    from overcrank.runtime.pipeline.weights import parts_from_files
 
     options = merged(LoadOptions, options, changes)
     quantization, vram, store = options.quantization(), vram_of(options.vram), Store(options.store)
@@ -60,10 +62,11 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     device = _usable_device(options.device)
     dtypes = dtypes_of(variant, device, options.dtype)
     check_parts(dtypes if options.dtype else {}, folder)
-    pipe = _read(folder, variant, dtypes)
+    pipe = _read(folder, variant, dtypes, parts_from_files(options.weights, variant, dtypes))
     family(variant.family).prepare(pipe, variant)
     loras = _merged(pipe, variant, files)
-    quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
+    digest = "" if options.weights else _weights_of(folder, variant, loras, store)
+    quantization = quantization and _of_weights(quantization, digest, loras)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
     name = preset.checkpoint if preset and preset.checkpoint else variant.name
     about = with_engines(pipe, replace(options, model=name), quantization).overcrank
@@ -85,15 +88,15 @@ def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch =
     return own or hub_folder(variant, whole=True, home=store.root, watch=watch)
 
 
-def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """The pipeline of the variant's first task, on the processor, as diffusers reads it, after a look at its files."""
+def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype], parts: Mapping[str, nn.Module]) -> Any:
+    """The pipeline of the variant's first task, on the processor, as diffusers reads it but for `parts`."""
     name = next(iter(variant.tasks.values()))
     pipeline = pipeline_class(name)
     kind = file_variant(folder, variant)
-    require_whole(folder, pipeline, kind)
+    require_whole(folder, pipeline, kind, given=parts.keys())
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
-        pipe = pipeline.from_pretrained(folder, dtype=each, local_files_only=True, variant=kind or None)
+        pipe = pipeline.from_pretrained(folder, dtype=each, local_files_only=True, variant=kind or None, **parts)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error
     pipe.set_progress_bar_config(disable=True)

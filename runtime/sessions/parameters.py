@@ -13,6 +13,7 @@ from overcrank.export.quantization.packing import packed_tensors
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, unmeasured
 from overcrank.export.weights import Parameter
 from overcrank.models.base import Component
+from overcrank.runtime.sessions.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,15 +44,23 @@ def packed_parameters(
     `compute`: torch's name of the factors' type. Raises CannotServe for a range that was not measured.
     """
 
+    import torch
+
     def weight(layer: str) -> Tensor:
-        return module.get_parameter(f"{layer}.weight").detach()
+        owner = module.get_submodule(layer)
+        return owner.values() if isinstance(owner, StoredLinear) else module.get_parameter(f"{layer}.weight").detach()
 
     tensors = {}
     device = next(module.parameters()).device
     for layer, form in formats.items():
         if missing := unmeasured(layer, form, ranges):
             raise CannotServe(NoRange(missing))
-        for role, tensor in packed_tensors(layer, form, weight, ranges, compute).items():
+        owner = module.get_submodule(layer) if form.kind == "linear" else None
+        if isinstance(owner, StoredLinear) and owner.engine_format == form:
+            bound = owner.bound(getattr(torch, compute))
+        else:
+            bound = packed_tensors(layer, form, weight, ranges, compute)
+        for role, tensor in bound.items():
             tensors[f"{layer}.{role}"] = tensor.to(device)
     return tensors
 
@@ -78,16 +87,23 @@ def compute_of(entry: ComponentEntry) -> str:
     return next((p.dtype for p in entry.packed if p.role.endswith("before")), "bfloat16")
 
 
-def own_parameters(module: nn.Module, component: Component, parameters: Iterable[Parameter]) -> dict[str, nn.Parameter]:
+def own_parameters(module: nn.Module, component: Component, parameters: Iterable[Parameter]) -> dict[str, Tensor]:
     """Graph input → the module's parameter, which follows when the module is moved.
 
-    Raises CannotServe when the module lacks one, as with LoRA layers that are not fused.
+    What a quantized file holds of a layer that the graph multiplies in 16 bit is widened. Raises CannotServe when the
+    module lacks one, as with LoRA layers that are not fused.
     """
-    named = dict(module.named_parameters())
+    import torch
+
+    named: dict[str, Tensor] = dict(module.named_parameters())
+    stored = {name: owner for name, owner in module.named_modules() if isinstance(owner, StoredLinear)}
     prefix = f"{component.attribute}." if component.attribute else ""
     inputs = {}
     for parameter in parameters:
-        own = named.get(parameter.name.removeprefix(prefix))
+        name = parameter.name.removeprefix(prefix)
+        own = named.get(name)
+        if name.endswith(".weight") and (owner := stored.get(name.removesuffix(".weight"))) is not None:
+            own = owner.values().to(getattr(torch, parameter.dtype))
         if own is None or tuple(own.shape) != parameter.module_shape:
             raise CannotServe(NoParameter(component.subfolder, parameter.name, parameter.module_shape))
         inputs[parameter.input] = own
