@@ -43,7 +43,7 @@ ERRORS = {"fp8": 0.05, "int8": 0.03, "nvfp4": 0.25}
 """Largest relative error of a linear layer on normal values, in norm: half a step of the format."""
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.format}-{f.activations}")
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
 @pytest.mark.quick
 def test_a_packed_layer_multiplies_as_the_weight(form: LayerFormat, compute: str) -> None:
@@ -75,7 +75,7 @@ def _quantized(graphs: Graphs, component: Component, form: LayerFormat) -> tuple
     return exported.model, layout, parameters, packed
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.format}-{f.activations}")
 def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerFormat, graphs: Graphs) -> None:
     component = component_of(NAME, "denoiser")
     model, layout, parameters, _ = _quantized(graphs, component, form)
@@ -94,7 +94,7 @@ def test_a_quantized_graph_computes_nearly_what_the_module_does(form: LayerForma
     assert 1e-4 < error < 2 * ERRORS[form.format], error  # one that is exact was not quantized
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f.format != "nvfp4"], ids=lambda f: "-".join(f))
+@pytest.mark.parametrize("form", [f for f in FORMS if f.format != "nvfp4"], ids=lambda f: f"{f.format}-{f.activations}")
 def test_embedded_weights_compute_the_same(form: LayerFormat, graphs: Graphs, tmp_path: Path) -> None:
     component = component_of(NAME, "denoiser")
     module = random_module(component, component.config, "bf16").float()
@@ -117,7 +117,7 @@ def test_embedded_weights_compute_the_same(form: LayerFormat, graphs: Graphs, tm
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f))
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.format}-{f.activations}")
 def test_its_plan_multiplies_in_the_format(form: LayerFormat, graphs: Graphs, tmp_path: Path) -> None:
     component = component_of(NAME, "denoiser")
     model, layout, parameters, packed = _quantized(graphs, component, form)
