@@ -61,10 +61,8 @@ def build(
     options = merged(BuildOptions, options, changes)
     where, variant = Store(store), resolve(model)
     checkpoint = None
-    if options.weights == "embedded":
+    if options.embed_weights:
         checkpoint = local_folder(model) or hub_folder(variant, home=where.root, watch=watch)
-    elif options.weights != "inputs":
-        raise UserError(f"{option('weights', options.weights)}: use inputs or embedded.")
     requests = requests_for(variant, [gpu] if isinstance(gpu, str) else gpu, options, checkpoint)
     for note in request_notes(requests):
         log.warning("note: %s", note)

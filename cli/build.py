@@ -40,13 +40,7 @@ from overcrank.cli.options import Command, bounds_options, quantization_options,
 @quantization_options
 @click.option("--dtype", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable.")
 @click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
-@click.option(
-    "--weights",
-    type=click.Choice(["inputs", "embedded"]),
-    default="inputs",
-    show_default=True,
-    help="Weights as inputs of the engine, or inside it.",
-)
+@click.option("--embed-weights", is_flag=True, help="Weights inside the engine, in place of inputs of it.")
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
 @click.option("--width", type=int, help="Width in pixels.")
 @click.option("--frames", type=int, help="Number of frames.")

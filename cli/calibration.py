@@ -68,14 +68,14 @@ def timed_pack(model: str, packing: Packing, out: Path, store: Store, quiet: boo
 
 
 def print_quality(
-    bundle: Path, weights: Path | None, folder: Path, prompts: Path | None, samples: int, steps: int | None
+    bundle: Path, checkpoint: Path | None, folder: Path, prompts: Path | None, samples: int, steps: int | None
 ) -> None:
-    """Make the report and print its figures; `weights` may be None for a model that ships with its own."""
+    """Make the report and print its figures; `checkpoint` may be None for a model that ships with its own."""
 
     variant = variant_from_manifest(read_manifest(bundle))
-    checkpoint = weights or local_folder(variant.name)
+    checkpoint = checkpoint or local_folder(variant.name)
     if checkpoint is None:
-        raise UserError("--report renders, for which it needs the checkpoint: give --weights FOLDER.")
+        raise UserError("--report renders, for which it needs the checkpoint: give --checkpoint FOLDER.")
     lines = prompts_of(prompts, variant)[-samples:]  # calibration takes the first ones
     requests = [
         RenderRequest(prompt=p, seed=1000 + i, steps=steps, formats=("latents",)).completed(variant)

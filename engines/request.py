@@ -35,8 +35,8 @@ class BuildOptions:
     """Part → fp32, bf16 or fp16, or words such as "vae=bf16" [default: as published]."""
     allow_fallback: bool = False
     """Keep an engine that runs quantized layers in 16 bit."""
-    weights: str = "inputs"
-    """Weights as "inputs" of the engine, or "embedded" in it."""
+    embed_weights: bool = False
+    """Weights inside the engine, in place of inputs of it."""
     height: int | None = None
     """Best-served height [default: the model's native], and so for `width` and `frames`."""
     width: int | None = None
