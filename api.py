@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,16 +69,24 @@ def build(
     return build_requests(requests, where, progress, partial(LocalWorkers, options.jobs))
 
 
-def verify(bundle: Path | str, weights: Path | None = None, *, store: Place = None) -> list[Check]:
+def verify(
+    bundle: Path | str,
+    checkpoint: Path | None = None,
+    *,
+    weights: Sequence[str] | Mapping[str, str | Path] = (),
+    comfy: Path | None = None,
+    store: Place = None,
+) -> list[Check]:
     """Run a bundle's graphs in ONNX Runtime against the eager modules, on this machine's processor.
 
-    `bundle`: its path, or name in the store. `weights`: a diffusers folder [default: random weights]. Each Check tells
-    the largest error, also relative to the largest value; `check.within(1e-4)` allows for quantized layers' rounding.
-    Raises IntegrityError if a file of the bundle does not match its manifest.
+    `bundle`: its path, or name in the store. `checkpoint`: a diffusers folder, `weights` and `comfy`: as for `load`
+    [default: random weights]. Each Check tells the largest error, also relative to the largest value;
+    `check.within(1e-4)` allows for quantized layers' rounding. Raises IntegrityError if a file of the bundle does not
+    match its manifest, UserError for a file that is not the part's.
     """
-    from overcrank.runtime.verify import verify_bundle
+    from overcrank.runtime.verify import Weights, verify_bundle
 
-    return list(verify_bundle(Store(store).resolve(str(bundle)), weights))
+    return list(verify_bundle(Store(store).resolve(str(bundle)), Weights(checkpoint, weights, comfy)))
 
 
 def plan_report(bundle: Path | str, *, store: Place = None) -> dict[str, PlanReport]:

@@ -16,6 +16,8 @@ from overcrank.engines.store import Store
 from overcrank.errors import UserError
 from overcrank.export.quantization.recipe import Recipe
 from overcrank.models import hub_folder, local_folder, resolve, variant_from_manifest
+from overcrank.runtime.options import LoadOptions
+from overcrank.runtime.pipeline.naming import files_of
 from overcrank.runtime.render.request import RenderRequest, prompts_of
 from rich.console import Console
 from rich.markdown import Markdown
@@ -61,7 +63,8 @@ def timed_pack(model: str, packing: Packing, out: Path, store: Store, quiet: boo
 
     started = time.monotonic()
     if local_folder(model) is None:  # first, for a terminal shows one thing that moves
-        hub_folder(resolve(model), home=store.root, watch=partial(downloading, quiet=quiet))
+        given = files_of(LoadOptions(weights=packing.weights))
+        hub_folder(resolve(model), home=store.root, watch=partial(downloading, quiet=quiet), elsewhere=given)
     with Console(stderr=True, quiet=quiet).status("packing") as status:
         pack(model, packing, out, store, lambda layer: status.update(f"packing {layer}"))
     print_pack(out, time.monotonic() - started)

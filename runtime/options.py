@@ -74,9 +74,11 @@ class LoadOptions(AccelerateOptions):
     dtype: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None = None
     """One for all parts, a mapping from parts to types, or words such as "vae=fp32" [default: on a card the
     publisher's, float16 for bfloat16 where the card has none; on cpu float32]."""
-    weights: Sequence[str] = ()
-    """PART=FILE: parts of the pipeline out of single files (.safetensors, .gguf), quantized or not, by original names
-    or diffusers'; the rest is the model's own."""
+    weights: Sequence[str] | Mapping[str, str | Path] = ()
+    """Parts of the pipeline out of single files (.safetensors, .gguf), quantized or not, by original names or
+    diffusers', PART=FILE, or FILE where it tells its part; the rest is the model's own."""
+    comfy: str | Path | None = None
+    """A ComfyUI folder, in whose models the names of files are looked up [default: $OVERCRANK_COMFY]."""
     loras: Sequence[str] = ()
     """Files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE; the experts of
     Wan 2.2 are high and low."""

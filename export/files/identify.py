@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from overcrank.errors import CheckpointError
-from overcrank.export.files.single_file import Origins, origins, shape_of
+from overcrank.export.files.single_file import VAE_PREFIXES, Origins, origins, shape_of
 
 TABLE = Path(__file__).parent / "networks.json"
 _NUMBER = re.compile(r"\d+")
@@ -29,7 +29,7 @@ class Identified:
 
     cls: str
     part: str
-    """Of the pipeline: transformer, unet or vae."""
+    """Of the pipeline: transformer, unet, vae or audio_vae."""
     variants: tuple[str, ...]
     """Published variants that have this very network; none where names are those of `cls`, and shapes are not."""
     nearest: str
@@ -39,12 +39,12 @@ class Identified:
 
 def identify(shapes: Shapes) -> list[Identified]:
     """Every network in a file whose parameters have these names and shapes, denoisers first."""
-    found = [network for cls, about in _table().items() if (network := _as(cls, about, shapes)) is not None]
-    return sorted(found, key=lambda network: network.part == "vae")
+    networks = [network for cls, about in _table().items() if (network := _as(cls, about, shapes)) is not None]
+    return sorted(networks, key=lambda network: network.part in VAE_PREFIXES)
 
 
 def digest(shapes: Shapes) -> str:
-    """Of a network's parameters."""
+    """Of a network's parameters and stored buffers."""
     lines = sorted(f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 

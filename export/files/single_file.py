@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "transformer.", "net.")
-VAE_PREFIXES = ("vae.", "first_stage_model.")
+VAE_PREFIXES = {"vae": ("vae.", "first_stage_model."), "audio_vae": ("audio_vae.",)}
+"""diffusers' own renaming takes these off."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ def origins(
     one of them here, that of the pipeline's `part`. `wanted`: the class's own names, which the file may have already.
     Raises CheckpointError where diffusers' own renaming fails.
     """
-    prefix = _prefix(shapes, VAE_PREFIXES if part == "vae" else DENOISER_PREFIXES)
+    prefix = _prefix(shapes, VAE_PREFIXES.get(part, DENOISER_PREFIXES))
     own = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
     wanted = set(wanted)
     if wanted and own.keys() >= wanted:
         return {short: (Rows(name, 0, _rows(shapes[name])),) for short, name in own.items()}
-    named = {name: name for name in own.values()} if part == "vae" else own
+    named = {name: name for name in own.values()} if part in VAE_PREFIXES else own
     return _renamed(cls, {short: shapes[name] for short, name in named.items()}, named)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.cards import Card
 from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
-from overcrank.engines.refusals import CannotServe, OffCard
+from overcrank.engines.refusals import CannotServe, OffCard, unmultiplied
 from overcrank.engines.store import Store
 from overcrank.engines.trust import Keyring
 from overcrank.errors import StoreError, UserError
@@ -58,6 +58,7 @@ class Acceleration:
     bundles: dict[str, str] = field(default_factory=dict)  # component → name of the bundle whose engine runs it
     source: str = ""  # folder or hub id of the checkpoint
     quantization: Quantization | None = None
+    weights: dict[str, dict[str, str]] = field(default_factory=dict)  # part → the file it is from, in place of its own
     loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights
     moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
     dtypes: dict[str, str] = field(default_factory=dict)  # of the parts, where they were asked for
@@ -65,7 +66,8 @@ class Acceleration:
 
     def settings(self) -> dict[str, Any]:
         """What decides the frames beside model and request, of what is not the usual."""
-        settings: dict[str, Any] = {"loras": self.loras} if self.loras else {}
+        settings: dict[str, Any] = {"weights": self.weights} if self.weights else {}
+        settings |= {"loras": self.loras} if self.loras else {}
         if self.variant.preset:
             settings["preset"] = self.variant.preset
         settings |= {"dtypes": self.dtypes} if self.dtypes else {}
@@ -259,6 +261,8 @@ def _on_card(
     try:
         candidates = [bundle] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
+        if quantization and (why := unmultiplied(card.name, card.target, precision)):
+            raise CannotServe(why)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
         _all_eager(acceleration, error)

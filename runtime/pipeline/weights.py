@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from overcrank.errors import CheckpointError, UserError, present
+from overcrank.errors import CheckpointError, present
+from overcrank.export.files.contents import contents_of
+from overcrank.export.files.kinds import LORA, kind_of
 from overcrank.export.files.single_file import Origins, Rows, difference, origins
 from overcrank.export.files.stored_layers import StoredLayer, stored_layers, weight_shapes
 from overcrank.export.files.weight_file import WeightFile, open_weights
@@ -48,13 +50,37 @@ def part_file(path: Path, component: Component, module: nn.Module) -> PartFile:
     Raises CheckpointError for a file that is not these weights, whole, naming what differs.
     """
     file = open_weights(path)
-    layers = stored_layers(file)
-    shapes = weight_shapes(file, layers)
-    wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    places = origins(type(module), shapes, wanted, component.subfolder)
-    if reason := difference(wanted, places, shapes):
-        raise CheckpointError(f"{path} is not the {component.subfolder} of this model ({component.cls}): it {reason}.")
-    return PartFile(file, layers, places)
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    reason = ""
+    if kind_of(file.tensors) != LORA:
+        layers = stored_layers(file)
+        shapes = weight_shapes(file, layers)
+        try:
+            places = origins(type(module), shapes, wanted, component.subfolder)
+            reason = difference(wanted, places, shapes)
+        except CheckpointError as error:
+            reason = f"has other names: {error}"
+        if not reason:
+            return PartFile(file, layers, places)
+    reason = _whose(path, component) or f"{reason}; give a file of this model"
+    raise CheckpointError(f"{path} is not the {component.subfolder} of this model ({component.cls}): it {reason}.")
+
+
+def _whose(path: Path, component: Component) -> str:
+    """What a file is that is not the part it was given as, and how to give it; empty for what is no known network."""
+    contents = contents_of(path)
+    if contents.kind == LORA:
+        return f"is a LoRA; give {option('loras', [path])}"
+    cls = component.cls.rpartition(".")[2]
+    known = sorted((n for n in contents.networks if n.variants), key=lambda n: n.cls != cls)
+    for network in known[:1]:
+        names = ", ".join(network.variants[:3])
+        if network.part == component.subfolder:
+            return f"is that of {names}; give {option('model', network.variants[0])}, or another file"
+        return f"is the {network.part} of {names}; give {option('weights', [f'{network.part}={path}'])}"
+    if contents.encoder and not contents.networks:
+        return f"is a {contents.kind}; give {option('weights', [f'text_encoder={path}'])}"
+    return ""
 
 
 def module_of(path: Path, component: Component, dtype: torch.dtype) -> nn.Module:
@@ -62,26 +88,57 @@ def module_of(path: Path, component: Component, dtype: torch.dtype) -> nn.Module
 
     Linear layers that the file has quantized stay so (StoredLinear). Raises CheckpointError as `part_file`.
     """
+    module = empty_module(component, path)
+    cast_like_diffusers(module, dtype)
+    return filled(module, part_file(path, component, module))
+
+
+def empty_module(component: Component, path: Path) -> nn.Module:
+    """The component's whole part of the pipeline without values, which `path` has."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        module = construct(component.cls, component.config, str(path))
-    cast_like_diffusers(module, dtype)
-    part = part_file(path, component, module)
+        return construct(component.cls, component.config, str(path))
+
+
+def filled(module: nn.Module, part: PartFile) -> nn.Module:
+    """The module with a file's weights in the place of its empty ones, in their types."""
     for name, rows in part.origins.items():
         owner_name, _, last = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         if last == "weight" and isinstance(owner, nn.Linear) and _is_stored(part, rows):
             continue
-        empty = owner._parameters[last]
-        value = _plain(part, rows).to(present(empty, name).dtype).reshape(present(empty, name).shape)
-        owner._parameters[last] = nn.Parameter(value, requires_grad=False)
+        empty = present(owner._parameters.get(last, owner._buffers.get(last)), name)
+        value = _plain(part, rows).to(empty.dtype).reshape(empty.shape)
+        if last in owner._buffers:
+            owner._buffers[last] = value
+        else:
+            owner._parameters[last] = nn.Parameter(value, requires_grad=False)
     for name in part.formats():
         owner = module.get_submodule(name)
         if isinstance(owner, nn.Linear):
             stored = StoredLinear(_quantized(part, part.origins[f"{name}.weight"]), owner.bias)
             module.set_submodule(name, stored)
     return module.eval()
+
+
+def file_values(path: Path, component: Component) -> Callable[[str], torch.Tensor]:
+    """Parameter of the component's class → its value in the file; widened where the file has it quantized.
+
+    Raises CheckpointError as `part_file`.
+    """
+    module = empty_module(component, path)
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    part = part_file(path, component, module)
+
+    def value(name: str) -> torch.Tensor:
+        tensor = _plain(part, part.origins[name]).reshape(shapes[name])
+        if not bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all()):
+            where = part.origins[name][0].tensor
+            raise CheckpointError(f"{path}: tensor '{where}' holds NaN or infinities; download it again.")
+        return tensor
+
+    return value
 
 
 def _is_stored(part: PartFile, rows: Sequence[Rows]) -> bool:
@@ -116,29 +173,6 @@ def recipe_of_layers(forms: Mapping[str, LayerFormat], component: Component) -> 
     ]
     config = dict(component.config)
     return ComponentRecipe(cls=component.cls, config=config, rules=rules) if rules else None
-
-
-def parts_from_files(words: Sequence[str], variant: Variant, dtypes: Mapping[str, torch.dtype]) -> dict[str, nn.Module]:
-    """Part of the pipeline → its module with a file's weights, of words PART=FILE.
-
-    Raises UserError for words of another form, a part that is none or is named twice, CheckpointError for a file that
-    is not the part's.
-    """
-    known = {part: c for c in components(variant) for part in (c.subfolder, *c.also_serves)}
-    modules: dict[str, nn.Module] = {}
-    for word in words:
-        part, equals, file = word.partition("=")
-        if not (part and equals and file):
-            raise UserError(f"{option('weights', word)}: write PART=FILE, such as transformer=model.safetensors.")
-        if part not in known:
-            raise UserError(
-                f"{option('weights', word)}: {variant.name} has no part '{part}'; it has {', '.join(known)}."
-            )
-        if part in modules:
-            raise UserError(f"{option('weights', word)}: {part} is given twice; give it once.")
-        dtype = dtypes.get(part, dtypes.get("", torch.bfloat16))
-        modules[part] = module_of(Path(file).expanduser(), known[part], dtype)
-    return modules
 
 
 def stored_recipe(pipe: Any, variant: Variant) -> Recipe | None:
