@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from overcrank.errors import CheckpointError
-from overcrank.export.files.single_file import VAE_PREFIXES, Origins, origins, shape_of
+from overcrank.export.files.single_file import VAE_PREFIXES, Origins, as_named, origins, shape_of
 
 TABLE = Path(__file__).parent / "networks.json"
+ALIKE = 0.8
+"""The share of names from which on they are the class's: some of a family have a few more or fewer."""
 _NUMBER = re.compile(r"\d+")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -38,8 +40,16 @@ class Identified:
 
 
 def identify(shapes: Shapes) -> list[Identified]:
-    """Every network in a file whose parameters have these names and shapes, denoisers first."""
-    networks = [network for cls, about in _table().items() if (network := _as(cls, about, shapes)) is not None]
+    """Every network in a file whose parameters have these names and shapes, denoisers first.
+
+    Of a part whose names are several classes', those of which it is a published network, else the likest.
+    """
+    alike = [scored for cls, about in _table().items() if (scored := _as(cls, about, shapes)) is not None]
+    networks: list[Identified] = []
+    for part in dict.fromkeys(network.part for network, _ in alike):
+        own = [(network, score) for network, score in alike if network.part == part]
+        published = [network for network, _ in own if network.variants]
+        networks += published or [max(own, key=lambda scored: scored[1])[0]]
     return sorted(networks, key=lambda network: network.part in VAE_PREFIXES)
 
 
@@ -54,24 +64,30 @@ def kinds(names: Iterable[str]) -> set[str]:
     return {_NUMBER.sub("#", name) for name in names}
 
 
-def _as(cls: str, about: Mapping[str, Any], shapes: Shapes) -> Identified | None:
-    """The network of class `cls` in the file; None where its names are another's."""
+def _as(cls: str, about: Mapping[str, Any], shapes: Shapes) -> tuple[Identified, float] | None:
+    """The network of class `cls` in the file, and how alike its names are; None where they are another's."""
     few = {name: shape for name, shape in shapes.items() if all(n in ("0", "1", "2") for n in _NUMBER.findall(name))}
-    try:
-        names = kinds(_origins(cls, about, few))
-        if not any(_alike(names, set(wanted)) for wanted in about["names"]):
-            return None
-        places = _origins(cls, about, shapes)
-    except CheckpointError:
+    named: Callable[[Shapes], Origins]
+    for named in (partial(as_named, part=about["part"]), partial(_origins, cls, about)):
+        try:
+            names = kinds(named(few))
+            score = max(_likeness(names, set(wanted)) for wanted in about["names"])
+            if score < ALIKE:
+                continue
+            places = named(shapes)
+        except CheckpointError:
+            continue
+        break
+    else:
         return None
     given = {name: shape_of(rows, shapes) for name, rows in places.items()}
     variants = tuple(about["networks"].get(digest(given), ()))
-    return Identified(cls, about["part"], variants, about["nearest"], places)
+    return Identified(cls, about["part"], variants, about["nearest"], places), score
 
 
-def _alike(names: set[str], wanted: set[str]) -> bool:
-    """Whether most names are the class's, as some of a family have a few more or fewer."""
-    return len(names & wanted) >= 0.8 * len(names | wanted)
+def _likeness(names: set[str], wanted: set[str]) -> float:
+    """The share of names that both have."""
+    return len(names & wanted) / len(names | wanted)
 
 
 def _origins(cls: str, about: Mapping[str, Any], shapes: Shapes) -> Origins:
