@@ -101,4 +101,4 @@ def build_engine(**options: Any) -> None:
     if options["as_json"]:
         print_json("build", seconds=round(seconds, 2), bundles=bundles)
     else:
-        report.summary(bundles, seconds)
+        report.summary(bundles, seconds, settings.layout)

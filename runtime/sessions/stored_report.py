@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from overcrank.export.quantization.formats import NUMBERS
 from overcrank.export.quantization.packing import packed_layer, unpacked_fp4
 from overcrank.export.quantization.recipe import LayerFormat
+from overcrank.export.quantization.rotation import rotated
 from overcrank.runtime.sessions.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
@@ -56,5 +57,6 @@ def requantization_error(layer: StoredLinear, form: LayerFormat, compute: str) -
         values = unpacked_fp4(packed["weight"], packed["block_scale"])[0]
     else:
         values = packed["weight"].float()[0]
+    turned = rotated(weight, form.rotation) if form.rotation else weight
     again = values * (number.step * number.reach) * packed["behind"][0, 0].float()[:, None]
-    return float((again - weight).norm() / weight.norm().clamp_min(1e-30))
+    return float((again - turned).norm() / weight.norm().clamp_min(1e-30))
