@@ -13,6 +13,7 @@ from overcrank.engines.targets import Target, gpu_names, precision_for, targets_
 from overcrank.engines.tensorrt import driver_notes
 from overcrank.engines.types import notes, own_precision, typed
 from overcrank.errors import UserError
+from overcrank.export.files.parts import anew_line, layout
 from overcrank.models import components, family
 from overcrank.models.base import Variant
 from overcrank.options import option
@@ -107,7 +108,6 @@ def requests_for(
 
 def _formats_for(target: Target, variant: Variant, options: BuildOptions) -> tuple[str, Recipe | None, LayerFormat]:
     """Precision, recipe, and format of layers that it does not name."""
-    from overcrank.export.files.parts import layout
     from overcrank.export.quantization.recipe import LayerFormat, layers_of
 
     if not options.layout:
@@ -124,6 +124,8 @@ def request_notes(requests: Sequence[Request]) -> list[str]:
     sentences = list(driver_notes(requests[0].flavour, tuple(r.target for r in requests)))
     for request in requests:
         sentences += notes(request.variant, request.target, request.precision, dict(request.dtypes))
+        if request.recipe is not None and (line := anew_line(request.recipe, request.target.name)):
+            sentences.append(line)
     return list(dict.fromkeys(sentences))
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 AS_STORED: Mapping[str, Format] = {"fp8_e4m3": "fp8", "int8": "int8", "nvfp4": "nvfp4"}
 """Formats of files whose bytes an engine multiplies as they are."""
+STORED = "stored in "
+"""Begins a rule's reason where the layer is multiplied in another format than it is stored in."""
 ANEW: tuple[Format, ...] = ("fp8", "int8")
 """What other formats are quantized to, the first that the card has; a layer stays as small as 8 bit."""
 
@@ -75,13 +77,20 @@ def layer_format(stored: str, rotation: int, precisions: Collection[str] | None)
     return None if anew is None else LayerFormat(anew, "dynamic")
 
 
-def recipe_of_layers(forms: Mapping[str, LayerFormat | None], component: Component) -> ComponentRecipe | None:
-    """One rule a layer, in one order, so that the engines of files of one layout are the same; None for no layers."""
-    rules = [
-        Rule(layers=name, format=form.format, activations=form.activations, rotation=form.rotation)
-        for name, form in sorted(forms.items())
-        if form is not None
-    ]
+def recipe_of_layers(
+    layers: Mapping[str, tuple[str, int]], component: Component, precisions: Collection[str] | None
+) -> ComponentRecipe | None:
+    """One rule a layer, in one order, so that the engines of files of one layout are the same; None for no layers.
+
+    `layers`: layer → the format that the file has it in, and its rotation. `precisions`: see `layer_format`.
+    """
+    rules = []
+    for name, (stored, rotation) in sorted(layers.items()):
+        form = layer_format(stored, rotation, precisions)
+        if form is not None:
+            about = {"format": form.format, "activations": form.activations, "rotation": form.rotation}
+            reason = "" if form.format == AS_STORED.get(stored) else f"{STORED}{stored}"
+            rules.append(Rule(layers=name, **about, reason=reason))
     return ComponentRecipe(cls=component.cls, config=network(component), rules=rules) if rules else None
 
 
@@ -91,6 +100,18 @@ def recipe_of_components(recipes: Mapping[str, ComponentRecipe], variant: Varian
     if not counts:
         return None
     return Recipe(model=variant.name, precision=counts.most_common(1)[0][0], components=dict(recipes))
+
+
+def anew_line(recipe: Recipe, where: str) -> str:
+    """Which layers of files engines do not multiply as they are stored, for the card `where`; "" for none."""
+    counts = Counter(
+        (rule.reason.removeprefix(STORED), rule.format)
+        for entry in recipe.components.values()
+        for rule in entry.rules
+        if rule.reason.startswith(STORED)
+    )
+    parts = [f"{count} layers in {stored} are quantized anew as {form}" for (stored, form), count in counts.items()]
+    return f"{recipe.model}: {', '.join(parts)}, since {where} does not multiply them as they are." if parts else ""
 
 
 def part_words(words: Sequence[str], name: str, known: Iterable[str], model: str) -> dict[str, str]:
@@ -148,5 +169,5 @@ def _layout_of(file: str, component: Component, precisions: Collection[str]) -> 
         module = construct(component.cls, component.config, file)
     with local_header(file) as path:
         formats = part_file(path, component, module, holes="://" in file).formats()
-    forms = {name: layer_format(own.format, own.rotation, precisions) for name, own in formats.items()}
-    return recipe_of_layers(forms, component)
+    layers = {name: (own.format, own.rotation) for name, own in formats.items()}
+    return recipe_of_layers(layers, component, precisions)

@@ -19,6 +19,7 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
 from overcrank.engines.trust import Keyring
 from overcrank.errors import StoreError, UserError
+from overcrank.export.files.parts import anew_line
 from overcrank.export.packaged import packaged_graph
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import components, family, main_part, variant_from_configs
@@ -200,6 +201,8 @@ def _as_stored(pipe: Any, variant: Variant, target: str) -> Quantization | None:
     stored = stored_layout(pipe, variant, precisions)
     if stored is None:
         return None
+    if line := anew_line(stored.recipe, target):
+        log.warning("%s", line)
     form = LayerFormat(stored.recipe.precision, "dynamic")
     return Quantization(form, stored.recipe, layout=stored.words)
 

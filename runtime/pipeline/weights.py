@@ -11,7 +11,6 @@ import torch
 from overcrank.errors import CheckpointError, present
 from overcrank.export.files.parts import (
     PartFile,
-    layer_format,
     part_file,
     part_words,
     parts_of,
@@ -121,5 +120,4 @@ def _stored_layers(module: nn.Module) -> dict[str, StoredLinear]:
 def _recipe_of(
     layers: Mapping[str, StoredLinear], component: Component, precisions: Collection[str] | None
 ) -> ComponentRecipe | None:
-    forms = {name: layer_format(own.format, own.rotation, precisions) for name, own in layers.items()}
-    return recipe_of_layers(forms, component)
+    return recipe_of_layers({n: (own.format, own.rotation) for n, own in layers.items()}, component, precisions)
