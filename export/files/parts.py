@@ -88,9 +88,9 @@ def recipe_of_layers(
     for name, (stored, rotation) in sorted(layers.items()):
         form = layer_format(stored, rotation, precisions)
         if form is not None:
-            about = {"format": form.format, "activations": form.activations, "rotation": form.rotation}
             reason = "" if form.format == AS_STORED.get(stored) else f"{STORED}{stored}"
-            rules.append(Rule(layers=name, **about, reason=reason))
+            turns = form.rotation
+            rules.append(Rule(layers=name, format=form.format, activations="dynamic", rotation=turns, reason=reason))
     return ComponentRecipe(cls=component.cls, config=network(component), rules=rules) if rules else None
 
 
