@@ -20,6 +20,7 @@ from overcrank.cli.options import Command, bounds_options, quantization_options,
     examples=(
         "build-engine --model ltx --gpu 4070",
         "build-engine --model wan-2.2-ti2v-5b --gpu sm_120 --precision fp8 --max-height 704",
+        "build-engine --model wan-2.2-ti2v-5b --gpu 4090 --layout transformer=wan2.2_5B_fp8_scaled.safetensors",
     ),
 )
 @click.option("--model", type=MODEL, required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
@@ -38,6 +39,11 @@ from overcrank.cli.options import Command, bounds_options, quantization_options,
     help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
 )
 @quantization_options
+@click.option(
+    "--layout",
+    multiple=True,
+    help="PART=FILE of a quantized single file (or its URL), whose header says how layers are stored; repeatable.",
+)
 @click.option("--dtype", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable.")
 @click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
 @click.option("--embed-weights", is_flag=True, help="Weights inside the engine, in place of inputs of it.")
@@ -89,4 +95,4 @@ def build_engine(**options: Any) -> None:
     if options["as_json"]:
         print_json("build", seconds=round(seconds, 2), bundles=bundles)
     else:
-        report.summary(bundles, seconds)
+        report.summary(bundles, seconds, settings.layout)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from overcrank.runtime.inspect import ENGINES, Inspection
+from overcrank.export.files.parts import AS_STORED
+from overcrank.runtime.inspect import Inspection
 from overcrank.units import human_bytes
 
 WIDENED = "widened to 16 bit, or quantized anew by --precision"
@@ -32,7 +33,7 @@ def lines(found: Inspection) -> list[str]:
     if found.kind == "checkpoint" and not found.networks:
         out.append("network  unknown: its tensors' names are of no model that overcrank has")
     for form, count in found.layers.items():
-        served = f"multiplied as it is by {ENGINES[form]} engines" if form in ENGINES else WIDENED
+        served = f"multiplied as it is by {AS_STORED[form]} engines" if form in AS_STORED else WIDENED
         out.append(f"layers   {count} in {form}: {served}")
     if found.rotated:
         out.append(f"rotation ConvRot in groups of {', '.join(map(str, found.rotated))}")

@@ -22,8 +22,8 @@ SECTIONS = {
     "batch min_height min_width min_frames max_height max_width max_frames static",
     "Quality and speed": "steps seed guidance guidance_2 guidance_rescale guidance_until scheduler shift sigmas "
     "timesteps preset loras cache method auto quality",
-    "Engines": "model weights comfy models gpus gpu precision precisions activations recipe pack backend bundle pull "
-    "slow_engines components flavour embed_weights allow_fallback compute retry_failed",
+    "Engines": "model weights comfy models gpus gpu precision precisions activations recipe layout pack backend bundle "
+    "pull slow_engines components flavour embed_weights allow_fallback compute retry_failed",
     "Machine and memory": "device dtype vram lanes ray jobs",
     "Output": "out formats overwrite again metadata preview index report store quiet as_json yes dry_run",
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from overcrank.engines.targets import BY_NAME, SIXTEEN_BIT
+from overcrank.engines.targets import PRECISIONS
 from overcrank.options import option
 from overcrank.units import human_bytes
 
@@ -137,30 +137,9 @@ class OtherPrecision(Refusal):
 
     def words(self, build: str = BUILD) -> tuple[str, str]:
         what, fix = super().words(build)
-        return what, fix if self.precision in SIXTEEN_BIT else "load the pipeline in bf16 or fp16"
-
-
-@dataclass(frozen=True)
-class NoFormat(Refusal):
-    card: str
-    target: str
-    precision: str  # of the layers as they are stored
-    instead: str
-    what = (
-        "{card} ({target}) does not multiply {precision}, in which the layers are stored, so eager PyTorch widens each "
-        "as it runs"
-    )
-
-    def words(self, build: str = BUILD) -> tuple[str, str]:
-        return super().words(build)[0], f"for engines, quantize them anew with {option('precision', self.instead)}"
-
-
-def unmultiplied(card: str, target: str, precision: str) -> NoFormat | None:
-    """Why a card's engines multiply no layers of this format, None if they do; `target`: such as "sm_86"."""
-    known = BY_NAME.get(target)
-    if known is None or precision in known.precisions:
-        return None
-    return NoFormat(card, target, precision, "fp8" if "fp8" in known.precisions else "int8")
+        if "--layout" in build:  # which says the precision
+            return what, build
+        return what, fix if self.precision in PRECISIONS else "load the pipeline in bf16 or fp16"
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from overcrank.export.files.identify import Identified, identify
-from overcrank.export.files.remote import header_twin
+from overcrank.export.files.parts import AS_STORED
+from overcrank.export.files.remote import local_header
 from overcrank.export.files.stored_layers import PLAIN, stored_layers, weight_shapes
 from overcrank.export.files.weight_file import WeightFile, open_weights
 
@@ -24,8 +21,6 @@ ENCODERS = {
     "vision_model.encoder.layers.0.self_attn.q_proj.weight": "a CLIP or SigLIP image encoder",
 }
 """A tensor that gives away what is no part of a pipeline that has engines."""
-ENGINES = {"fp8_e4m3": "fp8", "int8": "int8", "nvfp4": "nvfp4"}
-"""Formats of files that engines multiply as they are: their precision."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Inspection:
     @property
     def precision(self) -> str:
         """Of the engine that multiplies most layers as they are stored; auto (16 bit) where none does."""
-        own = {ENGINES[form]: count for form, count in self.layers.items() if form in ENGINES}
+        own = {AS_STORED[form]: count for form, count in self.layers.items() if form in AS_STORED}
         return max(own, key=lambda form: own[form]) if own else "auto"
 
     def commands(self) -> list[str]:
@@ -65,7 +60,7 @@ class Inspection:
 
 def inspect_file(where: str) -> Inspection:
     """`where`: a path, or a URL that is read in ranges. Raises CheckpointError for what is no such file."""
-    with _header(where) as path:
+    with local_header(where) as path:
         file = open_weights(path)
         remote = "://" in where
         layers = stored_layers(file, holes=remote)
@@ -85,15 +80,6 @@ def inspect_file(where: str) -> Inspection:
             bytes=file.bytes,
             metadata=dict(file.metadata),
         )
-
-
-@contextmanager
-def _header(where: str) -> Iterator[Path]:
-    if "://" not in where:
-        yield Path(where).expanduser()
-        return
-    with tempfile.TemporaryDirectory(prefix="overcrank-header-") as folder:
-        yield header_twin(where, Path(folder))
 
 
 def _kind(file: WeightFile) -> str:

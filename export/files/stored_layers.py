@@ -16,6 +16,7 @@ from typing import Any
 
 from overcrank.errors import CheckpointError
 from overcrank.export.files.weight_file import Stored, WeightFile
+from overcrank.export.quantization.recipe import ROTATIONS
 
 PLAIN = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 FP8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
@@ -115,8 +116,8 @@ def _layer(
         )
     outputs, inner = stored.shape
     inner = inner * 2 if form == "nvfp4" else inner
-    rotation = int(about.get("convrot_groupsize", 256)) if about.get("convrot") else 0
-    if rotation and (inner % rotation or 4 ** (rotation.bit_length() // 2) != rotation):
+    rotation = about.get("convrot_groupsize", 256) if about.get("convrot") else 0
+    if rotation and (rotation not in ROTATIONS or inner % rotation):
         raise CheckpointError(f"{file.path}: '{layer}' is rotated in groups of {rotation}, which do not fit {inner}.")
     known = StoredLayer(layer, form, (outputs, inner), scales, rotation)
     for role in _needed(known):

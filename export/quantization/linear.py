@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from overcrank.errors import present
+from overcrank.errors import UserError, present
 from overcrank.export.quantization.attention import ShapeRange, attentions, fusable, in_fp8
 from overcrank.export.quantization.formats import BLOCK, NUMBERS, Packed, Rewriting
 from overcrank.export.quantization.recipe import ATTENTION, ComponentRecipe, LayerFormat
-from overcrank.export.quantization.stored import hadamard
+from overcrank.export.quantization.rotation import hadamard
 from overcrank.export.weights import Parameter
 
 if TYPE_CHECKING:
@@ -96,6 +96,11 @@ class _Rewrite(Rewriting):
         shape = (1, self.outputs, self.inner)
         if self.turned:
             shape = (1, self.inner, self.outputs)
+        if form.rotation and self.inner % form.rotation:
+            raise UserError(
+                f"the recipe rotates groups of {form.rotation} inputs of {name}, which has {self.inner}; use one that "
+                f"divides them."
+            )
         self.weight = self.input("weight", ir.DataType[self.number.onnx], shape, replaces=weight)
         if form.format == "nvfp4":
             blocks = (1, self.outputs, self.inner // BLOCK)

@@ -10,6 +10,7 @@ from overcrank.errors import CheckpointError, present
 from overcrank.export.quantization.attention import packed_factors
 from overcrank.export.quantization.formats import BLOCK, NUMBERS
 from overcrank.export.quantization.recipe import ATTENTION, ActivationRange, LayerFormat
+from overcrank.export.quantization.rotation import rotated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,8 @@ def packed_layer(
     wide = weight.float()
     if not bool(torch.isfinite(wide).all()):
         raise CheckpointError(f"{name}.weight has values that are not finite; the checkpoint is damaged.")
+    if form.rotation:
+        wide = rotated(wide, form.rotation)
     before = _before(wide, form, activation_range, reach).to(dtype)
     tensors: dict[str, Tensor] = {"before": before[None, None]}
     wide = wide / before.float()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
 from typing import TYPE_CHECKING
 
 from overcrank.errors import CheckpointError, present
 from overcrank.export.files.stored_layers import BLOCKS, FP8, StoredLayer
 from overcrank.export.files.weight_file import WeightFile
 from overcrank.export.quantization.packing import fp4_decoded
+from overcrank.export.quantization.rotation import rotated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,26 +115,8 @@ def joined(pieces: Sequence[Quantized]) -> Quantized:
     )
 
 
-def rotated(values: Tensor, size: int) -> Tensor:
-    """Each group of `size` values of the last axis times the Hadamard matrix; twice is nothing."""
-    groups = values.unflatten(-1, (-1, size))
-    turned: Tensor = (groups @ hadamard(size).to(values)).flatten(-2)
-    return turned
-
-
 def unblocked(tiled: Tensor, rows: int, columns: int) -> Tensor:
     """Block scales [rows, columns] out of cuBLAS' tiles of 128 × 4, which hold 32 rows of four each four rows apart."""
     tiles = tiled.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)
     plain: Tensor = tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)
     return plain[:rows, :columns]
-
-
-def hadamard(size: int) -> Tensor:
-    """The regular Hadamard matrix [size, size] of ConvRot, orthogonal and symmetric, fp32; `size`: a power of four."""
-    import torch
-
-    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
-    matrix = four
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, four)
-    return matrix / isqrt(size)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.cards import Card
+from overcrank.engines.manifest import read_manifest
 from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
-from overcrank.engines.refusals import CannotServe, OffCard, unmultiplied
+from overcrank.engines.refusals import CannotServe, OffCard
 from overcrank.engines.store import Store
+from overcrank.engines.targets import BY_NAME
 from overcrank.engines.trust import Keyring
 from overcrank.errors import StoreError, UserError
 from overcrank.export.packaged import packaged_graph
@@ -35,6 +37,7 @@ from overcrank.runtime.sessions.sources import (
     graph_session,
     require_renderable,
 )
+from overcrank.runtime.sessions.stored_report import warn_anew
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -170,8 +173,6 @@ def _prepared(
     """What will be done to the pipeline, to which nothing is done yet; no sessions where no engine can serve it."""
     variant = _variant_of(pipe, options.model)
     precision = quantization.precision if quantization else ""
-    if options.backend != EAGER:
-        quantization = quantization or _as_stored(pipe, variant)
     if precision and options.backend == EAGER:
         raise UserError(
             f"{option('precision', precision)} is computed by engines, and {option('backend', EAGER)} uses none; leave "
@@ -182,6 +183,8 @@ def _prepared(
     acceleration.source = str(pipe.config.get("_name_or_path", ""))
     store = Store(options.store)
     bundle = store.resolve(str(options.bundle)) if options.bundle else None
+    if quantization is None and options.backend != EAGER:
+        acceleration.quantization = quantization = _as_stored(pipe, variant, _target(pipe, options.backend, bundle))
     if options.pull:
         pull_missing(options.pull, variant, quantization.precision if quantization else "auto", store, Keyring())
     session: SessionMaker | None = None
@@ -192,12 +195,17 @@ def _prepared(
     return acceleration, session
 
 
-def _as_stored(pipe: Any, variant: Variant) -> Quantization | None:
-    """As the files of the pipeline's parts quantize their layers, if they do."""
-    from overcrank.runtime.pipeline.weights import stored_recipe
+def _as_stored(pipe: Any, variant: Variant, target: str) -> Quantization | None:
+    """As the files of the pipeline's parts have their layers, if they quantize any; "" for no card."""
+    from overcrank.runtime.pipeline.weights import stored_layout
 
-    recipe = stored_recipe(pipe, variant)
-    return None if recipe is None else Quantization(LayerFormat(recipe.precision, "dynamic"), recipe)
+    precisions = BY_NAME[target].precisions if target in BY_NAME else None
+    stored = stored_layout(pipe, variant, precisions)
+    if stored is None:
+        return None
+    warn_anew(stored.recipe, target)
+    form = LayerFormat(stored.recipe.precision, "dynamic")
+    return Quantization(form, stored.recipe, layout=stored.words)
 
 
 def _unwrap_compiled(pipe: Any) -> dict[str, Any]:
@@ -242,7 +250,8 @@ def _in_onnx_runtime(acceleration: Acceleration, store: Store, bundle: Path | No
     if bundle is None:
         return lambda c, part, module: graph_session(c, part, module, store, acceleration.quantization)
     fitting = [require_renderable(bundle, acceleration.variant, acceleration.quantization)]
-    acceleration.ledger.build = build_command(acceleration.variant, fitting[0][1].target)
+    layout = acceleration.quantization.layout if acceleration.quantization else ()
+    acceleration.ledger.build = build_command(acceleration.variant, fitting[0][1].target, layout)
     return BundledGraphs(acceleration.quantization, store, fitting, acceleration.bundles).session
 
 
@@ -257,12 +266,10 @@ def _on_card(
         if session is None:
             _all_eager(acceleration, error)
         return session
-    ledger.build = build_command(variant, card.target)
+    ledger.build = build_command(variant, card.target, quantization.layout if quantization else ())
     try:
         candidates = [bundle] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
-        if quantization and (why := unmultiplied(card.name, card.target, precision)):
-            raise CannotServe(why)
         fitting = fitting_bundles(candidates, variant, card.target, precision)
     except CannotServe as error:
         _all_eager(acceleration, error)
@@ -316,6 +323,16 @@ def _card(pipe: Any) -> Card:
     card = card_of(device)
     require_driver(card)
     return card
+
+
+def _target(pipe: Any, backend: str, bundle: Path | None) -> str:
+    """The card that layers are multiplied on, or that the bundle in ONNX Runtime is for; "" for none."""
+    if backend == "onnxruntime":
+        return read_manifest(bundle).target if bundle else ""
+    try:
+        return _card(pipe).target
+    except CannotServe:
+        return ""
 
 
 def _precision(pipe: Any) -> str:

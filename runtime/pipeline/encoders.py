@@ -11,11 +11,12 @@ import torch
 from overcrank.errors import CheckpointError, UserError
 from overcrank.export.files.contents import Contents, contents_of
 from overcrank.export.files.kinds import LORA
+from overcrank.export.files.parts import PartFile
 from overcrank.export.files.single_file import Origins, Rows, difference
 from overcrank.models._hub_files import INDEX
 from overcrank.models.hub import read_json
 from overcrank.options import option
-from overcrank.runtime.pipeline.weights import PartFile, filled
+from overcrank.runtime.pipeline.weights import filled
 from torch import nn
 
 

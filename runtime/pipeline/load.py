@@ -95,11 +95,11 @@ def require_files(options: LoadOptions, variant: Variant) -> None:
     given = files_of(options)
     if not given:
         return
-    from overcrank.runtime.pipeline.parts import require_parts, tell_of_card
+    from overcrank.runtime.pipeline.parts import require_parts, warn_of_card
 
     parts = require_parts(given, variant)
     if options.precision == "auto" and options.backend != "eager":
-        tell_of_card(parts, _usable_device(options.device))
+        warn_of_card(parts, variant, _usable_device(options.device))
 
 
 def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, Any]]) -> Quantization:

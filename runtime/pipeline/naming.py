@@ -13,9 +13,10 @@ from overcrank.export.files.comfy import ComfyTree, comfy_tree, kinds_of_part
 from overcrank.export.files.contents import Contents, contents_of
 from overcrank.export.files.identify import Identified
 from overcrank.export.files.kinds import LORA
+from overcrank.export.files.parts import parts_of
 from overcrank.export.files.single_file import VAE_PREFIXES
 from overcrank.models import families, family, resolve
-from overcrank.models.base import Component, Variant
+from overcrank.models.base import Variant
 from overcrank.models.registry import variant_named
 from overcrank.options import option
 from overcrank.runtime.options import LoadOptions
@@ -164,15 +165,9 @@ def _no_model(contents: Contents) -> str:
 
 def words_of(variant: Variant) -> dict[str, str]:
     """What a part with engines may be called → the part."""
-    parts = {part: part for part in part_components(variant)}
+    parts = {part: part for part in parts_of(variant)}
     words = family(variant.family).part_words
     return parts | (dict(words) if set(words.values()) <= parts.keys() else {})
-
-
-def part_components(variant: Variant) -> dict[str, Component]:
-    """Part of the pipeline → a component that describes it, of the parts that the variant has."""
-    every = family(variant.family).components(variant)
-    return {part: c for c in every for part in (c.subfolder, *c.also_serves) if part in variant.configs}
 
 
 def _part(word: str, file: Path, variant: Variant) -> str:
@@ -191,7 +186,7 @@ def _parts_of(file: Path, variant: Variant) -> list[str]:
     contents = contents_of(file)
     parts: list[str] = []
     for network in contents.networks:
-        own = [part for part, c in part_components(variant).items() if c.cls.rpartition(".")[2] == network.cls]
+        own = [part for part, c in parts_of(variant).items() if c.cls.rpartition(".")[2] == network.cls]
         if len(own) > 1:
             words = [word for word, part in words_of(variant).items() if part in own and word != part] or own
             raise UserError(

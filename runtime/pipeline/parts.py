@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from overcrank.engines.refusals import unmultiplied
+from overcrank.engines.targets import BY_NAME
+from overcrank.export.files.parts import PartFile, part_file, parts_of, recipe_of_components, recipe_of_layers
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.pipeline.encoders import encoder_of
-from overcrank.runtime.pipeline.naming import part_components
-from overcrank.runtime.pipeline.weights import PartFile, empty_module, module_of, part_file
+from overcrank.runtime.pipeline.weights import empty_module, module_of
 from overcrank.runtime.sessions.card import card_of
-from overcrank.runtime.sessions.stored_linear import ENGINE_FORMATS
+from overcrank.runtime.sessions.stored_report import warn_anew
 from torch import nn
-
-log = logging.getLogger("overcrank")
-_told: set[tuple[Path, str]] = set()
 
 
 def require_parts(files: Mapping[str, Path], variant: Variant) -> dict[str, PartFile]:
@@ -29,17 +25,19 @@ def require_parts(files: Mapping[str, Path], variant: Variant) -> dict[str, Part
     return {part: part_file(p, own[part], empty_module(own[part], p)) for part, p in files.items() if part in own}
 
 
-def tell_of_card(parts: Mapping[str, PartFile], device: str) -> None:
-    """Warn of files whose layers the card does not multiply, once, before anything is downloaded or built."""
+def warn_of_card(parts: Mapping[str, PartFile], variant: Variant, device: str) -> None:
+    """Say what the card does not multiply as files have it, and what is done instead."""
     if not device.startswith("cuda"):
         return
-    card = card_of(torch.device(device))
-    for own in parts.values():
-        for precision in sorted({ENGINE_FORMATS[x.format] for x in own.layers.values() if x.format in ENGINE_FORMATS}):
-            why = unmultiplied(card.name, card.target, precision)
-            if why and (own.file.path, precision) not in _told:
-                _told.add((own.file.path, precision))
-                log.warning("%s: %s.", own.file.path.name, why.sentence())
+    target = card_of(torch.device(device)).target
+    own, recipes = parts_of(variant), {}
+    for part, file in parts.items():
+        layers = {name: (layer.format, layer.rotation) for name, layer in file.formats().items()}
+        precisions = BY_NAME[target].precisions if target in BY_NAME else None
+        if (recipe := recipe_of_layers(layers, own[part], precisions)) is not None:
+            recipes[own[part].name] = recipe
+    if (whole := recipe_of_components(recipes, variant)) is not None:
+        warn_anew(whole, target)
 
 
 def parts_from_files(
@@ -61,4 +59,4 @@ def _of_diffusers(variant: Variant) -> dict[str, Component]:
     """Part → component, of the parts whose class diffusers has; encoders are transformers'."""
     import diffusers
 
-    return {part: c for part, c in part_components(variant).items() if "." in c.cls or hasattr(diffusers, c.cls)}
+    return {part: c for part, c in parts_of(variant).items() if "." in c.cls or hasattr(diffusers, c.cls)}

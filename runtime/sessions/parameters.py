@@ -56,7 +56,7 @@ def packed_parameters(
         if missing := unmeasured(layer, form, ranges):
             raise CannotServe(NoRange(missing))
         owner = module.get_submodule(layer) if form.kind == "linear" else None
-        if isinstance(owner, StoredLinear) and owner.engine_format == form:
+        if isinstance(owner, StoredLinear) and owner.is_bound_to(form):
             bound = owner.bound(getattr(torch, compute))
         else:
             bound = packed_tensors(layer, form, weight, ranges, compute)

@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("overcrank")
 
 
-def build_command(variant: Variant, card: str) -> str:
-    """That builds the engines of a variant for a card."""
-    return f"{BUILD} --model {shlex.quote(variant.where)} --gpu {card}"
+def build_command(variant: Variant, card: str, layout: Sequence[str] = ()) -> str:
+    """That builds the engines of a variant for a card, for layers as files PART=FILE have them."""
+    words = (f" --layout {shlex.quote(word)}" for word in layout)
+    return f"{BUILD} --model {shlex.quote(variant.where)} --gpu {card}{''.join(words)}"
 
 
 Bundle = tuple[Path, Manifest]

@@ -39,6 +39,7 @@ from overcrank.runtime.sessions.parameters import (
 )
 from overcrank.runtime.sessions.select import Bundle, compute_type, engine_of, require_same_network
 from overcrank.runtime.sessions.session import Session
+from overcrank.runtime.sessions.stored_report import report_stored
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Quantization:
     recipe: Recipe | None = None
     pack: Path | None = None  # of the checkpoint; without one, packed when a session is made
     source: str = ""  # digest of the weights the pipeline has, by which what is packed is kept
+    layout: tuple[str, ...] = ()  # PART=FILE of the files whose layers are multiplied as they have them
 
     @property
     def precision(self) -> str:
@@ -67,6 +69,17 @@ class OfBundles:
     store: Store
     fitting: Sequence[Bundle]
     bundles: dict[str, str] = field(default_factory=dict)  # component → name of the bundle that runs it
+
+    def ranked(self, component: Component) -> Sequence[Bundle]:
+        """Those first whose engine multiplies the component's layers as the pipeline's files have them."""
+        if self.quantization is None or not self.quantization.layout:
+            return self.fitting
+        own = recipe_of(self.quantization.recipe, component, IN_16_BIT).digest()
+
+        def differs(bundle: Bundle) -> bool:
+            return all(e.key.recipe != own for e in bundle[1].components if e.name == component.name)
+
+        return sorted(self.fitting, key=differs)
 
     def packs(self, bundled: BundledEngine, component: Component, part: str, module: nn.Module) -> Mapping[str, Tensor]:
         """Tensors of its quantized layers, of the module's weights, with the bundle's ranges if none were given."""
@@ -92,7 +105,7 @@ class Engines(OfBundles):
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
         from overcrank.runtime.sessions.trt import TrtSession
 
-        bundled = engine_of(component, self.fitting, compute_type(module))
+        bundled = engine_of(component, self.ranked(component), compute_type(module))
         entry = bundled.entry
         if not self.slow:
             require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
@@ -110,7 +123,7 @@ class BundledGraphs(OfBundles):
         from overcrank.runtime.sessions.graphs import bundled_graph
         from overcrank.runtime.sessions.ort import OrtSession
 
-        bundled = engine_of(component, self.fitting)
+        bundled = engine_of(component, self.ranked(component))
         views = bound_parameters(module, component, parameters_of(bundled.entry))
         packs = self.packs(bundled, component, part, module)
         device = next(module.parameters()).device.type
@@ -171,7 +184,9 @@ def graph_session(
     graph = (packaged_graph(component) if precision == PRECISION else None) or store.graph(component, precision)
     model, parameters = ir.load(graph.onnx), graph.parameters
     packs: Mapping[str, Tensor] = {}
-    if quantization is not None:
+    if quantization is None:
+        report_stored(part, module, {}, "")
+    else:
         recipe = recipe_of(quantization.recipe, component, quantization.layers)
         layout = layout_in(model, recipe)
         parameters, _ = quantize(model, parameters, layout)
@@ -203,6 +218,7 @@ def _packs(
     Those of weights that are known are kept in the store.
     """
     formats, ranges, compute = layers.formats, layers.ranges, layers.compute
+    report_stored(layers.part, module, formats, compute)
     if not formats:
         return {}
     device = next(module.parameters()).device

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
 
 import torch
+from overcrank.export.files.parts import AS_STORED
 from overcrank.export.quantization.formats import NUMBERS
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.export.quantization.stored import Quantized
 from torch import nn
-
-ENGINE_FORMATS: dict[str, Literal["fp8", "int8", "nvfp4"]] = {"fp8_e4m3": "fp8", "int8": "int8", "nvfp4": "nvfp4"}
-"""Formats of files that an engine multiplies as they are."""
 
 
 class StoredLinear(nn.Module):
@@ -24,11 +22,14 @@ class StoredLinear(nn.Module):
     block_scale: torch.Tensor | None
     input_factor: torch.Tensor | None
 
-    def __init__(self, quantized: Quantized, bias: torch.Tensor | None) -> None:
+    def __init__(self, quantized: Quantized, bias: torch.Tensor | None, file: Path) -> None:
+        """`file`: where it is from."""
         super().__init__()
+        self.file = file
         self.format, self.rotation = quantized.format, quantized.rotation
         self.in_features, self.out_features = quantized.inner, len(quantized.weight)
-        self.weight = nn.Parameter(quantized.weight, requires_grad=False)
+        own = quantized.weight.view(torch.int8)  # to whose type T5, which looks, casts no activations
+        self.weight = nn.Parameter(own, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         for name in ("scale", "block_scale", "input_factor"):
             self.register_buffer(name, getattr(quantized, name), persistent=False)
@@ -46,26 +47,31 @@ class StoredLinear(nn.Module):
 
     def values(self) -> torch.Tensor:
         """The weight in fp32 [N, K]."""
-        own = (self.weight.detach(), self.scale, self.in_features, self.block_scale, self.rotation, self.input_factor)
+        own = (
+            self.weight.detach().view(torch.uint8),
+            self.scale,
+            self.in_features,
+            self.block_scale,
+            self.rotation,
+            self.input_factor,
+        )
         return Quantized(self.format, *own).values()
 
-    @property
-    def engine_format(self) -> LayerFormat | None:
-        """How an engine multiplies its own bytes; None where none does."""
-        form = ENGINE_FORMATS.get(self.format)
-        if form is None or self.input_factor is not None:
-            return None
-        return LayerFormat(form, "dynamic", rotation=self.rotation)
+    def is_bound_to(self, form: LayerFormat) -> bool:
+        """Whether a layer of a graph in this format multiplies the file's own bytes."""
+        own = LayerFormat(AS_STORED.get(self.format, "16bit"), "dynamic", rotation=self.rotation)
+        return form == own and (self.input_factor is None or not self.rotation)
 
     def bound(self, compute: torch.dtype) -> dict[str, torch.Tensor]:
         """Role → tensor that the quantized layer of a graph reads (export/quantization/linear.py), of the file's bytes.
 
         The graph multiplies with the format's constant step and largest value, which the factor behind takes back.
         """
-        number = NUMBERS[ENGINE_FORMATS[self.format]]
-        raw = self.weight.detach()
+        number = NUMBERS[AS_STORED[self.format]]
+        raw = self.weight.detach().view(torch.uint8)
+        before = torch.ones(self.in_features, device=raw.device) if self.input_factor is None else self.input_factor
         tensors = {
-            "before": torch.ones(1, 1, self.in_features, dtype=compute, device=raw.device),
+            "before": before.to(compute)[None, None],
             "behind": (self.scale / (number.reach * number.step)).to(compute)[None, None],
         }
         if self.block_scale is not None:
