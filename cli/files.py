@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from overcrank.errors import safe_text
-from overcrank.export.files.identify import Identified
 from overcrank.export.files.parts import AS_STORED
 from overcrank.runtime.inspect import Inspection
 from overcrank.runtime.inspect_lora import LoraFacts
@@ -18,10 +17,15 @@ LONGEST = 100
 """Characters of a value of the metadata that are shown."""
 
 
-def as_data(found: Inspection) -> dict[str, Any]:
+def as_data(inspection: Inspection) -> dict[str, Any]:
     """As plain data, for programs."""
-    networks = [{k: v for k, v in asdict(network).items() if k != "origins"} for network in found.networks]
-    return {**asdict(found), "networks": networks, "precision": found.precision, "commands": found.commands()}
+    networks = [{k: v for k, v in asdict(network).items() if k != "origins"} for network in inspection.networks]
+    return {
+        **asdict(inspection),
+        "networks": networks,
+        "precision": inspection.precision,
+        "commands": inspection.commands(),
+    }
 
 
 def lines(inspection: Inspection) -> list[str]:
@@ -29,35 +33,29 @@ def lines(inspection: Inspection) -> list[str]:
     return [f"{title:<9}{safe_text(text)}" for title, text in _rows(inspection)]
 
 
-def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
-    yield "file", found.file
-    yield "kind", f"{found.kind}, {human_bytes(found.bytes)}, {_count(found.parameters)} parameters"
-    for network in found.networks:
-        yield "network", _network(network)
-    if found.kind == "checkpoint" and not found.networks:
+def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    yield "file", inspection.file
+    yield "kind", f"{inspection.kind}, {human_bytes(inspection.bytes)}, {_count(inspection.parameters)} parameters"
+    for network, other in zip(inspection.networks, inspection.unlike, strict=True):
+        yield "network", other or f"{network.part} of {', '.join(network.variants)} ({network.cls})"
+    if inspection.kind == "checkpoint" and not inspection.networks:
         yield "network", "unknown: its tensors' names are of no model that overcrank has"
-    for sentence in found.experts():
+    for sentence in inspection.experts():
         yield "", sentence
-    if found.lora is not None:
-        yield from _lora(found.lora)
-    if found.keys:
-        yield "keys", found.keys
-    for form, count in found.layers.items():
-        yield "layers", f"{count} in {form}, scale {found.scales[form]}"
+    if inspection.lora is not None:
+        yield from _lora(inspection.lora)
+    if inspection.keys:
+        yield "keys", inspection.keys
+    for form, count in inspection.layers.items():
+        yield "layers", f"{count} in {form}, scale {inspection.scales[form]}"
         yield "", f"multiplied as it is by {AS_STORED[form]} engines" if form in AS_STORED else WIDENED
-    if found.rotated:
-        yield "rotation", f"ConvRot in groups of {', '.join(map(str, found.rotated))}"
-    yield "others", ", ".join(f"{count} in {form}" for form, count in found.others.items()) or "none"
-    for name, value in found.metadata.items():
+    if inspection.rotated:
+        yield "rotation", f"ConvRot in groups of {', '.join(map(str, inspection.rotated))}"
+    yield "others", ", ".join(f"{count} in {form}" for form, count in inspection.others.items()) or "none"
+    for name, value in inspection.metadata.items():
         yield "metadata", f"{name}: {value if len(value) <= LONGEST else value[:LONGEST] + '…'}"
-    for command in found.commands():
+    for command in inspection.commands():
         yield "next", command
-
-
-def _network(network: Identified) -> str:
-    if network.variants:
-        return f"{network.part} of {', '.join(network.variants)} ({network.cls})"
-    return f"{network.part}, a {network.cls} of other sizes than any published one, named as {network.nearest}"
 
 
 def _lora(lora: LoraFacts) -> Iterator[tuple[str, str]]:

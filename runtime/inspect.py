@@ -12,6 +12,7 @@ from overcrank.errors import present
 from overcrank.export.files.contents import Contents, read_contents
 from overcrank.export.files.identify import Identified
 from overcrank.export.files.kinds import LORA
+from overcrank.export.files.nearest import unlike
 from overcrank.export.files.parts import AS_STORED, parts_of
 from overcrank.export.files.remote import local_header
 from overcrank.export.files.single_file import DENOISER_PREFIXES, VAE_PREFIXES
@@ -33,6 +34,8 @@ class Inspection:
     kind: str
     """"checkpoint", "LoRA", or which encoder it is, in words."""
     networks: tuple[Identified, ...]
+    unlike: tuple[str, ...]
+    """Of each network, what keeps it from being a published one, "" for nothing."""
     keys: str
     """How its tensors are named: diffusers' names or original ones, and the prefix."""
     layers: dict[str, int]
@@ -101,6 +104,7 @@ def inspect_file(where: str) -> Inspection:
             file=where,
             kind=contents.kind,
             networks=contents.networks,
+            unlike=tuple("" if n.variants else unlike(n, contents.shapes) for n in contents.networks),
             keys=_keys(contents),
             layers=dict(Counter(layer.format for layer in layers.values()).most_common()),
             scales={form: _scales(file, [x for x in layers.values() if x.format == form]) for form in _formats(layers)},
