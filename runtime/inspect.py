@@ -11,7 +11,7 @@ from math import prod
 from overcrank.errors import present
 from overcrank.export.files.contents import Contents, read_contents
 from overcrank.export.files.identify import Identified
-from overcrank.export.files.kinds import LORA
+from overcrank.export.files.kinds import CHECKPOINT, LORA
 from overcrank.export.files.nearest import unlike
 from overcrank.export.files.parts import AS_STORED, parts_of
 from overcrank.export.files.remote import local_header
@@ -34,6 +34,8 @@ class Inspection:
     kind: str
     """"checkpoint", "LoRA", or which encoder it is, in words."""
     networks: tuple[Identified, ...]
+    variants: tuple[str, ...]
+    """Published models that have all of these."""
     unlike: tuple[str, ...]
     """Of each network, what keeps it from being a published one, "" for nothing."""
     keys: str
@@ -65,30 +67,25 @@ class Inspection:
 
     def experts(self) -> list[str]:
         """Models that have several parts of the file's network, and what they are called; a sentence for each."""
-        sentences = []
-        for network in (n for n in self.networks[:1] if n.part not in VAE_PREFIXES):
-            for name in network.variants:
-                words = _experts(name, network)
-                if words:
-                    sentences.append(f"{name} has one for {' and one for '.join(words)} noise: give both files")
-        return sentences
+        words = {model: _experts(model, network) for network in self.networks for model in network.variants}
+        return [
+            f"{model} has one for {' and one for '.join(own)} noise: give both files"
+            for model, own in words.items()
+            if own
+        ]
 
     def _commands(self, file: str) -> Iterator[str]:
         if self.lora is not None:
             for model in _some(self.lora.fits):
                 yield f'overcrank render "a prompt" --model {model} --lora {file}'
-        parts = dict.fromkeys(network.part for network in self.networks)
-        names = [v for n in self.networks[:1] for v in n.variants if all(v in o.variants for o in self.networks)]
-        for model in _some(names or (self.networks[0].variants if self.networks else ())):
-            first = next(iter(_experts(model, self.networks[0])), self.networks[0].part)
-            if self.layers and self.networks[0].part not in VAE_PREFIXES:
-                yield f"overcrank build --model {model} --layout {self.networks[0].part}={file} --gpu auto"
-            else:
-                yield f"overcrank build --model {model} --gpu auto"
-            own = [part for part in parts if any(model in n.variants for n in self.networks if n.part == part)]
-            words = " ".join(f"--weights {first if part == own[0] else part}={file}" for part in own)
-            yield f'overcrank render "a prompt" --model {model} {words}'
-        if self.kind not in (LORA, "checkpoint") and not self.networks:
+        for model in _some(self.variants):
+            own = {n.part: n for n in self.networks if model in n.variants}
+            layered = next((part for part in own if part not in VAE_PREFIXES), "") if self.layers else ""
+            layout = f" --layout {layered}={file}" if layered else ""
+            yield f"overcrank build --model {model}{layout} --gpu auto"
+            names = [next(iter(_experts(model, network)), part) for part, network in own.items()]
+            yield f'overcrank render "a prompt" --model {model} {" ".join(f"--weights {n}={file}" for n in names)}'
+        if self.kind not in (LORA, CHECKPOINT) and not self.networks:
             yield f'overcrank render "a prompt" --model MODEL --weights {_encoder_part(self.kind)}={file}'
 
 
@@ -104,6 +101,7 @@ def inspect_file(where: str) -> Inspection:
             file=where,
             kind=contents.kind,
             networks=contents.networks,
+            variants=tuple(contents.variants),
             unlike=tuple("" if n.variants else unlike(n, contents.shapes) for n in contents.networks),
             keys=_keys(contents),
             layers=dict(Counter(layer.format for layer in layers.values()).most_common()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ _LAYOUTS = (
     ("diffusion_model.", "original names (diffusion_model.…)"),
     ("model.diffusion_model.", "original names (model.diffusion_model.…)"),
 )
+SAMPLED = 7
+"""Of so many layers at least one has a name of the class, or the file is another's."""
 SHALLOW = 3
 """Blocks of a chain whose layers are compared; the others are like them."""
 
@@ -83,38 +85,41 @@ def _fitting(layers: Mapping[str, tuple[int, int]]) -> tuple[float, str, tuple[s
     """(share of layers, part, variants) of the networks that have the most of them."""
     few = {n: s for n, s in layers.items() if all(int(d) < SHALLOW for d in re.findall(r"\d+", n))} or dict(layers)
     best: tuple[float, str, tuple[str, ...]] = (0.0, "", ())
-    for variants, component in _denoisers():
-        share = _share(few, component) if few else 0.0
-        if share > best[0]:
-            best = share, component.subfolder, variants
-        elif share and share == best[0]:
-            best = share, best[1], (*best[2], *variants)
+    for cls, networks in networks_by_class().items() if few else ():
+        for variants in networks:
+            component = _denoiser(cls, variants[0])
+            share = None if component is None else _share(few, component)
+            if component is None or share is None:
+                break  # the class's other networks have the same names
+            if share > best[0]:
+                best = share, component.subfolder, variants
+            elif share and share == best[0]:
+                best = share, best[1], (*best[2], *variants)
     return best
 
 
-def _denoisers() -> Iterator[tuple[tuple[str, ...], Component]]:
-    """Every published network that denoises, with its variants."""
-    for cls, networks in networks_by_class().items():
-        for variants in networks:
-            variant = variant_named(variants[0])
-            for component in parts_of(variant).values() if variant is not None else ():
-                if component.cls.rpartition(".")[2] == cls and component.subfolder in ("transformer", "unet"):
-                    yield variants, component
-                    break
+def _denoiser(cls: str, name: str) -> Component | None:
+    """The component of this class of a published variant, if it denoises."""
+    variant = variant_named(name)
+    every = parts_of(variant).items() if variant is not None else ()
+    own = (c for part, c in every if part in ("transformer", "unet") and c.cls.rpartition(".")[2] == cls)
+    return next(own, None)
 
 
-def _share(layers: Mapping[str, tuple[int, int]], component: Component) -> float:
+def _share(layers: Mapping[str, tuple[int, int]], component: Component) -> float | None:
+    """How much of the layers a network has, by name and shape; None where it has no such names."""
     from overcrank.runtime.pipeline.lora_names import LayerNames
 
     module = _shallow(component)
-    names, matched = LayerNames(module), 0
+    names, named, matched = LayerNames(module), 0, 0
     for i, (raw, (outputs, inputs)) in enumerate(layers.items()):
         own = names.find(raw, outputs)
         shapes = [tuple(module.get_parameter(f"{name}.weight").shape) for name in own]
+        named += bool(own)
         matched += bool(shapes) and all(s[1] == inputs for s in shapes) and sum(s[0] for s in shapes) == outputs
-        if i == 7 and not matched:  # of another class, or size
-            return 0.0
-    return matched / len(layers)
+        if i == SAMPLED and not named:
+            return None
+    return matched / len(layers) if named else None
 
 
 def _shallow(component: Component) -> nn.Module:

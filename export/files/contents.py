@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,15 @@ class Contents:
     """Of all that is a parameter."""
     networks: tuple[Identified, ...] = ()
     """Those that have engines, denoisers first."""
+
+    @property
+    def variants(self) -> list[str]:
+        """Published variants that have every part which the file has; where none has, those of its first part."""
+        by_part: dict[str, list[str]] = {}
+        for network in self.networks:
+            by_part.setdefault(network.part, []).extend(network.variants)
+        first, *others = by_part.values() or [[]]
+        return [name for name in first if all(name in names for names in others)] or first
 
     @property
     def encoder(self) -> bool:
@@ -48,4 +57,16 @@ def read_contents(file: WeightFile, holes: bool = False) -> Contents:
         return Contents(file, kind, {}, {name: stored.shape for name, stored in file.tensors.items()})
     layers = stored_layers(file, holes)
     shapes = weight_shapes(file, layers)
-    return Contents(file, kind, layers, shapes, tuple(identify(shapes)))
+    return Contents(file, kind, layers, shapes, tuple(_one_a_part(identify(shapes), shapes)))
+
+
+def _one_a_part(networks: list[Identified], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Identified]:
+    """Of a part that is no published network of any class, the class with the nearest."""
+    from overcrank.export.files.nearest import nearest
+
+    for part in dict.fromkeys(network.part for network in networks):
+        own = [network for network in networks if network.part == part]
+        if own[0].variants or len(own) == 1:
+            yield from own
+        else:
+            yield max(own, key=lambda network: nearest(network, shapes).share)

@@ -42,14 +42,16 @@ class Identified:
 def identify(shapes: Shapes) -> list[Identified]:
     """Every network in a file whose parameters have these names and shapes, denoisers first.
 
-    Of a part whose names are several classes', those of which it is a published network, else the likest.
+    Of a part whose names are several classes', those of which it is a published network, else the likest, which may
+    be several.
     """
     alike = [scored for cls, about in _table().items() if (scored := _as(cls, about, shapes)) is not None]
     networks: list[Identified] = []
     for part in dict.fromkeys(network.part for network, _ in alike):
         own = [(network, score) for network, score in alike if network.part == part]
         published = [network for network, _ in own if network.variants]
-        networks += published or [max(own, key=lambda scored: scored[1])[0]]
+        best = max(score for _, score in own)
+        networks += published or [network for network, score in own if score == best]
     return sorted(networks, key=lambda network: network.part in VAE_PREFIXES)
 
 
@@ -72,22 +74,21 @@ def kinds(names: Iterable[str]) -> set[str]:
 def _as(cls: str, about: Mapping[str, Any], shapes: Shapes) -> tuple[Identified, float] | None:
     """The network of class `cls` in the file, and how alike its names are; None where they are another's."""
     few = {name: shape for name, shape in shapes.items() if all(n in ("0", "1", "2") for n in _NUMBER.findall(name))}
+    best, places = 0.0, None
     named: Callable[[Shapes], Origins]
     for named in (partial(as_named, part=about["part"]), partial(_origins, cls, about)):
         try:
             names = kinds(named(few))
             score = max(_likeness(names, set(wanted)) for wanted in about["names"])
-            if score < ALIKE:
-                continue
-            places = named(shapes)
+            if score >= ALIKE and score > best:
+                best, places = score, named(shapes)
         except CheckpointError:
             continue
-        break
-    else:
+    if places is None:
         return None
     given = {name: shape_of(rows, shapes) for name, rows in places.items()}
     variants = tuple(about["networks"].get(digest(given), ()))
-    return Identified(cls, about["part"], variants, about["nearest"], places), score
+    return Identified(cls, about["part"], variants, about["nearest"], places), best
 
 
 def _likeness(names: set[str], wanted: set[str]) -> float:

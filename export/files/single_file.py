@@ -50,7 +50,9 @@ def origins(
     if wanted and own.keys() >= wanted:
         return as_named(shapes, part)
     named = {name: name for name in own.values()} if part in VAE_PREFIXES else own
-    return _renamed(cls, {short: shapes[name] for short, name in named.items()}, named)
+    renamed = _renamed(cls, {short: shapes[name] for short, name in named.items()}, named)
+    as_it_is = len(own.keys() & wanted) > len(renamed.keys() & wanted)  # with its names, and something missing
+    return as_named(shapes, part) if as_it_is else renamed
 
 
 def as_named(shapes: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tuple[Rows, ...]]:

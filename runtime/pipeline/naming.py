@@ -134,8 +134,8 @@ def _variant_of(file: Path, parts: Iterable[str]) -> Variant:
     denoiser = next((n for n in contents.networks if n.part not in VAE_PREFIXES), None)
     if denoiser is None:
         raise ModelError(f"{option('model', file)}: it {_no_model(contents)}.")
-    names = [v for v in denoiser.variants if all(v in n.variants for n in contents.networks)] or denoiser.variants
-    variants = [v for name in names if (v := variant_named(name)) is not None and set(parts) <= set(words_of(v))]
+    every = [variant for name in contents.variants if (variant := variant_named(name)) is not None]
+    variants = [v for v in every if all(word in words_of(v) or _of_encoder(word) for word in parts)] or every
     if len(variants) == 1:
         return variants[0]
     if not variants:
@@ -174,12 +174,16 @@ def words_of(variant: Variant) -> dict[str, str]:
 def _part(word: str, file: Path, variant: Variant) -> str:
     """The part of a word; text encoders, which have no engines, are compared with the checkpoint when it is there."""
     known = words_of(variant)
-    if word not in known and not word.startswith(("text_encoder", "image_encoder")):
+    if word not in known and not _of_encoder(word):
         raise UserError(
             f"{option('weights', [f'{word}={file}'])}: {variant.name} has no part '{word}'; it has "
             f"{', '.join(known)}, text_encoder."
         )
     return known.get(word, word)
+
+
+def _of_encoder(part: str) -> bool:
+    return part.startswith(("text_encoder", "image_encoder"))
 
 
 def _parts_of(file: Path, variant: Variant) -> list[str]:
