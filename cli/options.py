@@ -23,7 +23,7 @@ SECTIONS = {
     "Quality and speed": "steps seed guidance guidance_2 guidance_rescale guidance_until scheduler shift sigmas "
     "timesteps preset loras cache method auto quality",
     "Engines": "model models gpus gpu precision precisions activations recipe pack backend bundle pull slow_engines "
-    "components flavour weights allow_fallback compute retry_failed",
+    "components flavour weights lora_rank lora_layers allow_fallback compute retry_failed",
     "Machine and memory": "device dtype vram lanes ray jobs",
     "Output": "out formats overwrite again metadata preview index report store quiet as_json yes dry_run",
 }

@@ -13,6 +13,8 @@ from overcrank.engines.targets import gpu_names, precision_for, targets_for
 from overcrank.engines.tensorrt import driver_notes
 from overcrank.engines.types import notes, own_precision, typed
 from overcrank.errors import UserError
+from overcrank.export.quantization.lora import LORA_LAYERS, RANK_STEP, LoraInputs
+from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import components, family
 from overcrank.models.base import Variant
 from overcrank.options import option
@@ -33,6 +35,10 @@ class BuildOptions:
     """Formats and ranges, made by `calibrate`."""
     dtype: Mapping[str, str] | Sequence[str] = ()
     """Part → fp32, bf16 or fp16, or words such as "vae=bf16" [default: as published]."""
+    lora_rank: int = 0
+    """Ranks of LoRAs, together, that layers take beside their weights at run time; a multiple of 16, 0 for none."""
+    lora_layers: str = "quantized"
+    """Which linear layers take them: "quantized", as LoRAs are merged into the others, or "all"."""
     allow_fallback: bool = False
     """Keep an engine that runs quantized layers in 16 bit."""
     weights: str = "inputs"
@@ -84,6 +90,7 @@ def requests_for(
     recipe, layers = layers_of(options.precision, options.activations, options.recipe)
     names = tuple(options.components)
     components(variant, names)
+    lora = _lora_inputs(options)
     shapes = {"minimum": options.smallest(), "maximum": options.largest()}
     profile = profile_for(variant, options.best(), **shapes, static=options.static)
     return [
@@ -99,9 +106,31 @@ def requests_for(
             recipe=recipe,
             allow_fallback=options.allow_fallback,
             dtypes=dtypes,
+            lora=lora,
         )
         for target in targets
     ]
+
+
+def _lora_inputs(options: BuildOptions) -> LoraInputs:
+    """Raises UserError for a rank or layers that no engine takes LoRAs of."""
+    rank, layers = options.lora_rank, options.lora_layers
+    if layers not in LORA_LAYERS:
+        raise UserError(f"{option('lora_layers', layers)}: use {' or '.join(LORA_LAYERS)}.")
+    if rank < 0 or rank % RANK_STEP:
+        above = max(RANK_STEP, -(-rank // RANK_STEP) * RANK_STEP)
+        near = f"{above - RANK_STEP} or {above}" if above > RANK_STEP else str(above)
+        raise UserError(f"{option('lora_rank', rank)} is no multiple of {RANK_STEP}; use {near}.")
+    if rank and options.weights != "inputs":
+        raise UserError(
+            f"{option('lora_rank', rank)} is for engines whose weights are inputs; leave {option('weights')} out."
+        )
+    if rank and layers == "quantized" and options.precision not in QUANTIZED:
+        raise UserError(
+            f"{option('lora_rank', rank)}: no layer is quantized with {option('precision', options.precision)}; add "
+            f"{option('lora_layers', 'all')}, or leave it out, as LoRAs are merged into layers in 16 bit."
+        )
+    return LoraInputs(rank, layers)
 
 
 def request_notes(requests: Sequence[Request]) -> list[str]:
