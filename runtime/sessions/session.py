@@ -38,6 +38,9 @@ class Session(Protocol):
         `written`: they have other values too.
         """
 
+    def take_loras(self) -> bool:
+        """Take those beside the module's weights as they are now; False when it must be made anew, as they do not fit."""
+
     def save_kernels(self) -> None:
         """Keep on disk what was compiled for this machine."""
 

@@ -15,7 +15,9 @@ from overcrank.engines.measurements import require_not_slower
 from overcrank.engines.refusals import CannotServe, OtherOnProcessor
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
+from overcrank.export.module import DTYPES
 from overcrank.export.packaged import PRECISION, packaged_graph
+from overcrank.export.quantization.lora import rank_for
 from overcrank.export.quantization.pack import read_pack
 from overcrank.export.quantization.recipe import (
     IN_16_BIT,
@@ -28,6 +30,7 @@ from overcrank.export.quantization.recipe import (
 )
 from overcrank.models.base import Component, Variant
 from overcrank.options import option
+from overcrank.runtime.sessions.lora_layer import BoundLoras, held_ranks, lora_layers
 from overcrank.runtime.sessions.packs import kept_pack
 from overcrank.runtime.sessions.parameters import (
     bound_parameters,
@@ -92,13 +95,15 @@ class Engines(OfBundles):
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
         from overcrank.runtime.sessions.trt import TrtSession
 
-        bundled = engine_of(component, self.fitting, compute_type(module))
+        bundled = engine_of(component, self.fitting, compute_type(module), held_ranks(module))
         entry = bundled.entry
         if not self.slow:
             require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
         packs = self.packs(bundled, component, part, module)
-        parameters = {**own_parameters(module, component, parameters_of(entry)), **packs}
+        loras = _loras(bundled, module)
+        parameters = {**own_parameters(module, component, parameters_of(entry)), **packs, **loras()}
         session = TrtSession(bundled, parameters, self.workspace, self.store, self.card)
+        session.loras = loras
         self.bundles[component.name] = bundled.folder.name
         return session
 
@@ -110,11 +115,13 @@ class BundledGraphs(OfBundles):
         from overcrank.runtime.sessions.graphs import bundled_graph
         from overcrank.runtime.sessions.ort import OrtSession
 
-        bundled = engine_of(component, self.fitting)
+        bundled = engine_of(component, self.fitting, loras=held_ranks(module))
         views = bound_parameters(module, component, parameters_of(bundled.entry))
-        packs = self.packs(bundled, component, part, module)
+        packs, loras = self.packs(bundled, component, part, module), _loras(bundled, module)
         device = next(module.parameters()).device.type
-        session = OrtSession(bundled_graph(bundled.folder, bundled.entry.graph), {**views, **packs}, device)
+        graph = bundled_graph(bundled.folder, bundled.entry.graph)
+        session = OrtSession(graph, {**views, **packs, **loras()}, device)
+        session.loras = loras
         self.bundles[component.name] = bundled.folder.name
         return session
 
@@ -164,6 +171,7 @@ def graph_session(
     """
     import onnx_ir as ir
     from overcrank.export.quantization.linear import layout_in, quantize
+    from overcrank.export.quantization.lora_inputs import add_lora_inputs
     from overcrank.runtime.sessions.ort import OrtSession
 
     own = compute_type(module)
@@ -171,16 +179,31 @@ def graph_session(
     graph = (packaged_graph(component) if precision == PRECISION else None) or store.graph(component, precision)
     model, parameters = ir.load(graph.onnx), graph.parameters
     packs: Mapping[str, Tensor] = {}
-    if quantization is not None:
-        recipe = recipe_of(quantization.recipe, component, quantization.layers)
-        layout = layout_in(model, recipe)
+    ranks = held_ranks(module)
+    beside = lora_layers(module) if ranks else {}
+    recipe = recipe_of(quantization.recipe, component, quantization.layers) if quantization else None
+    layout = layout_in(model, recipe) if recipe else {}
+    inputs = add_lora_inputs(model, rank_for(max(ranks.values(), default=0)), beside)
+    if quantization is not None and recipe is not None:
         parameters, _ = quantize(model, parameters, layout)
         ranges = recipe.ranges.get(part, {})
         layers = QuantizedLayers(component.name, part, layout, ranges, recipe.digest(), "bfloat16")
         packs = _packs(quantization, layers, module, store)
-    views = bound_parameters(module, component, parameters)
-    device = next(module.parameters()).device.type
-    return OrtSession(model, {**views, **packs}, device)
+    loras = BoundLoras(component.name, precision, inputs, module)
+    parameters_here = {**bound_parameters(module, component, parameters), **packs, **loras()}
+    session = OrtSession(model, parameters_here, next(module.parameters()).device.type)
+    session.loras = loras
+    return session
+
+
+def _loras(bundled: BundledEngine, module: nn.Module) -> BoundLoras:
+    """What is bound of the LoRAs beside the module's weights."""
+    import torch
+
+    entry = bundled.entry
+    return BoundLoras(
+        entry.name, bundled.manifest.precision, entry.loras, module, getattr(torch, DTYPES[entry.compute])
+    )
 
 
 @dataclass(frozen=True)

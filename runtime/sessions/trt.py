@@ -14,7 +14,7 @@ import logging
 import mmap
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,9 @@ class Loaded:
 
 class TrtSession:
     """One component's engine with its execution context; calls of two threads take turns."""
+
+    loras: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    """Engine input → LoRA beside a layer, as they are now."""
 
     def __init__(
         self,
@@ -141,6 +144,16 @@ class TrtSession:
     def rebind(self, written: bool) -> bool:
         """Addresses are told at every call; packed weights are of the values that were packed."""
         return not (written and self.copies)
+
+    def take_loras(self) -> bool:
+        """They are bound where they are now, like all that has moved."""
+        try:
+            fresh = self.loras() if self.loras is not None else {}
+        except CannotServe:
+            return False
+        with self._lock:
+            self._parameters |= fresh
+        return True
 
     def save_kernels(self) -> None:
         """Keep the kernels that were compiled."""
