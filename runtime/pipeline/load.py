@@ -24,11 +24,12 @@ from overcrank.runtime.options import LoadOptions
 from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, file_variant, require_calibrated_on, require_whole
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
 from overcrank.runtime.pipeline.imports import pipeline_class
-from overcrank.runtime.pipeline.lora import LoraFile, merge
-from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
+from overcrank.runtime.pipeline.lora import LoraFile
+from overcrank.runtime.pipeline.lora_parts import lora_of
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
 from overcrank.runtime.render.schedule import scheduler_of
 from overcrank.runtime.sessions.card import card_of, no_card
+from overcrank.runtime.sessions.fingerprint import sample_of
 
 if TYPE_CHECKING:
     import torch
@@ -49,13 +50,13 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
     import torch
-    from overcrank.runtime.pipeline.accelerate import with_engines
+    from overcrank.runtime.pipeline.accelerate import adapters_of, denoisers, with_engines
     from overcrank.runtime.pipeline.weights import parts_from_files
 
     options = merged(LoadOptions, options, changes)
     quantization, vram, store = options.quantization(), vram_of(options.vram), Store(options.store)
     variant, preset = with_preset(resolve(model), options.preset)
-    files = _of_preset(preset) + [lora_of(argument) for argument in options.loras]
+    files = [lora_of(argument) for argument in options.loras]
     folder = checkpoint_folder(model, variant, store, watch)
     if quantization is not None:
         require_calibrated_on(folder, quantization.recipe, variant, store)
@@ -64,22 +65,31 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     check_parts(dtypes if options.dtype else {}, folder)
     pipe = _read(folder, variant, dtypes, parts_from_files(options.weights, variant, dtypes))
     family(variant.family).prepare(pipe, variant)
-    loras = _merged(pipe, variant, files)
-    digest = "" if options.weights else _weights_of(folder, variant, loras, store)
-    quantization = quantization and _of_weights(quantization, digest, loras)
+    adapters = adapters_of(pipe, variant, _of_preset(preset))
+    if not options.fuse_loras:
+        adapters.leave_unmerged([module for module, _ in denoisers(pipe, variant)])
+    adapters.set(files, keep=not options.fuse_loras)
+    if quantization is not None:
+        merged_ones = adapters.about(merged_alone=True)
+        digest = "" if options.weights else _weights_of(folder, variant, merged_ones, store)
+        quantization = _of_weights(quantization, digest, merged_ones, adapters.parts)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
     name = preset.checkpoint if preset and preset.checkpoint else variant.name
     about = with_engines(pipe, replace(options, model=name), quantization).overcrank
-    about.loras, about.moved, about.dtypes = loras, moved, of_parts(pipe) if options.dtype else {}
+    about.loras, about.moved, about.dtypes = adapters.about(), moved, of_parts(pipe) if options.dtype else {}
+    about.adapters = adapters
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
     return pipe
 
 
-def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, Any]]) -> Quantization:
+def _of_weights(
+    quantization: Quantization, digest: str, loras: list[dict[str, Any]], parts: Mapping[str, nn.Module]
+) -> Quantization:
     """With the digest of the weights it is for; raises UserError for a pack of other LoRAs."""
     if quantization.pack is not None:
         require_loras(quantization.pack, loras)
-    return replace(quantization, source=digest)
+    samples = {part: sample_of(list(module.parameters())) for part, module in parts.items()} if digest else {}
+    return replace(quantization, source=digest, samples=samples)
 
 
 def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch = progress_bar) -> Path:
@@ -125,14 +135,6 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
     if preset is None:
         return []
     return [LoraFile(file, lora.strength, lora.part, lora.repository) for lora, file in fetched(preset)]
-
-
-def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
-    """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
-    parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
-    merge(loras, parts)
-    return [lora.about() for lora in loras]
 
 
 def _weights_of(folder: Path, variant: Variant, loras: Sequence[dict[str, Any]], store: Store) -> str:

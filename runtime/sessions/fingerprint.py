@@ -131,32 +131,40 @@ class Fingerprint:
         return not in_host_memory or self._sampled() == self._content
 
     def _sampled(self) -> dict[str, bytes]:
-        """The first, a middle and the last value of each parameter, by type.
-
-        PyTorch does not count what is written through `.data`, as LoRAs are fused.
-        """
-        import numpy as np
-        import torch
-
-        return {
-            kind: (
-                np.concatenate(views) if isinstance(views[0], np.ndarray) else torch.cat(views).cpu().numpy()
-            ).tobytes()
-            for kind, views in self._samples.items()
-        }
+        """PyTorch does not count what is written through `.data`, as LoRAs are fused."""
+        return _values(self._samples)
 
     @cached_property
     def _samples(self) -> Mapping[str, list[Any]]:
-        import torch
+        return _samples(self._parameters)
 
-        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows not every type
-        in_host_memory = all(p.device.type == "cpu" for p in self._parameters)
-        samples: dict[str, list[Any]] = defaultdict(list)
-        for parameter in self._parameters:
-            bits = parameter.detach().view(whole[parameter.element_size()])
-            ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
-            samples[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
-        return samples
+
+def sample_of(parameters: Sequence[torch.Tensor]) -> dict[str, bytes]:
+    """The first, a middle and the last value of each parameter, by type."""
+    return _values(_samples(parameters))
+
+
+def _values(samples: Mapping[str, list[Any]]) -> dict[str, bytes]:
+    import numpy as np
+    import torch
+
+    return {
+        kind: (np.concatenate(views) if isinstance(views[0], np.ndarray) else torch.cat(views).cpu().numpy()).tobytes()
+        for kind, views in samples.items()
+    }
+
+
+def _samples(parameters: Sequence[torch.Tensor]) -> Mapping[str, list[Any]]:
+    import torch
+
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows not every type
+    in_host_memory = all(p.device.type == "cpu" for p in parameters)
+    samples: dict[str, list[Any]] = defaultdict(list)
+    for parameter in parameters:
+        bits = parameter.detach().view(whole[parameter.element_size()])
+        ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
+        samples[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
+    return samples
 
 
 class _Tables:

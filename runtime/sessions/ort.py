@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from overcrank.engines.refusals import CannotServe
 from overcrank.errors import OvercrankError
 from overcrank.export.quantization.packing import unpacked_fp4
 from overcrank.runtime.sessions.ort_fp4 import lower_nvfp4
+from overcrank.runtime.sessions.session import WithLoras
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,7 +70,7 @@ PROVIDERS = {
 }
 
 
-class OrtSession:
+class OrtSession(WithLoras):
     """Runs one graph in fp32; on CPU its parameters share the memory of the tensors they come from.
 
     It has as many threads as PyTorch has when it is made (torch.set_num_threads, OMP_NUM_THREADS).
@@ -82,8 +82,6 @@ class OrtSession:
     backend, engine = "onnxruntime", ""
     replaced: tuple[str, ...] = ()  # in host memory there is nothing to gain
     copies = True
-    loras: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    """Graph input → LoRA beside a layer, as they are now."""
 
     def __init__(self, model: ir.Model | Path, parameters: Mapping[str, torch.Tensor], device: str = "cpu") -> None:
         """`parameters`: graph input → tensor of the shape the graph declares, or of two fp4 values in a byte."""
@@ -120,13 +118,8 @@ class OrtSession:
         """What it holds of the module's weights is of when it was made."""
         return False
 
-    def take_loras(self) -> bool:
-        try:
-            fresh = self.loras() if self.loras is not None else {}
-        except CannotServe:
-            return False
-        self._bound |= {k: _value(v) for k, v in fresh.items() if k in self._wanted}
-        return True
+    def _bind_loras(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._bound = self._bound | {k: _value(v) for k, v in tensors.items() if k in self._wanted}
 
     def save_kernels(self) -> None:
         """Nothing is compiled."""

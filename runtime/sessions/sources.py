@@ -30,6 +30,7 @@ from overcrank.export.quantization.recipe import (
 )
 from overcrank.models.base import Component, Variant
 from overcrank.options import option
+from overcrank.runtime.sessions.fingerprint import sample_of
 from overcrank.runtime.sessions.lora_layer import BoundLoras, held_ranks, lora_layers
 from overcrank.runtime.sessions.packs import kept_pack
 from overcrank.runtime.sessions.parameters import (
@@ -55,7 +56,8 @@ class Quantization:
     layers: LayerFormat
     recipe: Recipe | None = None
     pack: Path | None = None  # of the checkpoint; without one, packed when a session is made
-    source: str = ""  # digest of the weights the pipeline has, by which what is packed is kept
+    source: str = ""  # digest of the weights the pipeline was loaded with, by which what is packed is kept
+    samples: Mapping[str, object] = field(default_factory=dict)  # part → some values of those weights
 
     @property
     def precision(self) -> str:
@@ -231,7 +233,7 @@ def _packs(
     device = next(module.parameters()).device
     if quantization is None or quantization.pack is None:
         make = partial(packed_parameters, module, formats, ranges, compute)
-        if quantization is None or not quantization.source:
+        if quantization is None or not quantization.source or not _as_loaded(quantization, layers.part, module):
             return make()
         described = {name: each.model_dump() for name, each in ranges.items()}
         dtype = str(next(module.parameters()).dtype)  # a checkpoint read in 16 bit has other values
@@ -239,3 +241,9 @@ def _packs(
         return kept_pack(identity, store, make, device)
     tensors = read_pack(quantization.pack, layers.part, layers.component, layers.recipe, compute)
     return {name: tensor.to(device) for name, tensor in tensors.items() if name.rpartition(".")[0] in formats}
+
+
+def _as_loaded(quantization: Quantization, part: str, module: nn.Module) -> bool:
+    """Whether the weights are those of `source`: LoRAs may have been fused since."""
+    before = quantization.samples.get(part)
+    return before is None or before == sample_of(list(module.parameters()))

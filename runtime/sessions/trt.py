@@ -14,7 +14,7 @@ import logging
 import mmap
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, install_c
 from overcrank.errors import TargetError
 from overcrank.export.quantization.recipe import ATTENTION
 from overcrank.runtime.sessions.device import Device, Stream
+from overcrank.runtime.sessions.session import WithLoras
 from overcrank.runtime.sessions.workspace import Workspace, arena_of, no_room
 
 if TYPE_CHECKING:
@@ -75,11 +76,8 @@ class Loaded:
         return CannotServe((LoadOutOfMemory if NO_MEMORY.search(words) else LoadFailed)(self._file.name, words))
 
 
-class TrtSession:
+class TrtSession(WithLoras):
     """One component's engine with its execution context; calls of two threads take turns."""
-
-    loras: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    """Engine input → LoRA beside a layer, as they are now."""
 
     def __init__(
         self,
@@ -145,15 +143,9 @@ class TrtSession:
         """Addresses are told at every call; packed weights are of the values that were packed."""
         return not (written and self.copies)
 
-    def take_loras(self) -> bool:
-        """They are bound where they are now, like all that has moved."""
-        try:
-            fresh = self.loras() if self.loras is not None else {}
-        except CannotServe:
-            return False
+    def _bind_loras(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with self._lock:
-            self._parameters |= fresh
-        return True
+            self._parameters |= tensors  # told at the next call, like all that has moved
 
     def save_kernels(self) -> None:
         """Keep the kernels that were compiled."""
