@@ -41,6 +41,7 @@ from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, install_c
 from overcrank.errors import TargetError
 from overcrank.export.quantization.recipe import ATTENTION
 from overcrank.runtime.sessions.device import Device, Stream
+from overcrank.runtime.sessions.session import WithLoras
 from overcrank.runtime.sessions.workspace import Workspace, arena_of, no_room
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Loaded:
         return CannotServe((LoadOutOfMemory if NO_MEMORY.search(words) else LoadFailed)(self._file.name, words))
 
 
-class TrtSession:
+class TrtSession(WithLoras):
     """One component's engine with its execution context; calls of two threads take turns."""
 
     def __init__(
@@ -141,6 +142,10 @@ class TrtSession:
     def rebind(self, written: bool) -> bool:
         """Addresses are told at every call; packed weights are of the values that were packed."""
         return not (written and self.copies)
+
+    def _bind_loras(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        with self._lock:
+            self._parameters |= tensors  # told at the next call, like all that has moved
 
     def save_kernels(self) -> None:
         """Keep the kernels that were compiled."""
