@@ -36,6 +36,7 @@ from overcrank.runtime.sessions.packs import kept_pack
 from overcrank.runtime.sessions.parameters import (
     bound_parameters,
     compute_of,
+    live_weights,
     own_parameters,
     packed_parameters,
     parameters_of,
@@ -114,7 +115,7 @@ class Engines(OfBundles):
         entry = bundled.entry
         if not self.slow:
             require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
-        packs = self.packs(bundled, component, part, module)
+        packs = {**self.packs(bundled, component, part, module), **live_weights(module, entry.formats)}
         loras = _loras(bundled, module)
         parameters = {**own_parameters(module, component, parameters_of(entry)), **packs, **loras()}
         session = TrtSession(bundled, parameters, self.workspace, self.store, self.card)

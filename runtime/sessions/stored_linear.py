@@ -77,6 +77,5 @@ class StoredLinear(LoraLayer):
             "behind": (self.scale / (number.reach * number.step)).to(compute)[None, None],
         }
         if self.block_scale is not None:
-            halves = (raw >> 4) | (raw << 4)  # the graph has the first value in the low half
-            return tensors | {"weight": halves[None], "block_scale": self.block_scale.view(torch.float8_e4m3fn)[None]}
+            return tensors | {"weight": raw[None], "block_scale": self.block_scale.view(torch.float8_e4m3fn)[None]}
         return tensors | {"weight": raw.view(torch.int8 if self.format == "int8" else torch.float8_e4m3fn)[None]}

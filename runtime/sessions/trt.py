@@ -39,8 +39,8 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import FLAVOUR_TITLES
 from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, install_command, load_flavour, too_old
 from overcrank.errors import TargetError
-from overcrank.export.quantization.recipe import ATTENTION
 from overcrank.runtime.sessions.device import Device, Stream
+from overcrank.runtime.sessions.parameters import copied_layers
 from overcrank.runtime.sessions.session import WithLoras
 from overcrank.runtime.sessions.workspace import Workspace, arena_of, no_room
 
@@ -95,7 +95,7 @@ class TrtSession(WithLoras):
         """
         entry = bundled.entry
         self.backend, self.engine = bundled.manifest.flavour, entry.key.digest()
-        self.replaced = tuple(name for name, form in entry.formats.items() if form.kind != ATTENTION)
+        self.replaced = copied_layers(parameters)
         self.copies = bool(self.replaced)
         self._entry, self._workspace = entry, workspace
         trt = _flavour_of(bundled.manifest, card)
@@ -324,7 +324,7 @@ class TrtSession(WithLoras):
             why = ParameterUnfit(Unfit.PLACE, name, str(tensor.device))
         elif not tensor.is_contiguous():
             why = ParameterUnfit(Unfit.LAYOUT, name)
-        elif tensor.dtype != dtype:
+        elif tensor.dtype != dtype and (tensor.dtype.is_floating_point or dtype.itemsize != tensor.itemsize):
             why = ParameterUnfit(Unfit.TYPE, name, str(tensor.dtype), str(dtype))
         elif tensor.numel() != self._sizes[name]:
             why = ParameterUnfit(Unfit.SIZE, name, str(tensor.numel()), str(self._sizes[name]))
