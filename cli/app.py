@@ -333,11 +333,11 @@ def inspect(file: str, as_json: bool) -> None:
     from overcrank.cli.files import as_data, lines
     from overcrank.runtime.inspect import inspect_file
 
-    found = inspect_file(file)
+    inspection = inspect_file(file)
     if as_json:
-        print_json("inspect", **as_data(found))
+        print_json("inspect", **as_data(inspection))
     else:
-        click.echo("\n".join(lines(found)))
+        click.echo("\n".join(lines(inspection)))
 
 
 @main.command(cls=Command)

@@ -53,6 +53,11 @@ def identify(shapes: Shapes) -> list[Identified]:
     return sorted(networks, key=lambda network: network.part in VAE_PREFIXES)
 
 
+def networks_by_class() -> dict[str, list[tuple[str, ...]]]:
+    """Class → the published variants of each of its networks."""
+    return {cls: [tuple(names) for names in about["networks"].values()] for cls, about in _table().items()}
+
+
 def digest(shapes: Shapes) -> str:
     """Of a network's parameters and stored buffers."""
     lines = sorted(f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items())

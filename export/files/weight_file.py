@@ -66,6 +66,11 @@ class WeightFile:
         return tuple(sorted({stored.file for stored in self.tensors.values()})) or (self.path,)
 
     @cached_property
+    def endings(self) -> frozenset[str]:
+        """Last parts of tensors' names."""
+        return frozenset(name.rpartition(".")[2] for name in self.tensors)
+
+    @cached_property
     def bytes(self) -> int:
         return sum(stored.bytes for stored in self.tensors.values())
 

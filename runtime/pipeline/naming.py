@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from overcrank.errors import ModelError, UserError
+from overcrank.errors import CheckpointError, ModelError, UserError
 from overcrank.export.files.comfy import ComfyTree, comfy_tree, kinds_of_part
 from overcrank.export.files.contents import Contents, contents_of
 from overcrank.export.files.identify import Identified
-from overcrank.export.files.kinds import LORA
+from overcrank.export.files.kinds import LORA, kind_of
+from overcrank.export.files.nearest import unlike
 from overcrank.export.files.parts import parts_of
 from overcrank.export.files.single_file import VAE_PREFIXES
+from overcrank.export.files.weight_file import open_weights
 from overcrank.models import families, family, resolve
 from overcrank.models.base import Variant
 from overcrank.models.registry import variant_named
@@ -56,7 +58,7 @@ def with_paths(model: str, options: LoadOptions) -> tuple[str, LoadOptions]:
     """
     tree = _tree(options.comfy)
     named = named_files(model, options.weights, tree)
-    loras = [_lora_with_path(word, tree) for word in options.loras] if tree else options.loras
+    loras = [_lora_with_path(word, tree) for word in options.loras]
     words = [f"{part}={file}" for part, file in named.files.items()]
     return named.model, replace(options, weights=words, loras=loras, comfy=None)
 
@@ -145,10 +147,9 @@ def _variant_of(file: Path, parts: Iterable[str]) -> Variant:
     if len(variants) == 1:
         return variants[0]
     if not variants:
-        near = f"{denoiser.cls} of other sizes or parts than any published one, most like {denoiser.nearest}"
         raise ModelError(
-            f"{option('model', file)}: its {denoiser.part} is a {near}; convert it with diffusers (from_single_file, "
-            f"save_pretrained) and give the folder."
+            f"{option('model', file)}: it {unlike(denoiser, contents.shapes)}; download it again, or convert it with "
+            f"diffusers (from_single_file, save_pretrained) and give the folder."
         )
     raise ModelError(
         f"{option('model', file)}: it is the {denoiser.part} of {' and of '.join(v.name for v in variants)}, which are "
@@ -219,14 +220,33 @@ def _foreign(contents: Contents, variant: Variant) -> str:
     return _no_model(contents)
 
 
-def _lora_with_path(word: str, tree: ComfyTree) -> str:
-    """[PART=]FILE[:SCALE] with the file's path."""
-    if Path(word).expanduser().is_file():
-        return word
-    match = _WRITTEN.fullmatch(word)
+def _lora_with_path(word: str, tree: ComfyTree | None) -> str:
+    """[PART=]FILE[:SCALE] with the file's path; as it is for what `lora_of` will not find either.
+
+    Raises UserError for a file that is no LoRA but a model's own weights.
+    """
+    match = None if Path(word).expanduser().is_file() else _WRITTEN.fullmatch(word)
     part, rest = (f"{match['part']}=", match["file"]) if match else ("", word)
     split = _LORA_SCALE.fullmatch(rest)
     name, scale = (split["file"], split["scale"] or "") if split else (rest, "")
     path = Path(name).expanduser()
-    file = path if path.is_file() else tree.file(name, ("loras",), option("loras", [word]))
+    if not path.is_file() and tree is None:
+        return word
+    file = path if path.is_file() or tree is None else tree.file(name, ("loras",), option("loras", [word]))
+    _require_lora(file)
     return f"{part}{file.absolute()}{scale}"
+
+
+def _require_lora(file: Path) -> None:
+    try:
+        if kind_of(open_weights(file).tensors) == LORA:
+            return
+        contents = contents_of(file)
+    except CheckpointError:
+        return  # who merges it says what is wrong
+    what = next((network.part for network in contents.networks), "text_encoder" if contents.encoder else "")
+    if what:
+        kind = f"a model's {what}" if contents.networks else f"a {contents.kind}"
+        raise UserError(
+            f"{option('loras', [file])}: it is {kind}, no LoRA; give {option('weights', [f'{what}={file}'])}."
+        )

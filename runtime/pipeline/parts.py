@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 from overcrank.engines.targets import BY_NAME
+from overcrank.errors import CheckpointError
+from overcrank.export.files.contents import contents_of
+from overcrank.export.files.kinds import LORA
 from overcrank.export.files.parts import PartFile, part_file, parts_of, recipe_of_components, recipe_of_layers
 from overcrank.models.base import Component, Variant
+from overcrank.options import option
 from overcrank.runtime.pipeline.encoders import encoder_of
 from overcrank.runtime.pipeline.weights import empty_module, module_of
 from overcrank.runtime.sessions.card import card_of
@@ -22,7 +26,20 @@ def require_parts(files: Mapping[str, Path], variant: Variant) -> dict[str, Part
     Raises CheckpointError for a file that is not the part's.
     """
     own = _of_diffusers(variant)
+    for part in files.keys() - own.keys():
+        _require_encoder(files[part], part)
     return {part: part_file(p, own[part], empty_module(own[part], p)) for part, p in files.items() if part in own}
+
+
+def _require_encoder(path: Path, part: str) -> None:
+    """What can be said of it before the checkpoint that it belongs to is there."""
+    contents = contents_of(path)
+    network = next(iter(contents.networks), None)
+    if contents.kind == LORA:
+        raise CheckpointError(f"{path} is not the {part}: it is a LoRA; give {option('loras', [path])}.")
+    if network is not None and not contents.encoder:
+        where = option("weights", [f"{network.part}={path}"])
+        raise CheckpointError(f"{path} is not the {part}: it is a {network.part} ({network.cls}); give {where}.")
 
 
 def warn_of_card(parts: Mapping[str, PartFile], variant: Variant, device: str) -> None:

@@ -49,14 +49,8 @@ class StoredLinear(LoraLayer):
 
     def values(self) -> torch.Tensor:
         """The weight in fp32 [N, K]."""
-        own = (
-            self.weight.detach().view(torch.uint8),
-            self.scale,
-            self.in_features,
-            self.block_scale,
-            self.rotation,
-            self.input_factor,
-        )
+        raw = self.weight.detach().view(torch.uint8)
+        own = (raw, self.scale, self.in_features, self.block_scale, self.rotation, self.input_factor)
         return Quantized(self.format, *own).values()
 
     def is_bound_to(self, form: LayerFormat) -> bool:
