@@ -10,6 +10,7 @@ from overcrank.export.quantization.attention import attended, intercepted, packe
 from overcrank.export.quantization.formats import BLOCK, NUMBERS
 from overcrank.export.quantization.packing import fp4_values, packed_layer, unpacked_fp4
 from overcrank.export.quantization.recipe import ATTENTION, OPERANDS, ActivationRange, LayerFormat
+from overcrank.export.quantization.rotation import rotated
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +24,8 @@ def multiplied(x: Tensor, packed: Mapping[str, Tensor], form: LayerFormat) -> Te
     else:
         weight = packed["weight"].float()
     weight = (weight if form.activations == "16bit" else weight.transpose(1, 2))[0] * number.step
-    y = x.float() * packed["before"][0, 0].float()
+    wide = rotated(x.float(), form.rotation) if form.rotation else x.float()
+    y = wide * packed["before"][0, 0].float()
     token: Tensor | float = 1.0
     if form.activations == "dynamic":
         token = y.abs().amax(-1, keepdim=True).clamp_min(1e-12)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
 from typing import TYPE_CHECKING
 
 from overcrank.errors import CheckpointError, present
 from overcrank.export.files.stored_layers import BLOCKS, FP8, StoredLayer
 from overcrank.export.files.weight_file import WeightFile
 from overcrank.export.quantization.packing import fp4_decoded
+from overcrank.export.quantization.rotation import rotated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,8 @@ class Quantized:
             kind = gguf.GGMLQuantizationType[self.format]
             raw = self.weight.cpu().numpy()
             wide = torch.from_numpy(gguf.dequantize(raw, kind)).reshape(-1, self.inner).to(self.weight.device)
-        wide = wide * self.scale[:, None]
+        if self.block_scale is None:
+            wide = wide * self.scale[:, None]
         if self.rotation:
             wide = rotated(wide, self.rotation)
         return wide if self.input_factor is None else wide * self.input_factor
@@ -68,7 +69,8 @@ class Quantized:
         else:
             codes = torch.stack([self.weight >> 4, self.weight & 15], dim=-1).flatten(1)  # the first in the high half
             values, scale = fp4_decoded(codes), stored.view(torch.float8_e4m3fn).float()
-        scaled: Tensor = (values.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+        whole = scale * self.scale[:, None]  # the scales first, as others multiply
+        scaled: Tensor = (values.unflatten(1, (scale.shape[1], -1)) * whole[..., None]).flatten(1)
         return scaled
 
 
@@ -115,26 +117,8 @@ def joined(pieces: Sequence[Quantized]) -> Quantized:
     )
 
 
-def rotated(values: Tensor, size: int) -> Tensor:
-    """Each group of `size` values of the last axis times the Hadamard matrix; twice is nothing."""
-    groups = values.unflatten(-1, (-1, size))
-    turned: Tensor = (groups @ hadamard(size).to(values)).flatten(-2)
-    return turned
-
-
 def unblocked(tiled: Tensor, rows: int, columns: int) -> Tensor:
     """Block scales [rows, columns] out of cuBLAS' tiles of 128 × 4, which hold 32 rows of four each four rows apart."""
     tiles = tiled.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)
     plain: Tensor = tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)
     return plain[:rows, :columns]
-
-
-def hadamard(size: int) -> Tensor:
-    """The regular Hadamard matrix [size, size] of ConvRot, orthogonal and symmetric, fp32; `size`: a power of four."""
-    import torch
-
-    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
-    matrix = four
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, four)
-    return matrix / isqrt(size)

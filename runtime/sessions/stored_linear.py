@@ -66,7 +66,7 @@ class StoredLinear(nn.Module):
         raw = self.weight.detach()
         tensors = {
             "before": torch.ones(1, 1, self.in_features, dtype=compute, device=raw.device),
-            "behind": (self.scale / (number.reach * number.step)).to(compute)[None, None],
+            "behind": (self.scale / (number.reach * number.step))[None, None],
         }
         if self.block_scale is not None:
             halves = (raw >> 4) | (raw << 4)  # the graph has the first value in the low half
