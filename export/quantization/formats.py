@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 BLOCK = 16
 """Values of nvfp4 that share a scale."""
+ROTATION = "rotation/"
+"""Begins the name of a product in a graph that rotates a quantized layer's input, and multiplies no weight."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Quantized:
             kind = gguf.GGMLQuantizationType[self.format]
             raw = self.weight.cpu().numpy()
             wide = torch.from_numpy(gguf.dequantize(raw, kind)).reshape(-1, self.inner).to(self.weight.device)
-        wide = wide * self.scale[:, None]
+        if self.block_scale is None:
+            wide = wide * self.scale[:, None]
         if self.rotation:
             wide = rotated(wide, self.rotation)
         return wide if self.input_factor is None else wide * self.input_factor
@@ -69,7 +70,8 @@ class Quantized:
         else:
             codes = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)
             values, scale = fp4_decoded(codes), stored.view(torch.float8_e4m3fn).float()
-        scaled: Tensor = (values.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+        whole = scale * self.scale[:, None]  # the scales first, as others multiply
+        scaled: Tensor = (values.unflatten(1, (scale.shape[1], -1)) * whole[..., None]).flatten(1)
         return scaled
 
 

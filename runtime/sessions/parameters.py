@@ -82,6 +82,14 @@ def copied_layers(parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(n.removesuffix(".weight") for n, t in weights.items() if not isinstance(t, torch.nn.Parameter))
 
 
+def declared(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Packed tensors, factors in the types of the manifest: those behind products were in 16 bit in earlier engines."""
+    import torch
+
+    factors = {p.input: getattr(torch, PACKED_TYPES[p.dtype]) for p in entry.packed if p.role in ("before", "behind")}
+    return {name: tensor.to(factors.get(name, tensor.dtype)) for name, tensor in packs.items()}
+
+
 def require_packed(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError for packed tensors that are not all of the types and shapes that the manifest says.
 

@@ -36,6 +36,7 @@ from overcrank.runtime.sessions.packs import kept_pack
 from overcrank.runtime.sessions.parameters import (
     bound_parameters,
     compute_of,
+    declared,
     live_weights,
     own_parameters,
     packed_parameters,
@@ -95,7 +96,7 @@ class OfBundles:
             recipe = read_recipe(bundled.folder / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
         layers = QuantizedLayers(component.name, part, entry.formats, ranges, entry.key.recipe, compute_of(entry))
-        packs = _packs(self.quantization, layers, module, self.store)
+        packs = declared(entry, _packs(self.quantization, layers, module, self.store))
         require_packed(entry, packs)
         return packs
 

@@ -68,7 +68,7 @@ class StoredLinear(LoraLayer):
         before = torch.ones(self.in_features, device=raw.device) if self.input_factor is None else self.input_factor
         tensors = {
             "before": before.to(compute)[None, None],
-            "behind": (self.scale / (number.reach * number.step)).to(compute)[None, None],
+            "behind": (self.scale / (number.reach * number.step))[None, None],
         }
         if self.block_scale is not None:
             return tensors | {"weight": raw[None], "block_scale": self.block_scale.view(torch.float8_e4m3fn)[None]}
