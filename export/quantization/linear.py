@@ -112,8 +112,8 @@ class _Rewrite(Rewriting):
             shape = (1, self.inner, self.outputs)
         if form.rotation and self.inner % form.rotation:
             raise UserError(
-                f"the recipe rotates groups of {form.rotation} inputs of {self.name}, which has {self.inner}; use one that "
-                f"divides them."
+                f"the recipe rotates groups of {form.rotation} inputs of {self.name}, which has {self.inner}; use one "
+                f"that divides them."
             )
         self.weight = self.input("weight", ir.DataType[self.number.onnx], shape, replaces=weight)
         if form.format == "nvfp4":
