@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from overcrank.errors import StoreError, UserError
 from overcrank.models import hub_folder, local_folder, resolve
 from overcrank.models.hub import Watch, progress_bar
 from overcrank.options import merged, option
+from overcrank.runtime.pipeline.naming import layout_words
 
 if TYPE_CHECKING:
     from overcrank.runtime.verify import Check
@@ -59,6 +60,8 @@ def build(
     cannot be built, ExportError and CompileError where it fails.
     """
     options = merged(BuildOptions, options, changes)
+    if options.layout:
+        options = replace(options, layout=layout_words(model, options.layout))
     where, variant = Store(store), resolve(model)
     checkpoint = None
     if options.embed_weights:

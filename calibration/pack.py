@@ -110,7 +110,7 @@ def _part(
     def read(layer: str) -> Tensor:
         weight: Tensor = present(values, "the checkpoint's values")(own[layer].name)
         for lora in weights.loras:
-            added = lora.delta(name, f"{layer}.weight")
+            added = lora.delta(name, f"{layer}.weight", weight)
             weight = weight if added is None else weight.float() + added.reshape(weight.shape)
         return weight
 

@@ -45,6 +45,20 @@ from overcrank.cli.options import Command, bounds_options, quantization_options,
     help="PART=FILE of a quantized single file (or its URL), whose header says how layers are stored; repeatable.",
 )
 @click.option("--dtype", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable.")
+@click.option(
+    "--lora-rank",
+    type=int,
+    default=0,
+    show_default=True,
+    help="LoRAs beside the weights at run time, of up to this rank together: a multiple of 16; 0 for none.",
+)
+@click.option(
+    "--lora-layers",
+    type=click.Choice(["quantized", "all"]),
+    default="quantized",
+    show_default=True,
+    help="Which linear layers take them; LoRAs are merged into the others.",
+)
 @click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
 @click.option("--embed-weights", is_flag=True, help="Weights inside the engine, in place of inputs of it.")
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from overcrank.export.quantization.formats import ROTATION
+
 _INSTRUCTION = re.compile(
     rb'^ {1,4}(function|runtime_fusion|fully_connected|corrltn)=\{ name="?([^\s"]+)"?([^\n]*)', re.M
 )
@@ -45,6 +47,7 @@ class PlanCounts:
     weight_formats: dict[str, int]  # the same → GEMMs in 16 bit on weights in it
     attention_formats: dict[str, int]  # other than 16 bit
     weights_moved: dict[str, int]  # "transposed", "cast", "copied" → weights, at every call
+    rotations: int = 0  # of `gemms`, those that rotate the input of quantized layers, and multiply no weight
 
     def verdict(self) -> str:
         """One line for people."""
@@ -52,6 +55,8 @@ class PlanCounts:
         if self.gemms:
             plain = self.gemms - self.fused_gemms
             parts.append(f"{self.gemms} GEMMs ({self.fused_gemms} with fused epilogue, {plain} without)")
+        if self.rotations:
+            parts.append(f"{self.rotations} of them rotations")
         if self.convolutions:
             parts.append(f"{self.convolutions} convolutions")
         if self.attentions:
@@ -79,6 +84,7 @@ class PlanReport:
     dequantized: frozenset[str] = frozenset()  # those of them that widen their weight on the way in
     attention_formats: Counter[str] = field(default_factory=Counter)  # other than 16 bit
     attended: dict[str, str] = field(default_factory=dict)  # graph node inside such an attention → its format
+    rotations: tuple[str, ...] = ()  # products that rotate the input of quantized layers, as they are named in the plan
 
     def counts(self) -> PlanCounts | None:
         """None for a plan that is not known."""
@@ -95,6 +101,7 @@ class PlanReport:
             weight_formats=_sorted(self.formats[n] for n in self.dequantized),
             attention_formats=_sorted(self.attention_formats.elements()),
             weights_moved=_sorted(_kind(kernel) for kernel, _ in self.weight_moves),
+            rotations=len(self.rotations),
         )
 
     def verdict(self) -> str:
@@ -175,6 +182,7 @@ def read_plan(engine: Path | bytes, parameters: Collection[str]) -> PlanReport:
         dequantized=frozenset(dequantized & multiplied_by),
         attention_formats=attention_formats,
         attended=attended,
+        rotations=tuple(sorted(name for name in products if name.startswith(ROTATION))),
     )
 
 

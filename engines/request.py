@@ -14,6 +14,8 @@ from overcrank.engines.tensorrt import driver_notes
 from overcrank.engines.types import notes, own_precision, typed
 from overcrank.errors import UserError
 from overcrank.export.files.parts import anew_line, layout
+from overcrank.export.quantization.lora import LORA_LAYERS, RANK_STEP, LoraInputs
+from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import components, family
 from overcrank.models.base import Variant
 from overcrank.options import option
@@ -37,6 +39,10 @@ class BuildOptions:
     headers tell; formats that the card does not multiply as 8-bit ones that it does."""
     dtype: Mapping[str, str] | Sequence[str] = ()
     """Part → fp32, bf16 or fp16, or words such as "vae=bf16" [default: as published]."""
+    lora_rank: int = 0
+    """Ranks of LoRAs, together, that layers take beside their weights at run time; a multiple of 16, 0 for none."""
+    lora_layers: str = "quantized"
+    """Which linear layers take them: "quantized", as LoRAs are merged into the others, or "all"."""
     allow_fallback: bool = False
     """Keep an engine that runs quantized layers in 16 bit."""
     embed_weights: bool = False
@@ -85,6 +91,7 @@ def requests_for(
     dtypes = _part_types(options.dtype, variant)
     names = tuple(options.components)
     components(variant, names)
+    lora = _lora_inputs(options)
     shapes = {"minimum": options.smallest(), "maximum": options.largest()}
     profile = profile_for(variant, options.best(), **shapes, static=options.static)
     formats = [_formats_for(target, variant, options) for target in targets]
@@ -101,6 +108,7 @@ def requests_for(
             recipe=recipe,
             allow_fallback=options.allow_fallback,
             dtypes=dtypes,
+            lora=lora,
         )
         for target, (precision, recipe, layers) in zip(targets, formats, strict=True)
     ]
@@ -117,6 +125,28 @@ def _formats_for(target: Target, variant: Variant, options: BuildOptions) -> tup
             raise UserError(f"{option(name, str(value))}: {option('layout')} says how layers multiply; leave it out.")
     recipe = layout(options.layout, variant, target.precisions)
     return recipe.precision, recipe, LayerFormat(recipe.precision, "dynamic")
+
+
+def _lora_inputs(options: BuildOptions) -> LoraInputs:
+    """Raises UserError for a rank or layers that no engine takes LoRAs of."""
+    rank, layers = options.lora_rank, options.lora_layers
+    if layers not in LORA_LAYERS:
+        raise UserError(f"{option('lora_layers', layers)}: use {' or '.join(LORA_LAYERS)}.")
+    if rank < 0 or rank % RANK_STEP:
+        above = max(RANK_STEP, -(-rank // RANK_STEP) * RANK_STEP)
+        near = f"{above - RANK_STEP} or {above}" if above > RANK_STEP else str(above)
+        raise UserError(f"{option('lora_rank', rank)} is no multiple of {RANK_STEP}; use {near}.")
+    if rank and options.embed_weights:
+        raise UserError(
+            f"{option('lora_rank', rank)} is for engines whose weights are inputs; leave "
+            f"{option('embed_weights', True)} out."
+        )
+    if rank and layers == "quantized" and options.precision not in QUANTIZED and not options.layout:
+        raise UserError(
+            f"{option('lora_rank', rank)}: no layer is quantized with {option('precision', options.precision)}; add "
+            f"{option('lora_layers', 'all')}, or leave it out, as LoRAs are merged into layers in 16 bit."
+        )
+    return LoraInputs(rank, layers)
 
 
 def request_notes(requests: Sequence[Request]) -> list[str]:

@@ -80,8 +80,11 @@ class LoadOptions(AccelerateOptions):
     comfy: str | Path | None = None
     """A ComfyUI folder, in whose models the names of files are looked up [default: $OVERCRANK_COMFY]."""
     loras: Sequence[str] = ()
-    """Files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE; the experts of
-    Wan 2.2 are high and low."""
+    """Files, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE; the experts of Wan 2.2 are high and low.
+    Merged into weights in 16 bit, beside those that a file has quantized."""
+    fuse_loras: bool = True
+    """Merge LoRAs into weights in 16 bit for good; if not, linear layers hold them beside, where they can be changed
+    and engines built with `lora_rank` and `lora_layers="all"` take them."""
     preset: str = ""
     """A published way to render in few steps; its own LoRAs are merged before `loras`."""
     vram: str = "auto"

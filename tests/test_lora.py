@@ -10,7 +10,7 @@ import pytest
 import torch
 from overcrank.errors import CheckpointError, UserError
 from overcrank.models.demo import FOLDER
-from overcrank.runtime.pipeline.lora import merge
+from overcrank.runtime.pipeline.adapters import merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from safetensors.torch import save_file
 

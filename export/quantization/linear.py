@@ -3,19 +3,20 @@
 A scale that is an input of QuantizeLinear or DequantizeLinear compiles to a 16-bit GEMM. So
 those keep a constant power of two, and what was measured goes into a multiplication before
 (per input channel) and one behind (per output channel), whose factors are inputs: the
-canonical quantized linear layer (docs/adr/0007).
+canonical quantized linear layer (docs/adr/0007). The factor behind, and a token's own, are in fp32, as files have their
+scales: the kernel that multiplies with them computes in it anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from overcrank.errors import UserError, present
 from overcrank.export.quantization.attention import ShapeRange, attentions, fusable, in_fp8
-from overcrank.export.quantization.formats import BLOCK, NUMBERS, Packed, Rewriting
+from overcrank.export.quantization.formats import BLOCK, NUMBERS, ROTATION, Packed, Rewriting
 from overcrank.export.quantization.recipe import ATTENTION, ComponentRecipe, LayerFormat
 from overcrank.export.quantization.rotation import hadamard
 from overcrank.export.weights import Parameter
@@ -36,18 +37,26 @@ class Linear:
     weight: ir.Value  # [1, N, K]
 
 
-def linear_layers(model: ir.Model) -> Iterator[Linear]:
-    """Linear layers whose weight is a parameter in the graph's 16-bit type, and whose sizes GEMM kernels take."""
+IN_16_BIT = ("FLOAT16", "BFLOAT16")
+
+
+def linear_layers(model: ir.Model, types: Collection[str] = IN_16_BIT) -> Iterator[Linear]:
+    """Linear layers whose weight is a parameter in one of these types, and whose sizes GEMM kernels take."""
     for node in model.graph:
         moved = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
         if moved is None or moved.op_type != "Transpose" or moved.inputs[0] is None:
             continue
         weight = moved.inputs[0]
         name = str(weight.name)
-        if weight.is_graph_input() and name.endswith(".weight") and str(weight.dtype) in ("FLOAT16", "BFLOAT16"):
+        if weight.is_graph_input() and name.endswith(".weight") and str(weight.dtype) in types:
             _, outputs, inner = (int(str(d)) for d in weight.shape or ())
-            if outputs % BLOCK == inner % BLOCK == 0 and inner >= NARROWEST:
+            if has_kernels(outputs, inner):
                 yield Linear(name.removesuffix(".weight"), node, weight)
+
+
+def has_kernels(outputs: int, inner: int) -> bool:
+    """Whether a linear layer of this size is among `linear_layers`."""
+    return outputs % BLOCK == inner % BLOCK == 0 and inner >= NARROWEST
 
 
 def layout_in(
@@ -67,11 +76,12 @@ def quantize(
     """Rewrite the layers of `layout` in place; returns the parameters left to the module, and the pack's."""
     packed = in_fp8(model, {name for name, form in layout.items() if form.kind == ATTENTION})
     layers: dict[str, list[Linear]] = {}
+    rotated: dict[tuple[str, int], ir.Value] = {}
     for linear in linear_layers(model):
         if linear.name in layout:
             layers.setdefault(linear.name, []).append(linear)
     for name, same in layers.items():
-        packed += _Rewrite(model, name, layout[name], same[0].weight).every(same)
+        packed += _Rewrite(model.graph, layout[name], same[0], rotated).every(same)
     gone = {f"{name}.weight" for name in layers}
     import onnx_ir.passes.common as common
 
@@ -87,26 +97,30 @@ class _Rewrite(Rewriting):
     into one product of a weight it widens beforehand. Hence [1, K, N], and a factor before.
     """
 
-    def __init__(self, model: ir.Model, name: str, form: LayerFormat, weight: ir.Value) -> None:
+    def __init__(
+        self, graph: ir.Graph, form: LayerFormat, linear: Linear, rotated: dict[tuple[str, int], ir.Value]
+    ) -> None:
+        """`rotated`: input and group → the input rotated, which layers that multiply the same tokens share."""
         import onnx_ir as ir
 
-        super().__init__(model.graph, name, NUMBERS[form.format], present(weight.dtype, "a weight's type"))
-        self.form, self.turned = form, form.activations == "16bit"
+        weight = linear.weight
+        super().__init__(graph, linear.name, NUMBERS[form.format], present(weight.dtype, "a weight's type"))
+        self.form, self.turned, self.rotated = form, form.activations == "16bit", rotated
         _, self.outputs, self.inner = (int(str(d)) for d in weight.shape or ())
         shape = (1, self.outputs, self.inner)
         if self.turned:
             shape = (1, self.inner, self.outputs)
         if form.rotation and self.inner % form.rotation:
             raise UserError(
-                f"the recipe rotates groups of {form.rotation} inputs of {name}, which has {self.inner}; use one that "
-                f"divides them."
+                f"the recipe rotates groups of {form.rotation} inputs of {self.name}, which has {self.inner}; use one "
+                f"that divides them."
             )
         self.weight = self.input("weight", ir.DataType[self.number.onnx], shape, replaces=weight)
         if form.format == "nvfp4":
             blocks = (1, self.outputs, self.inner // BLOCK)
             self.block_scale = self.input("block_scale", ir.DataType.FLOAT8E4M3FN, blocks)
         self.before = self.input("before", self.compute, (1, 1, self.inner))
-        self.behind = self.input("behind", self.compute, (1, 1, self.outputs))
+        self.behind = self.input("behind", ir.DataType.FLOAT, (1, 1, self.outputs))
 
     def every(self, products: list[Linear]) -> list[Packed]:
         for i, linear in enumerate(products):
@@ -115,11 +129,13 @@ class _Rewrite(Rewriting):
 
     def _one(self, product: ir.Node, called: str) -> None:
         """`called` names the product in the plan, where the lint looks for it."""
-        self.at = product
+        import onnx_ir as ir
+
         x = present(product.inputs[0], "a product's input")
         token = None
         if self.form.rotation:
-            x = self._turned(x, self.form.rotation)
+            x = self._rotated(x, self.form.rotation)
+        self.at = product
         x = self.node("Mul", x, self.before)
         if self.form.activations == "dynamic":
             x, token = self._by_token(x)
@@ -127,17 +143,30 @@ class _Rewrite(Rewriting):
             x = self._rounded(x)
         y = self.node("MatMul", x, self._dequantized_weight())
         self.last_node.name = called
+        y = self.node("Cast", y, to=int(ir.DataType.FLOAT))
         if token is not None:
             y = self.node("Mul", y, token)
-        y = self.node("Mul", y, self.behind)
+        y = self.node("Cast", self.node("Mul", y, self.behind), to=int(self.compute))
         self.replace(product, y)
 
-    def _turned(self, x: ir.Value, size: int) -> ir.Value:
-        """Each group of `size` inputs times a Hadamard matrix, as the layer's weights are in the file."""
+    def _rotated(self, x: ir.Value, size: int) -> ir.Value:
+        """Each group of `size` inputs times a Hadamard matrix, as the layer's weights are in the file.
+
+        Once for all layers that read them: the compiler merges equal products of one input into a wide one, that
+        computes each.
+        """
+        known = self.rotated.get((str(x.name), size))
+        if known is not None:
+            return known
+        producer = x.producer()  # behind which any layer can read it
+        self.at = self.graph[0] if producer is None else self.graph[self.graph.index(producer) + 1]
         matrix = self.array(f"hadamard_{size}", hadamard(size).numpy().astype(self.compute.numpy()))
         grouped = self.node("Reshape", x, self.array(f"quant_groups_{size}", np.array([0, 0, -1, size], np.int64)))
         whole = self.array(f"quant_joined_{self.inner}", np.array([0, 0, self.inner], np.int64))
-        return self.node("Reshape", self.node("MatMul", grouped, matrix), whole)
+        product = self.node("MatMul", grouped, matrix)
+        self.last_node.name = f"{ROTATION}{self.name}"
+        self.rotated[str(x.name), size] = self.node("Reshape", product, whole)
+        return self.rotated[str(x.name), size]
 
     def _by_token(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         """x over each token's largest value, times the format's; and that value, for behind the product."""
@@ -149,8 +178,7 @@ class _Rewrite(Rewriting):
         largest = self.node("Max", largest, self.array("quant_tiny", np.array(1e-12, np.float32)))
         unit = self.node("Div", wide, largest)
         reach = self.array(f"quant_reach_{self.form.format}", np.array(self.number.reach, np.float32))
-        scaled = self.node("Cast", self.node("Mul", unit, reach), to=int(self.compute))
-        return scaled, self.node("Cast", largest, to=int(self.compute))
+        return self.node("Cast", self.node("Mul", unit, reach), to=int(self.compute)), largest
 
     def _rounded(self, x: ir.Value) -> ir.Value:
         step = self._step()

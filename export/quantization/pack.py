@@ -28,6 +28,7 @@ _TYPES = {
     "int8": ("I8", 1),
     "bfloat16": ("BF16", 2),
     "float16": ("F16", 2),
+    "float": ("F32", 4),
     "float4e2m1": ("U8", 1),  # two values in a byte
 }
 

@@ -33,8 +33,8 @@ def packed_layer(
 ) -> dict[str, Tensor]:
     """Role → tensor as `Packed` declares them; weight [N, K] in any float type.
 
-    The factors are rounded to `compute` ("float16" or "bfloat16") first, and the weight
-    absorbs what the rounding lost. Raises CheckpointError for a weight that is not finite.
+    The factor before is rounded to `compute` ("float16" or "bfloat16") first, and the weight
+    absorbs what the rounding lost; the one behind is in fp32. Raises CheckpointError for a weight that is not finite.
     """
     import torch
 
@@ -43,17 +43,16 @@ def packed_layer(
     wide = weight.float()
     if not bool(torch.isfinite(wide).all()):
         raise CheckpointError(f"{name}.weight has values that are not finite; the checkpoint is damaged.")
-    if form.rotation:
+    if form.rotation:  # as the graph rotates what it multiplies
         wide = rotated(wide, form.rotation)
     before = _before(wide, form, activation_range, reach).to(dtype)
     tensors: dict[str, Tensor] = {"before": before[None, None]}
     wide = wide / before.float()
     if form.activations == "dynamic":
         wide = wide / reach  # a token's own factor is its largest value alone
-    rows = wide.abs().amax(1).clamp_min(torch.finfo(torch.float16).tiny) / reach
-    behind = (rows * (1 + torch.finfo(dtype).eps)).to(dtype)  # never rounded below what the row needs
+    behind = wide.abs().amax(1).clamp_min(torch.finfo(torch.float16).tiny) / reach
     tensors["behind"] = behind[None, None]
-    scaled = wide / (behind.float() * number.step)[:, None]
+    scaled = wide / (behind * number.step)[:, None]
     if form.format == "nvfp4":
         tensors["weight"], tensors["block_scale"] = _fp4(scaled)
     elif form.format == "int8":

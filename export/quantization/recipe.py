@@ -27,7 +27,7 @@ Activations = Literal["static", "dynamic", "16bit"]
 Method = Literal["max", "percentile", "mse", "smoothquant"]
 SIXTEEN: Literal["16bit"] = "16bit"
 ATTENTION: Literal["attention"] = "attention"
-REWRITING = 2
+REWRITING = 3
 """Counts up when the same rules make another graph."""
 ROTATIONS = (4, 16, 64, 256, 1024)
 """Sizes of ConvRot's groups: powers of four."""

@@ -1,4 +1,4 @@
-"""The rotation of a layer's inputs before they are quantized: ConvRot (arXiv:2512.03673)."""
+"""ConvRot (arXiv:2512.03673): groups of a layer's inputs are rotated before they are quantized, and its weight too."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,9 @@ from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged, option
 from overcrank.runtime.options import AccelerateOptions
+from overcrank.runtime.pipeline.adapters import Adapters
+from overcrank.runtime.pipeline.lora import LoraFile
+from overcrank.runtime.pipeline.lora_parts import lora_of
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
 from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
@@ -62,7 +65,8 @@ class Acceleration:
     source: str = ""  # folder or hub id of the checkpoint
     quantization: Quantization | None = None
     weights: dict[str, dict[str, str]] = field(default_factory=dict)  # part → the file it is from, in place of its own
-    loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights
+    loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights, or beside them
+    adapters: Adapters | None = None  # that have them
     moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
     dtypes: dict[str, str] = field(default_factory=dict)  # of the parts, where they were asked for
     workspace: Workspace = field(default_factory=Workspace)
@@ -78,6 +82,21 @@ class Acceleration:
             recipe = self.quantization.recipe
             settings |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
         return settings
+
+    def set_loras(self, loras: Sequence[str]) -> None:
+        """Render with these LoRAs from now on, in place of those before; with [] as without any.
+
+        FILE, FILE:SCALE or PART=FILE:SCALE. Quantized layers of a file hold them beside their weights, into others they
+        are merged, and what was there is kept in host memory. No engine is built or loaded for it, unless another one
+        takes them. Raises UserError and CheckpointError as `overcrank.load`; then the LoRAs are those before.
+        """
+        pipe = self.pipe()
+        if pipe is None:
+            raise UserError("The pipeline of these engines is gone; load it anew.")
+        if self.adapters is None:
+            self.adapters = adapters_of(pipe, self.variant)
+        self.adapters.set([lora_of(argument) for argument in loras])
+        self.loras = self.adapters.about()
 
     def save_kernels(self) -> None:
         """Keep on disk what sessions have compiled; a disk that is full costs later renders time, not this one."""
@@ -193,6 +212,11 @@ def _prepared(
     elif options.backend != EAGER:
         session = _on_card(pipe, acceleration, store, bundle, options.slow_engines)
     return acceleration, session
+
+
+def adapters_of(pipe: Any, variant: Variant, always: Sequence[LoraFile] = ()) -> Adapters:
+    """Of a pipeline that has no LoRAs yet; `always`: those of a preset."""
+    return Adapters(pipe, family(variant.family).part_words, always)
 
 
 def _as_stored(pipe: Any, variant: Variant, target: str) -> Quantization | None:

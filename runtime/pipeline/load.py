@@ -31,12 +31,13 @@ from overcrank.runtime.pipeline.checkpoint import (
 )
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
 from overcrank.runtime.pipeline.imports import pipeline_class
-from overcrank.runtime.pipeline.lora import LoraFile, merge
-from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
+from overcrank.runtime.pipeline.lora import LoraFile
+from overcrank.runtime.pipeline.lora_parts import lora_of
 from overcrank.runtime.pipeline.naming import files_of, with_paths
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
 from overcrank.runtime.render.schedule import scheduler_of
 from overcrank.runtime.sessions.card import card_of, no_card
+from overcrank.runtime.sessions.fingerprint import sample_of
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +59,14 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
     import torch
-    from overcrank.runtime.pipeline.accelerate import with_engines
+    from overcrank.runtime.pipeline.accelerate import adapters_of, denoisers, with_engines
     from overcrank.runtime.pipeline.parts import parts_from_files
 
     model, options = with_paths(model, merged(LoadOptions, options, changes))
     given = files_of(options)
     quantization, vram, store = options.quantization(), vram_of(options.vram), Store(options.store)
     variant, preset = with_preset(resolve(model), options.preset)
-    files = _of_preset(preset) + [lora_of(argument) for argument in options.loras]
+    files = [lora_of(argument) for argument in options.loras]
     require_files(options, variant)
     folder = checkpoint_folder(model, variant, store, watch, given)
     if quantization is not None:
@@ -75,13 +76,19 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     check_parts(dtypes if options.dtype else {}, folder)
     pipe = _read(folder, variant, dtypes, parts_from_files(given, variant, folder, dtypes))
     family(variant.family).prepare(pipe, variant)
-    loras = _merged(pipe, variant, files)
-    digest = _weights_of(folder, variant, (given, loras), store)
-    quantization = quantization and _of_weights(quantization, digest, loras)
+    adapters = adapters_of(pipe, variant, _of_preset(preset))
+    if not options.fuse_loras:
+        adapters.leave_unmerged([module for module, _ in denoisers(pipe, variant)])
+    adapters.set(files, keep=not options.fuse_loras)
+    if quantization is not None:
+        merged_ones = adapters.about(merged_alone=True)
+        digest = _weights_of(folder, variant, (given, merged_ones), store)
+        quantization = _of_weights(quantization, digest, merged_ones, adapters.parts)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
     name = preset.checkpoint if preset and preset.checkpoint else variant.name
     about = with_engines(pipe, replace(options, model=name), quantization).overcrank
-    about.loras, about.moved, about.dtypes = loras, moved, of_parts(pipe) if options.dtype else {}
+    about.loras, about.moved, about.dtypes = adapters.about(), moved, of_parts(pipe) if options.dtype else {}
+    about.adapters = adapters
     about.weights = {part: _about_file(file, store) for part, file in given.items()}
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
     return pipe
@@ -102,11 +109,14 @@ def require_files(options: LoadOptions, variant: Variant) -> None:
         warn_of_card(parts, variant, _usable_device(options.device))
 
 
-def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, Any]]) -> Quantization:
+def _of_weights(
+    quantization: Quantization, digest: str, loras: list[dict[str, Any]], parts: Mapping[str, nn.Module]
+) -> Quantization:
     """With the digest of the weights it is for; raises UserError for a pack of other LoRAs."""
     if quantization.pack is not None:
         require_loras(quantization.pack, loras)
-    return replace(quantization, source=digest)
+    samples = {part: sample_of(list(module.parameters())) for part, module in parts.items()} if digest else {}
+    return replace(quantization, source=digest, samples=samples)
 
 
 def checkpoint_folder(
@@ -157,14 +167,6 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
     if preset is None:
         return []
     return [LoraFile(file, lora.strength, lora.part, lora.repository) for lora, file in fetched(preset)]
-
-
-def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
-    """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
-    parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
-    merge(loras, parts)
-    return [lora.about() for lora in loras]
 
 
 def _weights_of(

@@ -43,6 +43,14 @@ def weights_of(variant: Variant, weights: Words, comfy: str | Path | None = None
     return _given([_asked(word, tree) for word in _listed(weights)], variant)
 
 
+def layout_words(model: str, words: Words, comfy: str | Path | None = None) -> list[str]:
+    """PART=FILE of words [PART=]FILE, in which a URL has its part; raises UserError as `with_paths`."""
+    listed = list(_listed(words))
+    urls = [word for word in listed if "://" in word]
+    here = weights_of(resolve(model), [word for word in listed if word not in urls], comfy)
+    return urls + [f"{part}={file}" for part, file in here.items()]
+
+
 def with_paths(model: str, options: LoadOptions) -> tuple[str, LoadOptions]:
     """The model's own name, and options in which every file has its path; the same again for what has them already.
 

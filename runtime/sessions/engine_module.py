@@ -22,7 +22,7 @@ from overcrank.engines.refusals import (
     UnknownArguments,
     WrongCall,
 )
-from overcrank.errors import BuildCancelled, OtherKind, OvercrankError, RenderCancelled, ShapeError
+from overcrank.errors import BuildCancelled, OtherKind, OvercrankError, RenderCancelled, ShapeError, present
 from overcrank.models.base import Call, Component
 from overcrank.runtime.sessions.fingerprint import Change, Fingerprint
 from overcrank.runtime.sessions.parked import Parked
@@ -72,7 +72,7 @@ class Slot:
                 return
             self.refused = None
             kept = change < Change.REBUILT and self.session is not None
-            if not (kept and self.session.rebind(change is Change.WRITTEN)):  # type: ignore[union-attr]
+            if not (kept and _follows(present(self.session, "a session"), change)):
                 self.session = None
 
 
@@ -210,6 +210,12 @@ class EngineModule:
             return run_each(session, component, inputs)
         except torch.cuda.OutOfMemoryError as error:
             raise CannotServe(out_of_memory(component.name, next(iter(inputs.values())).device)) from error
+
+
+def _follows(session: Session, change: Change) -> bool:
+    """Whether a session has taken what has changed."""
+    bound = change is Change.LORAS or session.rebind(change is Change.WRITTEN)
+    return bound and session.take_loras()
 
 
 def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:

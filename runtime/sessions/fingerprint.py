@@ -15,6 +15,7 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+from overcrank.export.quantization.lora import LORA_A, LORA_B
 from overcrank.models._common import state_of
 from overcrank.runtime.sessions.stock import Kinds, require_stock
 
@@ -32,9 +33,10 @@ _FORWARD = attrgetter("forward")
 
 class Change(enum.IntEnum):
     NOTHING = 0
-    MOVED = 1  # the same values elsewhere
-    WRITTEN = 2  # other values
-    REBUILT = 3  # other parameters or submodules
+    LORAS = 1  # other LoRAs beside the same weights
+    MOVED = 2  # the same values elsewhere
+    WRITTEN = 3  # other values
+    REBUILT = 4  # other parameters or submodules
 
 
 class Fingerprint:
@@ -55,6 +57,7 @@ class Fingerprint:
         places = [(m._buffers, name) for m in self._submodules for name in m._buffers]
         self._places = [table for table, _ in places], [name for _, name in places]
         self._buffers = self._buffers_now()
+        self._loras = [b for b, (_, name) in zip(self._buffers, places, strict=True) if name in (LORA_A, LORA_B)]
         self._types = list({type(m) for m in self._submodules})
         self._forwards = list(map(_FORWARD, self._types))
         self._attributes = [vars(m) for m in self._submodules]
@@ -82,6 +85,7 @@ class Fingerprint:
         """Take where the parameters are now for right."""
         self._addresses = _addresses(self._parameters)
         self._constants = state_of(b for b in self._buffers if b is not None)
+        self._loras_state = [None if b is None else state_of([b]) for b in self._loras]
         self._versions = _versions(self._parameters) if self.copies else []
         self.__dict__.pop("_samples", None)
         self._content = self._sampled() if self.copies else None
@@ -112,7 +116,9 @@ class Fingerprint:
             return Change.REBUILT
         if self._versions != earlier._versions or self._content != earlier._content:
             return Change.WRITTEN
-        return Change.NOTHING if self._addresses == earlier._addresses else Change.MOVED
+        if self._addresses != earlier._addresses:
+            return Change.MOVED
+        return Change.NOTHING if self._loras_state == earlier._loras_state else Change.LORAS
 
     def _same_buffers(self) -> bool:
         now = self._buffers_now()
@@ -125,32 +131,40 @@ class Fingerprint:
         return not in_host_memory or self._sampled() == self._content
 
     def _sampled(self) -> dict[str, bytes]:
-        """The first, a middle and the last value of each parameter, by type.
-
-        PyTorch does not count what is written through `.data`, as LoRAs are fused.
-        """
-        import numpy as np
-        import torch
-
-        return {
-            kind: (
-                np.concatenate(views) if isinstance(views[0], np.ndarray) else torch.cat(views).cpu().numpy()
-            ).tobytes()
-            for kind, views in self._samples.items()
-        }
+        """PyTorch does not count what is written through `.data`, as LoRAs are fused."""
+        return _values(self._samples)
 
     @cached_property
     def _samples(self) -> Mapping[str, list[Any]]:
-        import torch
+        return _samples(self._parameters)
 
-        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows not every type
-        in_host_memory = all(p.device.type == "cpu" for p in self._parameters)
-        samples: dict[str, list[Any]] = defaultdict(list)
-        for parameter in self._parameters:
-            bits = parameter.detach().view(whole[parameter.element_size()])
-            ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
-            samples[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
-        return samples
+
+def sample_of(parameters: Sequence[torch.Tensor]) -> dict[str, bytes]:
+    """The first, a middle and the last value of each parameter, by type."""
+    return _values(_samples(parameters))
+
+
+def _values(samples: Mapping[str, list[Any]]) -> dict[str, bytes]:
+    import numpy as np
+    import torch
+
+    return {
+        kind: (np.concatenate(views) if isinstance(views[0], np.ndarray) else torch.cat(views).cpu().numpy()).tobytes()
+        for kind, views in samples.items()
+    }
+
+
+def _samples(parameters: Sequence[torch.Tensor]) -> Mapping[str, list[Any]]:
+    import torch
+
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows not every type
+    in_host_memory = all(p.device.type == "cpu" for p in parameters)
+    samples: dict[str, list[Any]] = defaultdict(list)
+    for parameter in parameters:
+        bits = parameter.detach().view(whole[parameter.element_size()])
+        ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
+        samples[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
+    return samples
 
 
 class _Tables:

@@ -10,10 +10,11 @@ from overcrank.export.files.parts import AS_STORED
 from overcrank.export.quantization.formats import NUMBERS
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.export.quantization.stored import Quantized
+from overcrank.runtime.sessions.lora_layer import LoraLayer
 from torch import nn
 
 
-class StoredLinear(nn.Module):
+class StoredLinear(LoraLayer):
     """In the place of an nn.Linear; its `weight` is bytes, so it stays as small as in the file wherever it is moved."""
 
     weight: nn.Parameter
@@ -33,9 +34,10 @@ class StoredLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         for name in ("scale", "block_scale", "input_factor"):
             self.register_buffer(name, getattr(quantized, name), persistent=False)
+        self.prepare()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StoredLinear:
-        """Moved, but never cast: scales are fp32."""
+        """Moved, but never cast: scales are fp32, and LoRAs of the type that the network computes in."""
         kept = {name: value for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in kept.items():
@@ -43,7 +45,7 @@ class StoredLinear(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.values().to(x.dtype), self.bias)
+        return self.with_lora(x, nn.functional.linear(x, self.values().to(x.dtype), self.bias))
 
     def values(self) -> torch.Tensor:
         """The weight in fp32 [N, K]."""
@@ -66,9 +68,8 @@ class StoredLinear(nn.Module):
         before = torch.ones(self.in_features, device=raw.device) if self.input_factor is None else self.input_factor
         tensors = {
             "before": before.to(compute)[None, None],
-            "behind": (self.scale / (number.reach * number.step)).to(compute)[None, None],
+            "behind": (self.scale / (number.reach * number.step))[None, None],
         }
         if self.block_scale is not None:
-            halves = (raw >> 4) | (raw << 4)  # the graph has the first value in the low half
-            return tensors | {"weight": halves[None], "block_scale": self.block_scale.view(torch.float8_e4m3fn)[None]}
+            return tensors | {"weight": raw[None], "block_scale": self.block_scale.view(torch.float8_e4m3fn)[None]}
         return tensors | {"weight": raw.view(torch.int8 if self.format == "int8" else torch.float8_e4m3fn)[None]}
