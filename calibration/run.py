@@ -24,7 +24,7 @@ from overcrank.export.quantization.recipe import (
     Recipe,
     default_recipe,
 )
-from overcrank.files import atomic_write
+from overcrank.files import atomic_write, user_path
 from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.models.hub import Watch, unwatched
@@ -125,7 +125,7 @@ def calibrate(
     target = target_of(options.quality) if options.quality else None
     model = model or packaged_model()
     form = LayerFormat(options.precision, "static")  # type: ignore[arg-type]
-    out = Path(options.out).expanduser()
+    out = user_path(options.out, option("out"))
     run = _Run(model, options, form, resolve(model), Store(options.store), out, watching or Watching())
     return _calibrated(run, target)
 

@@ -29,6 +29,7 @@ from overcrank.cli.options import (
     store_option,
 )
 from overcrank.errors import UserError
+from overcrank.files import user_path
 
 
 def _versions(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -99,7 +100,7 @@ def verify(
     from overcrank.runtime.verify import verify_bundle
 
     path = Store(store).resolve(bundle)
-    folder = None if weights == "random" else Path(weights).expanduser()
+    folder = None if weights == "random" else user_path(weights, "--weights")
     if folder is not None and not folder.is_dir():
         raise UserError(f"--weights {weights} is neither 'random' nor a folder.")
     if as_json:

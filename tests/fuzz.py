@@ -232,8 +232,8 @@ def _one(name: str, folder: Path, seconds: int) -> None:
     (corpus / "valid").write_bytes(targets.valid[name])
     for function in targets.followed:
         atheris.instrument_func(function)
-    limits = [f"-max_total_time={seconds}", "-max_len=100000", "-timeout=60", "-rss_limit_mb=6000", f"-artifact_prefix={folder}/"]
-    atheris.Setup([sys.argv[0], str(corpus), *limits], targets.all[name])
+    limits = [f"-max_total_time={seconds}", "-max_len=100000", "-timeout=60", "-rss_limit_mb=6000"]
+    atheris.Setup([sys.argv[0], str(corpus), *limits, f"-artifact_prefix={folder}/"], targets.all[name])
     atheris.Fuzz()
 
 

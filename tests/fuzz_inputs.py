@@ -10,7 +10,7 @@ import json
 import resource
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,8 @@ class JobTargets:
         for variant in self.variants:
             try:
                 for job in read_jobs(file, variant):
-                    assert job.shape and job.digest(variant.name)
+                    assert job.shape
+                    assert job.digest(variant.name)
                     assert (self.stem.parent / job.output).parent == self.stem.parent
             except RequestError as error:
                 _says(error, str(file))
@@ -115,11 +116,11 @@ class PictureTargets:
 
     def picture(self, kind: str, content: bytes) -> None:
         self.file.write_bytes(_summed(content) if kind.startswith("png") else content)
-        with _little_memory():
+        with little_memory():
             try:
                 picture = picture_of(self.file)
                 assert picture.mode == "RGB"
-                assert picture.width > 0 and picture.height > 0
+                assert min(picture.size) > 0
             except RequestError as error:
                 _says(error, str(self.file))
 
@@ -127,15 +128,17 @@ class PictureTargets:
 def _says(error: OvercrankError, name: str) -> None:
     """It names what it is of, gives a reason, and a terminal can print it as its own lines."""
     said = str(error)
-    assert name in said and not said.endswith((": .", ":", " .")), said
+    assert name in said, said
+    assert not said.endswith((": .", ":", " .")), said
     assert safe_text(said).encode(), said
 
 
 @contextmanager
-def _little_memory() -> Any:
+def little_memory(spare: int = SPARE) -> Iterator[None]:
+    """No more than `spare` bytes beside what this process has."""
     former = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE, former[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, former[1]))
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged, option
 from overcrank.runtime.options import AccelerateOptions
+from overcrank.runtime.pipeline.lora_sets import LoraSets
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
 from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
@@ -57,7 +58,8 @@ class Acceleration:
     bundles: dict[str, str] = field(default_factory=dict)  # component → name of the bundle whose engine runs it
     source: str = ""  # folder or hub id of the checkpoint
     quantization: Quantization | None = None
-    loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights
+    loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights for good
+    lora_sets: LoraSets | None = None  # those that jobs bring; None where they cannot
     moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
     dtypes: dict[str, str] = field(default_factory=dict)  # of the parts, where they were asked for
     workspace: Workspace = field(default_factory=Workspace)

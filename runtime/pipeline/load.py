@@ -26,6 +26,7 @@ from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
 from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
+from overcrank.runtime.pipeline.lora_sets import LoraSets, with_weights
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
 from overcrank.runtime.render.schedule import scheduler_of
 from overcrank.runtime.sessions.card import card_of, no_card
@@ -47,13 +48,23 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     Raises UserError for an unknown option, part or type, ModelError when the checkpoint cannot be found or read,
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
+    return loaded(model, merged(LoadOptions, options, changes), watch)
+
+
+def loaded(model: str, options: LoadOptions, watch: Watch = progress_bar, changing: bool = False) -> Any:
+    """As `load`; `changing`: jobs bring LoRAs of their own, so those of the options are merged when a job has none."""
     import torch
     from overcrank.runtime.pipeline.accelerate import with_engines
 
-    options = merged(LoadOptions, options, changes)
     quantization, vram, store = options.quantization(), vram_of(options.vram), Store(options.store)
     variant, preset = with_preset(resolve(model), options.preset)
-    files = _of_preset(preset) + [lora_of(argument) for argument in options.loras]
+    asked = [lora_of(argument) for argument in options.loras]
+    if changing and options.pack is not None:
+        raise UserError(
+            f"{option('pack', options.pack)} holds weights with the LoRAs they were packed with, and jobs name their "
+            f"own; leave the pack out, or render those jobs apart."
+        )
+    files = _of_preset(preset) + ([] if changing else asked)
     folder = checkpoint_folder(model, variant, store, watch)
     if quantization is not None:
         require_calibrated_on(folder, quantization.recipe, variant, store)
@@ -63,12 +74,15 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     pipe = _read(folder, variant, dtypes)
     family(variant.family).prepare(pipe, variant)
     loras = _merged(pipe, variant, files)
-    quantization = quantization and _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
+    if quantization is not None and not changing:  # else what is packed is of one set, and not kept for the next
+        quantization = _of_weights(quantization, _weights_of(folder, variant, loras, store), loras)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
     name = preset.checkpoint if preset and preset.checkpoint else variant.name
     about = with_engines(pipe, replace(options, model=name), quantization).overcrank
     about.loras, about.moved, about.dtypes = loras, moved, of_parts(pipe) if options.dtype else {}
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
+    if changing or not (asked or quantization):
+        about.lora_sets = LoraSets(pipe, variant, asked)
     return pipe
 
 
@@ -126,7 +140,7 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
 
 def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
     """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
-    parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
+    parts = with_weights(pipe)
     loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
     merge(loras, parts)
     return [lora.about() for lora in loras]
