@@ -36,6 +36,7 @@ JOB: dict[str, Any] = {
     "prompt": "a red circle moving right", "negative_prompt": "blurry", "output": "one", "seed": 3, "steps": 4,
     "guidance": 3.0, "height": 64, "width": 96, "frames": 9, "fps": 8, "strength": 0.5, "guidance_rescale": 0.1,
     "sigmas": [1.0, 0.5], "image": "picture.png", "formats": ["mp4", "gif"],
+    "lora": [{"file": "picture.png", "scale": 0.8, "part": "transformer"}],
 }  # fmt: skip
 SECOND = {"prompt": "a blue square", "output": "two", "seconds": 1.5, "fit": True, "shift": 2}
 MODELS = ("ltx-demo", "ltx", "svd", "wan-2.2-i2v-a14b")
