@@ -22,11 +22,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
+from inspect import getmembers, isclass, isfunction
+from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from overcrank.engines import envelope, manifest, remote, trust
 from overcrank.engines.download import _check_listed
 from overcrank.engines.envelope import INDEX as INDEX_TYPE
 from overcrank.engines.manifest import SIGNATURE, check_files, read_manifest
@@ -66,17 +70,17 @@ INDEX: dict[str, Any] = {
 
 
 class Fuzzed(Protocol):
-    """Names of what is fuzzed → a function of bytes; documents to begin with; functions whose coverage leads."""
+    """Names of what is fuzzed → a function of bytes; documents to begin with; modules whose coverage leads."""
 
     all: dict[str, Callable[[bytes], None]]
     valid: dict[str, bytes]
-    followed: tuple[Callable[..., Any], ...]
+    followed: tuple[ModuleType, ...]
 
 
 class Targets:
     """Of published bundles."""
 
-    followed = (read_manifest, check_files, read_index, fitting, Keyring.check, Keyring.who_signed)
+    followed = (manifest, remote, envelope, trust)
 
     def __init__(self, folder: Path, manifest: bytes) -> None:
         self.taken = self.refused = 0
@@ -230,11 +234,17 @@ def _one(name: str, folder: Path, seconds: int) -> None:
     targets = _targets(kind, folder)
     corpus = Path(tempfile.mkdtemp(dir=folder))
     (corpus / "valid").write_bytes(targets.valid[name])
-    for function in targets.followed:
+    for function in chain.from_iterable(map(_functions, targets.followed)):
         atheris.instrument_func(function)
     limits = [f"-max_total_time={seconds}", "-max_len=100000", "-timeout=60", "-rss_limit_mb=6000"]
     atheris.Setup([sys.argv[0], str(corpus), *limits, f"-artifact_prefix={folder}/"], targets.all[name])
     atheris.Fuzz()
+
+
+def _functions(module: ModuleType) -> Iterator[Callable[..., Any]]:
+    """Its own, and those of its classes."""
+    for owner in (module, *(c for _, c in getmembers(module, isclass) if c.__module__ == module.__name__)):
+        yield from (f for _, f in getmembers(owner, isfunction) if f.__module__ == module.__name__)
 
 
 def _manifest() -> bytes:

@@ -48,6 +48,8 @@ SHAPE = (6, 8)
 class JobTargets:
     """As tests.fuzz.Targets: job files, and sidecars of results that are in the way."""
 
+    followed = (request, names, results)
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.variants = [resolve(name) for name in MODELS]
@@ -61,7 +63,6 @@ class JobTargets:
         sidecar = {"overcrank": "1", "request": SECOND, "request_sha256": "cd" * 32, "files": files}
         self.valid = {"jobs": json.dumps(JOB).encode(), "sidecar": json.dumps(sidecar).encode()}
         self.all: dict[str, Callable[[bytes], None]] = {"jobs": self.jobs, "sidecar": self.sidecar}
-        self.followed = (read_jobs, request._lines, request._job, names.check_name, results._read, results._is_entry)
 
     def jobs(self, content: bytes) -> None:
         file = self.folder / "jobs.jsonl"
@@ -106,14 +107,12 @@ class JobTargets:
 class PictureTargets:
     """A picture of each kind that has a decoder of its own."""
 
+    followed = (pictures, Image)
+
     def __init__(self, folder: Path) -> None:
         self.file = folder / "picture"
         self.valid = _pictures()
         self.all: dict[str, Callable[[bytes], None]] = {kind: partial(self.picture, kind) for kind in self.valid}
-        self.followed = (
-            *(picture_of, pictures.on_white, pictures._eight_bit, pictures._white, pictures._in_srgb),
-            *(Image.open, Image.Image.convert),
-        )
 
     def picture(self, kind: str, content: bytes) -> None:
         self.file.write_bytes(_summed(content) if kind.startswith("png") else content)

@@ -27,6 +27,7 @@ from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile, merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from overcrank.runtime.pipeline.lora_sets import LoraSets, with_weights
+from overcrank.runtime.pipeline.marks import without_marks
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
 from overcrank.runtime.render.schedule import scheduler_of
 from overcrank.runtime.sessions.card import card_of, no_card
@@ -107,9 +108,12 @@ def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype]) -> 
     require_whole(folder, pipeline, kind)
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
-        pipe = pipeline.from_pretrained(folder, dtype=each, local_files_only=True, variant=kind or None)
+        with without_marks(folder) as plain:
+            pipe = pipeline.from_pretrained(plain, dtype=each, local_files_only=True, variant=kind or None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error
+    if plain != folder:
+        pipe.register_to_config(_name_or_path=str(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

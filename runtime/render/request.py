@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Format = Literal["mp4", "gif", "png", "sheet", "latents"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "png", "sheet", "latents")
 log = logging.getLogger("overcrank")
-PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
+PROMPTS = Path(__file__).parents[2] / "calibration" / "data" / "prompts.txt"
 FILES = ("image", "last_image", "video", "audio")
 LONGEST_SIDE, MOST_FRAMES = 16_384, 100_000
 SLOWEST, FASTEST = 0.1, 240.0  # frames a second
