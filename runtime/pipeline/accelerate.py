@@ -280,6 +280,8 @@ def _without_card(
     bundles = bundles_with_graphs(candidates, variant)
     if not bundles and (bundle or not any(packaged_graph(c) for c in components(variant))):
         return None
+    if bundles:
+        acceleration.ledger.build = build_command(variant, bundles[0][1].target)
     if no_card():
         log.warning("rendering on the processor, in ONNX Runtime: %s.", error)
     return GraphsHere(None, store, bundles, acceleration.bundles, packaged=not bundle).session

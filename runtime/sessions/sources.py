@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from overcrank.engines.build import RECIPE
 from overcrank.engines.cards import Card
+from overcrank.engines.graph_refusals import GraphRefused
 from overcrank.engines.manifest import BundledEngine, read_manifest
 from overcrank.engines.measurements import require_not_slower
 from overcrank.engines.refusals import CannotServe, OtherOnProcessor
 from overcrank.engines.store import Store
-from overcrank.errors import UserError
+from overcrank.errors import IntegrityError, UserError
 from overcrank.export.packaged import PRECISION, packaged_graph
 from overcrank.export.quantization.pack import read_pack
 from overcrank.export.quantization.recipe import (
@@ -114,7 +115,12 @@ class BundledGraphs(OfBundles):
         views = bound_parameters(module, component, parameters_of(bundled.entry))
         packs = self.packs(bundled, component, part, module)
         device = next(module.parameters()).device.type
-        session = OrtSession(bundled_graph(bundled.folder, bundled.entry.graph), {**views, **packs}, device)
+        try:
+            graph = bundled_graph(bundled.folder, bundled.entry.graph)
+        except IntegrityError as error:
+            problem = str(error).rstrip(".").partition("; ")[0]
+            raise CannotServe(GraphRefused(bundled.folder.name, problem)) from error
+        session = OrtSession(graph, {**views, **packs}, device)
         self.bundles[component.name] = bundled.folder.name
         return session
 
