@@ -297,7 +297,9 @@ if __name__ == "__main__":
     if asked.one:
         _one(asked.one, Path(asked.folder), int(asked.seconds))
     else:
-        table = main(asked.minutes, _manifest())
+        whole, began = _manifest(), time.monotonic()
+        table = main(asked.minutes, whole)
+        minutes = round((time.monotonic() - began) / 60)
         command = f"python -m tests.fuzz --minutes {asked.minutes:g}"
-        about = {"command": command, "date": date.today().isoformat(), "documents": table}
+        about = {"command": command, "date": date.today().isoformat(), "minutes": minutes, "documents": table}
         RESULT.write_text(json.dumps(about, indent=1) + "\n")

@@ -85,7 +85,9 @@ class JobTargets:
         sidecar_path(self.stem).write_bytes(content)
         try:
             if is_complete(self.stem, "cd" * 32):
-                assert all((folder / entry["name"]).exists() for entry in json.loads(content)["files"])
+                files = json.loads(content)["files"]
+                assert files
+                assert all((folder / entry["name"]).exists() for entry in files)
             require_free(self.stem, ("gif", "png"), "own")
             with staging(self.stem) as work:
                 for name in ("one.gif", "one.json"):

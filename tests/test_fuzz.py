@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import struct
 import zlib
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from overcrank.errors import RequestError
 from overcrank.runtime.render.pictures import picture_of
+from overcrank.runtime.render.results import is_complete
 
 from tests import fuzz
 from tests.fuzz_checkpoints import CheckpointTargets
@@ -51,3 +53,11 @@ def test_a_small_file_of_many_pixels_says_that_there_is_too_little_memory(tmp_pa
         pytest.raises(RequestError, match=f"image {file}.*too little memory for its pixels"),
     ):
         picture_of(file)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("files", [[], [{"name": "one-frames", "count": 0, "sha256": "ab" * 32}]])
+def test_a_sidecar_that_lists_nothing_is_no_result(files: list[object], tmp_path: Path) -> None:
+    about = {"overcrank": "1", "request_sha256": "cd" * 32, "files": files}
+    (tmp_path / "one.json").write_text(json.dumps(about))
+    assert not is_complete(tmp_path / "one", "cd" * 32)
