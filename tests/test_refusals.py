@@ -19,13 +19,6 @@ pytestmark = pytest.mark.quick
 BUILD = "build-engine --model ltx --gpu sm_89"
 WORD = "{the name}"
 SAMPLES = {str: WORD, int: 2, float: 1.5, bool: True, tuple[str, ...]: (WORD, "more"), tuple[int, ...]: (1, 2)}
-    str: "{the name}",
-    int: 2,
-    float: 1.5,
-    bool: True,
-    tuple[str, ...]: ("{the name}", "more"),
-    tuple[int, ...]: (1, 2),
-}
 BASES = {"OfThisCall", "TensorRTRefusal"}
 
 
