@@ -82,6 +82,25 @@ def test_each_job_has_its_own_set_as_a_render_has(backend: str, run: Any, tmp_pa
 
 
 @pytest.mark.heavy
+def test_quantized_layers_are_packed_of_each_set(
+    run: Any, tmp_path: Path, files: list[Path], shared_store: Path
+) -> None:
+    options = ["--precision", "int8", "--backend", "onnxruntime", "--store", shared_store]
+    sets = {"a": [{"file": "a.safetensors"}], "none": [], "again": [{"file": "a.safetensors"}]}
+    jobs = [{**USUAL, "output": name, "seed": 1, "lora": own} for name, own in sets.items()]
+    jobs_file, out = write_jobs(tmp_path / "jobs.jsonl", jobs), tmp_path / "out"
+    done = run("overcrank", "batch", jobs_file, "-o", out, "--json", *options)
+    assert done.exit_code == 0, done.output
+    for name, more in {"a": ["--lora", files[0]], "none": []}.items():
+        words = ["--prompt", USUAL["prompt"], "--steps", 2, "--seed", 1, "--formats", "latents", "--quiet"]
+        assert run("overcrank", "render", *words, *options, *more, "-o", tmp_path / name).exit_code == 0
+        assert torch.equal(latents(out, name), latents(tmp_path, name))
+        assert list(json.loads((out / f"{name}.json").read_text())["calls"]["denoiser"]) == ["onnxruntime"]
+    assert torch.equal(latents(out, "a"), latents(out, "again"))
+    assert not torch.equal(latents(out, "a"), latents(out, "none"))
+
+
+@pytest.mark.heavy
 def test_the_request_of_a_sidecar_is_a_job_with_its_loras(run: Any, tmp_path: Path, files: list[Path]) -> None:
     jobs = write_jobs(tmp_path / "jobs.jsonl", [{**USUAL, "output": "one", "lora": [{"file": "a.safetensors"}]}])
     assert run("overcrank", "batch", jobs, "-o", tmp_path / "out", "--quiet").exit_code == 0
