@@ -25,8 +25,7 @@ from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged, option
 from overcrank.runtime.options import AccelerateOptions
-from overcrank.runtime.pipeline.adapters import Adapters
-from overcrank.runtime.pipeline.lora import LoraFile
+from overcrank.runtime.pipeline.adapters import adapters_of
 from overcrank.runtime.pipeline.lora_parts import lora_of
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
@@ -66,7 +65,6 @@ class Acceleration:
     quantization: Quantization | None = None
     weights: dict[str, dict[str, str]] = field(default_factory=dict)  # part → the file it is from, in place of its own
     loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights, or beside them
-    adapters: Adapters | None = None  # that have them
     moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
     dtypes: dict[str, str] = field(default_factory=dict)  # of the parts, where they were asked for
     workspace: Workspace = field(default_factory=Workspace)
@@ -93,10 +91,9 @@ class Acceleration:
         pipe = self.pipe()
         if pipe is None:
             raise UserError("The pipeline of these engines is gone; load it anew.")
-        if self.adapters is None:
-            self.adapters = adapters_of(pipe, self.variant)
-        self.adapters.set([lora_of(argument) for argument in loras])
-        self.loras = self.adapters.about()
+        adapters = adapters_of(pipe, self.variant)
+        adapters.set([lora_of(argument) for argument in loras])
+        self.loras = adapters.about()
 
     def save_kernels(self) -> None:
         """Keep on disk what sessions have compiled; a disk that is full costs later renders time, not this one."""
@@ -199,6 +196,7 @@ def _prepared(
         )
     ledger = Ledger(options.backend == "tensorrt", precision)  # eager PyTorch computes with a file's own weights
     acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
+    acceleration.loras = adapters_of(pipe, variant).about()
     acceleration.source = str(pipe.config.get("_name_or_path", ""))
     store = Store(options.store)
     bundle = store.resolve(str(options.bundle)) if options.bundle else None
@@ -212,11 +210,6 @@ def _prepared(
     elif options.backend != EAGER:
         session = _on_card(pipe, acceleration, store, bundle, options.slow_engines)
     return acceleration, session
-
-
-def adapters_of(pipe: Any, variant: Variant, always: Sequence[LoraFile] = ()) -> Adapters:
-    """Of a pipeline that has no LoRAs yet; `always`: those of a preset."""
-    return Adapters(pipe, family(variant.family).part_words, always)
 
 
 def _as_stored(pipe: Any, variant: Variant, target: str) -> Quantization | None:

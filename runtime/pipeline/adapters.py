@@ -11,10 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from overcrank.errors import CheckpointError, UserError, present
 from overcrank.export.module import torch_dtype
 from overcrank.export.quantization.linear import has_kernels
+from overcrank.models import family
+from overcrank.models.base import Variant
 from overcrank.options import option
 from overcrank.runtime.pipeline.lora import Lora, LoraFile, Place, lora_option
 from overcrank.runtime.pipeline.lora_parts import read_loras
@@ -32,12 +35,13 @@ Halves = tuple[LoraLayer, "Tensor", "Tensor"]
 class Adapters:
     """Of the modules of one pipeline."""
 
-    def __init__(self, pipe: Any, words: Mapping[str, str], always: Sequence[LoraFile] = ()) -> None:
-        """`words`: what people call the parts (lora_parts.py). `always`: of a preset, which stay."""
+    def __init__(self, pipe: Any, words: Mapping[str, str]) -> None:
+        """`words`: what people call the parts (lora_parts.py)."""
         self.parts: dict[str, nn.Module] = {
             name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")
         }
-        self._pipeline, self._words, self._always = type(pipe), words, tuple(always)
+        self._pipeline, self._words = type(pipe), words
+        self.always: Sequence[LoraFile] = ()  # of a preset, which stay
         self.loras: list[Lora] = []
         self._kept: dict[Place, Tensor] = {}  # as it was before anything was merged
         self._for_good: set[Place] = set()  # merged, with nothing kept
@@ -68,7 +72,7 @@ class Adapters:
                 f"LoRAs were merged into {part} ({name} among others) as it was loaded, with nothing kept; load with "
                 f"{option('fuse_loras', False)} to change them."
             )
-        loras = self._loras([*self._always, *files])
+        loras = self._loras([*self.always, *files])
         effective = [lora for lora in loras if lora.scale]
         for lora in effective:
             self._require_mergeable(lora)
@@ -137,6 +141,16 @@ class Adapters:
                     f"{lora_option(lora.file)} has {what} of {part}.{name}, which is in {layer.format} and takes plain "
                     f"LoRA pairs alone; take such a LoRA, or weights in 16 bit."
                 )
+
+
+_of_pipelines: WeakKeyDictionary[Any, Adapters] = WeakKeyDictionary()
+
+
+def adapters_of(pipe: Any, variant: Variant) -> Adapters:
+    """The pipeline's own, also when it is accelerated anew."""
+    if pipe not in _of_pipelines:
+        _of_pipelines[pipe] = Adapters(pipe, family(variant.family).part_words)
+    return _of_pipelines[pipe]
 
 
 def merge(loras: Sequence[Lora], parts: Mapping[str, nn.Module]) -> None:

@@ -59,7 +59,8 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
     import torch
-    from overcrank.runtime.pipeline.accelerate import adapters_of, denoisers, with_engines
+    from overcrank.runtime.pipeline.accelerate import denoisers, with_engines
+    from overcrank.runtime.pipeline.adapters import adapters_of
     from overcrank.runtime.pipeline.parts import parts_from_files
 
     model, options = with_paths(model, merged(LoadOptions, options, changes))
@@ -76,7 +77,8 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     check_parts(dtypes if options.dtype else {}, folder)
     pipe = _read(folder, variant, dtypes, parts_from_files(given, variant, folder, dtypes))
     family(variant.family).prepare(pipe, variant)
-    adapters = adapters_of(pipe, variant, _of_preset(preset))
+    adapters = adapters_of(pipe, variant)
+    adapters.always = _of_preset(preset)
     if not options.fuse_loras:
         adapters.leave_unmerged([module for module, _ in denoisers(pipe, variant)])
     adapters.set(files, keep=not options.fuse_loras)
@@ -87,8 +89,7 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     moved = _placed(pipe, variant, torch.device(device), vram, store)
     name = preset.checkpoint if preset and preset.checkpoint else variant.name
     about = with_engines(pipe, replace(options, model=name), quantization).overcrank
-    about.loras, about.moved, about.dtypes = adapters.about(), moved, of_parts(pipe) if options.dtype else {}
-    about.adapters = adapters
+    about.moved, about.dtypes = moved, of_parts(pipe) if options.dtype else {}
     about.weights = {part: _about_file(file, store) for part, file in given.items()}
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
     return pipe

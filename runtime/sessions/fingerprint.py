@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import chain
 from operator import attrgetter, is_
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.export.quantization.lora import LORA_A, LORA_B
 from overcrank.models._common import state_of
+from overcrank.runtime.sessions.lora_layer import LoraLayer
 from overcrank.runtime.sessions.stock import Kinds, require_stock
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ OF_THE_ROOT = ("training", "_internal_dict", "_cache_config", "_compiled_call_im
 _FORWARD = attrgetter("forward")
 
 
+EVERY: Collection[str] = ("every layer",)
+"""In the place of layers' names."""
+
+
 class Change(enum.IntEnum):
     NOTHING = 0
     LORAS = 1  # other LoRAs beside the same weights
@@ -43,11 +48,11 @@ class Fingerprint:
     """What of a module changes when anything that an engine relies on does; `same` asks in microseconds.
 
     Where parameters lie, attributes that are replaced, how many each submodule has, buffers and whether they were
-    written, and what PyTorch tells of submodules, parameters and hooks that are registered. `copies`: a session holds
-    copies of weights, so what is written into the module's own counts too.
+    written, and what PyTorch tells of submodules, parameters and hooks that are registered. `copied`: layers whose
+    weights a session holds copies of, so what is written into the module's own counts too; EVERY for all.
     """
 
-    def __init__(self, module: nn.Module, kinds: Kinds, copies: bool) -> None:
+    def __init__(self, module: nn.Module, kinds: Kinds, copied: Collection[str] = ()) -> None:
         """Raises CannotServe when the module is not as its class makes it."""
         require_stock(module, kinds)
         self._submodules = list(module.modules())
@@ -66,7 +71,8 @@ class Fingerprint:
         watched += [(self._attributes[0], key) for key in OF_THE_ROOT if key in self._attributes[0]]
         self._watched = [a for a, _ in watched], [key for _, key in watched]
         self._values = [a[key] for a, key in watched]
-        self.copies = copies
+        self._module = weakref.ref(module)
+        self._copied = self._parameters_of(copied)
         _listen()
         self._hooks = _hooks_ever()
         self.touched = False  # a submodule or parameter was registered
@@ -76,17 +82,30 @@ class Fingerprint:
     def _buffers_now(self) -> list[Any]:
         return list(map(dict.get, *self._places))
 
-    def count_writes(self) -> None:
-        """A session has just copied the weights."""
-        self.copies = True
+    @property
+    def copies(self) -> bool:
+        return bool(self._copied)
+
+    def count_writes(self, copied: Collection[str]) -> None:
+        """A session has just copied the weights of these layers."""
+        self._copied = self._parameters_of(copied)
         self.noted()
+
+    def _parameters_of(self, copied: Collection[str]) -> list[torch.Tensor]:
+        """Of layers, and of those that a file has quantized, as sessions may have widened them."""
+        module = self._module()
+        if copied is EVERY or module is None or not copied:
+            return self._parameters if copied is EVERY else []
+        layers = set(copied)
+        owners = [own for name, own in module.named_modules() if name in layers or isinstance(own, LoraLayer)]
+        return [own._parameters["weight"] for own in owners if own._parameters.get("weight") is not None]  # type: ignore[misc]
 
     def noted(self) -> None:
         """Take where the parameters are now for right."""
         self._addresses = _addresses(self._parameters)
         self._constants = state_of(b for b in self._buffers if b is not None)
         self._loras_state = [None if b is None else state_of([b]) for b in self._loras]
-        self._versions = _versions(self._parameters) if self.copies else []
+        self._versions = _versions(self._copied)
         self.__dict__.pop("_samples", None)
         self._content = self._sampled() if self.copies else None
 
@@ -125,9 +144,9 @@ class Fingerprint:
         return all(map(is_, now, self._buffers)) and self._constants == state_of(b for b in now if b is not None)
 
     def _unwritten(self) -> bool:
-        if _versions(self._parameters) != self._versions:
+        if _versions(self._copied) != self._versions:
             return False
-        in_host_memory = self._parameters[0].device.type == "cpu"  # elsewhere, reading them would wait for the card
+        in_host_memory = self._copied[0].device.type == "cpu"  # elsewhere, reading them would wait for the card
         return not in_host_memory or self._sampled() == self._content
 
     def _sampled(self) -> dict[str, bytes]:
@@ -136,7 +155,7 @@ class Fingerprint:
 
     @cached_property
     def _samples(self) -> Mapping[str, list[Any]]:
-        return _samples(self._parameters)
+        return _samples(self._copied)
 
 
 def sample_of(parameters: Sequence[torch.Tensor]) -> dict[str, bytes]:
