@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from overcrank.errors import StoreError, UserError
 from overcrank.models import hub_folder, local_folder, resolve
 from overcrank.models.hub import Watch, progress_bar
 from overcrank.options import merged, option
+from overcrank.runtime.pipeline.naming import layout_words
 
 if TYPE_CHECKING:
     from overcrank.runtime.verify import Check
@@ -59,28 +60,36 @@ def build(
     cannot be built, ExportError and CompileError where it fails.
     """
     options = merged(BuildOptions, options, changes)
+    if options.layout:
+        options = replace(options, layout=layout_words(model, options.layout))
     where, variant = Store(store), resolve(model)
     checkpoint = None
-    if options.weights == "embedded":
+    if options.embed_weights:
         checkpoint = local_folder(model) or hub_folder(variant, home=where.root, watch=watch)
-    elif options.weights != "inputs":
-        raise UserError(f"{option('weights', options.weights)}: use inputs or embedded.")
     requests = requests_for(variant, [gpu] if isinstance(gpu, str) else gpu, options, checkpoint)
     for note in request_notes(requests):
         log.warning("note: %s", note)
     return build_requests(requests, where, progress, partial(LocalWorkers, options.jobs))
 
 
-def verify(bundle: Path | str, weights: Path | None = None, *, store: Place = None) -> list[Check]:
+def verify(
+    bundle: Path | str,
+    checkpoint: Path | None = None,
+    *,
+    weights: Sequence[str] | Mapping[str, str | Path] = (),
+    comfy: Path | None = None,
+    store: Place = None,
+) -> list[Check]:
     """Run a bundle's graphs in ONNX Runtime against the eager modules, on this machine's processor.
 
-    `bundle`: its path, or name in the store. `weights`: a diffusers folder [default: random weights]. Each Check tells
-    the largest error, also relative to the largest value; `check.within(1e-4)` allows for quantized layers' rounding.
-    Raises IntegrityError if a file of the bundle does not match its manifest.
+    `bundle`: its path, or name in the store. `checkpoint`: a diffusers folder, `weights` and `comfy`: as for `load`
+    [default: random weights]. Each Check tells the largest error, also relative to the largest value;
+    `check.within(1e-4)` allows for quantized layers' rounding. Raises IntegrityError if a file of the bundle does not
+    match its manifest, UserError for a file that is not the part's.
     """
-    from overcrank.runtime.verify import verify_bundle
+    from overcrank.runtime.verify import Weights, verify_bundle
 
-    return list(verify_bundle(Store(store).resolve(str(bundle)), weights))
+    return list(verify_bundle(Store(store).resolve(str(bundle)), Weights(checkpoint, weights, comfy)))
 
 
 def plan_report(bundle: Path | str, *, store: Place = None) -> dict[str, PlanReport]:

@@ -245,7 +245,7 @@ def built(case: Case, way: Way, component: Component, module: Any, at: Setting) 
     model = case.model
     if way.embedded:
         model = str(local_folder(model) or _checkpoint(folder, component, module))
-        options += ["--weights", "embedded"]
+        options += ["--embed-weights"]
     command = [*BUILD, "--model", model, *options, *limits, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Writes models/networks.json: the names and shapes of every published network's parameters, digested.
+"""Writes export/files/networks.json: the names and shapes of every published network's tensors, digested.
 
 python bench/index_networks.py
 """
@@ -18,16 +18,16 @@ def indexed() -> dict[str, Any]:
     """Class → the part of the pipeline it is, its parameters' names, and digest → variants."""
     table: dict[str, Any] = {}
     known: dict[str, dict[str, tuple[int, ...]]] = {}
-    for variant in (v for name in families() for v in family(name).VARIANTS if not v.packaged):
+    for variant in (v for name in families() for v in family(name).variants):
         for component in components(variant):
             cls = component.cls.rpartition(".")[2]
-            if component.subfolder not in ("transformer", "unet", "vae"):
+            if component.subfolder not in ("transformer", "unet", "vae", "audio_vae"):
                 continue
             key = repr((component.cls, component.config))
             if key not in known:
                 with init_empty_weights():
-                    module = construct(component, component.config)
-                known[key] = {name: tuple(p.shape) for name, p in module.named_parameters()}
+                    module = construct(component.cls, component.config, f"{variant.name}: {component.subfolder}")
+                known[key] = {name: tuple(value.shape) for name, value in module.state_dict().items()}
             shapes = known[key]
             about = {"part": component.subfolder, "nearest": variant.name, "names": [], "networks": {}}
             entry = table.setdefault(cls, about)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.store import Store
-from overcrank.errors import UserError
+from overcrank.errors import UserError, present
 from overcrank.export.expected import component_files
+from overcrank.export.files.weight_file import open_weights
 from overcrank.export.headers import weight_files, weights_digest
 from overcrank.export.module import DTYPES, abstract_module
 from overcrank.export.quantization.linear import layout_in, quantize
@@ -20,9 +21,12 @@ from overcrank.export.weights import Parameter, checkpoint_values
 from overcrank.files import atomic_write
 from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Component, Variant
+from overcrank.runtime.options import LoadOptions
 from overcrank.runtime.pipeline.checkpoint import require_calibrated_on
 from overcrank.runtime.pipeline.lora import Lora
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
+from overcrank.runtime.pipeline.naming import files_of, with_paths
+from overcrank.runtime.pipeline.weights import file_values
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,14 +43,22 @@ class Packing:
     """The engines' 16-bit type, or "fp16"."""
     loras: Sequence[str] = ()
     """Merged before packing: [PART=]FILE[:SCALE]."""
+    weights: Sequence[str] | Mapping[str, str | Path] = ()
+    """Parts out of files of their own, [PART=]FILE."""
+    comfy: Path | None = None
+    """A ComfyUI folder, in whose models names of files are looked up."""
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """A diffusers folder, and what is merged into it."""
+    """A diffusers folder, files in the place of parts of it, and what is merged into them."""
 
     folder: Path
+    given: Mapping[str, Path]
     loras: Sequence[Lora]
+
+    def files(self, part: str) -> Sequence[Path]:
+        return open_weights(self.given[part]).files if part in self.given else weight_files(self.folder / part)
 
 
 def pack(
@@ -57,12 +69,13 @@ def pack(
     Raises UserError for a model without quantizable layers, CheckpointError for files that
     are damaged or of another architecture.
     """
-    variant = resolve(model)
-    folder = local_folder(model) or hub_folder(variant, home=store.root)
-    require_calibrated_on(folder, packing.recipe, variant, store)
+    model, options = with_paths(model, LoadOptions(weights=packing.weights, loras=packing.loras, comfy=packing.comfy))
+    variant, given = resolve(model), files_of(options)
+    folder = local_folder(model) or hub_folder(variant, home=store.root, elsewhere=given)
+    require_calibrated_on(folder, packing.recipe, variant, store, given)
     parts: list[Part] = []
     files: list[Path] = []
-    weights = _Weights(folder, _loras(variant, folder, packing.loras))
+    weights = _Weights(folder, given, _loras(variant, folder, options.loras))
     for component in components(variant):
         own = recipe_of(packing.recipe, component, packing.layers)
         for name in (component.subfolder, *component.also_serves):
@@ -70,7 +83,7 @@ def pack(
                 continue
             part = _part(component, name, own, weights, packing.compute, store)
             if part.formats:
-                files += weight_files(folder / name)
+                files += weights.files(name)
                 parts.append(_without_shared(part, parts))
     if not parts:
         raise UserError(f"{variant.name} has no layer that this recipe quantizes.")
@@ -91,14 +104,13 @@ def _part(
     model, parameters = _graph(component, compute, store)
     layout = layout_in(model, recipe)
     own = {p.input.removesuffix(".weight"): p for p in parameters if p.input.removesuffix(".weight") in layout}
-    files = component_files(component, weights.folder / name) if layout else ()
-    values = checkpoint_values(files, own.values())
+    values = _values(component, name, weights, own) if layout else None
     _, packed = quantize(model, parameters, layout)
 
     def read(layer: str) -> Tensor:
-        weight: Tensor = values(own[layer].name)
+        weight: Tensor = present(values, "the checkpoint's values")(own[layer].name)
         for lora in weights.loras:
-            added = lora.delta(name, f"{layer}.weight")
+            added = lora.delta(name, f"{layer}.weight", weight)
             weight = weight if added is None else weight.float() + added.reshape(weight.shape)
         return weight
 
@@ -112,6 +124,15 @@ def _part(
         ranges=recipe.ranges.get(name, {}),
         read=read,
     )
+
+
+def _values(
+    component: Component, part: str, weights: _Weights, own: Mapping[str, Parameter]
+) -> Callable[[str], Tensor]:
+    """Parameter → its value in the checkpoint, or in the file that takes the part's place."""
+    if part in weights.given:
+        return file_values(weights.given[part], component)
+    return checkpoint_values(component_files(component, weights.folder / part), own.values())
 
 
 def _without_shared(part: Part, earlier: Sequence[Part]) -> Part:

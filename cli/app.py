@@ -23,6 +23,7 @@ from overcrank.cli.options import (
     Command,
     Group,
     Numbers,
+    file_options,
     quantization_options,
     ray_option,
     render_options,
@@ -72,7 +73,10 @@ main.add_command(build_engine, "build")
 
 @main.command(cls=Command)
 @click.argument("bundle", type=BUNDLE)
-@click.option("--weights", default="random", show_default=True, help="'random', or a diffusers folder.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Diffusers folder whose weights are used [default: random]."
+)
+@file_options
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Largest relative error.")
 @click.option(
     "--report",
@@ -86,7 +90,7 @@ main.add_command(build_engine, "build")
 @store_option
 def verify(
     bundle: str,
-    weights: str,
+    checkpoint: Path | None,
     tolerance: float,
     report: Path | None,
     as_json: bool,
@@ -96,18 +100,21 @@ def verify(
     """Run a bundle's graphs in ONNX Runtime against the eager modules."""
     from overcrank.cli.checks import print_checks
     from overcrank.engines.store import Store
-    from overcrank.runtime.verify import verify_bundle
+    from overcrank.runtime.verify import Weights, verify_bundle
 
     path = Store(store).resolve(bundle)
-    folder = None if weights == "random" else Path(weights).expanduser()
+    folder = None if checkpoint is None else checkpoint.expanduser()
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--weights {weights} is neither 'random' nor a folder.")
+        raise UserError(f"--checkpoint {checkpoint} is no folder; give a diffusers folder.")
+    weights = Weights(folder, options.pop("weights"), options.pop("comfy"))
+    if report is not None and weights.words:
+        raise UserError("--report renders a whole checkpoint: leave --weights out, or --report.")
     if as_json:
-        checks = list(verify_bundle(path, folder))
+        checks = list(verify_bundle(path, weights))
         good = all(check.within(tolerance) for check in checks)
         print_json("verify", path=path, good=good, tolerance=tolerance, checks=checks)
     else:
-        good = print_checks(verify_bundle(path, folder), tolerance)
+        good = print_checks(verify_bundle(path, weights), tolerance)
     if report is not None:
         from overcrank.cli.calibration import print_quality
 
@@ -167,7 +174,13 @@ def calibrate(**options: Any) -> None:
 
 
 @main.command(cls=Command)
-@click.option("--model", type=MODEL, required=True, help="Family, variant, diffusers folder, or hub id.")
+@click.option(
+    "--model",
+    type=MODEL,
+    required=True,
+    help="Family, variant, diffusers folder, hub id, or a file that tells which model it is.",
+)
+@file_options
 @click.option("--precision", type=click.Choice(["fp8", "int8", "nvfp4"]), required=True, help="Of quantized layers.")
 @quantization_options
 @click.option(
@@ -185,9 +198,14 @@ def pack(model: str, compute: str, loras: tuple[str, ...], out: Path, quiet: boo
     from overcrank.cli.calibration import timed_pack
     from overcrank.engines.store import Store
     from overcrank.export.quantization.recipe import layers_of
+    from overcrank.runtime.options import LoadOptions
+    from overcrank.runtime.pipeline.naming import with_paths
 
     recipe, layers = layers_of(options["precision"], options["activations"], options["recipe"])
-    timed_pack(model, Packing(layers, recipe, compute, loras), out, Store(options["store"]), quiet)
+    named = LoadOptions(weights=options["weights"], loras=loras, comfy=options["comfy"])
+    model, named = with_paths(model, named)
+    packing = Packing(layers, recipe, compute, named.loras, named.weights)
+    timed_pack(model, packing, out, Store(options["store"]), quiet)
 
 
 @main.command(
@@ -315,11 +333,11 @@ def inspect(file: str, as_json: bool) -> None:
     from overcrank.cli.files import as_data, lines
     from overcrank.runtime.inspect import inspect_file
 
-    found = inspect_file(file)
+    inspection = inspect_file(file)
     if as_json:
-        print_json("inspect", **as_data(found))
+        print_json("inspect", **as_data(inspection))
     else:
-        click.echo("\n".join(lines(found)))
+        click.echo("\n".join(lines(inspection)))
 
 
 @main.command(cls=Command)

@@ -20,6 +20,7 @@ from overcrank.cli.options import Command, bounds_options, quantization_options,
     examples=(
         "build-engine --model ltx --gpu 4070",
         "build-engine --model wan-2.2-ti2v-5b --gpu sm_120 --precision fp8 --max-height 704",
+        "build-engine --model wan-2.2-ti2v-5b --gpu 4090 --layout transformer=wan2.2_5B_fp8_scaled.safetensors",
     ),
 )
 @click.option("--model", type=MODEL, required=True, help="Family (ltx), variant, diffusers folder, or hub id.")
@@ -38,15 +39,28 @@ from overcrank.cli.options import Command, bounds_options, quantization_options,
     help="fp16, bf16, fp8, int8, nvfp4, or auto (bf16 where there is bf16).",
 )
 @quantization_options
-@click.option("--dtype", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable.")
-@click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
 @click.option(
-    "--weights",
-    type=click.Choice(["inputs", "embedded"]),
-    default="inputs",
-    show_default=True,
-    help="Weights as inputs of the engine, or inside it.",
+    "--layout",
+    multiple=True,
+    help="PART=FILE of a quantized single file (or its URL), whose header says how layers are stored; repeatable.",
 )
+@click.option("--dtype", multiple=True, help="PART=TYPE, such as vae=bf16 [default: as published]; repeatable.")
+@click.option(
+    "--lora-rank",
+    type=int,
+    default=0,
+    show_default=True,
+    help="LoRAs beside the weights at run time, of up to this rank together: a multiple of 16; 0 for none.",
+)
+@click.option(
+    "--lora-layers",
+    type=click.Choice(["quantized", "all"]),
+    default="quantized",
+    show_default=True,
+    help="Which linear layers take them; LoRAs are merged into the others.",
+)
+@click.option("--allow-fallback", is_flag=True, help="Keep an engine that runs quantized layers in 16 bit.")
+@click.option("--embed-weights", is_flag=True, help="Weights inside the engine, in place of inputs of it.")
 @click.option("--height", type=int, help="Height in pixels the engine is best at [default: the model's native].")
 @click.option("--width", type=int, help="Width in pixels.")
 @click.option("--frames", type=int, help="Number of frames.")
@@ -95,4 +109,4 @@ def build_engine(**options: Any) -> None:
     if options["as_json"]:
         print_json("build", seconds=round(seconds, 2), bundles=bundles)
     else:
-        report.summary(bundles, seconds)
+        report.summary(bundles, seconds, settings.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 
 from overcrank.engines.build import Built
 from overcrank.engines.manifest import profile_line
@@ -12,8 +13,8 @@ from overcrank.models.registry import variant_named
 from overcrank.units import human_bytes
 
 
-def summary(bundles: list[Built], seconds: float) -> None:
-    """The table a person reads after a build, and the command to type next."""
+def summary(bundles: list[Built], seconds: float, layout: Sequence[str] = ()) -> None:
+    """The table a person reads after a build, and the command to type next; `layout`: PART=FILE it was built for."""
     from overcrank.cli.terminal import SafeConsole
     from rich.table import Table
 
@@ -46,6 +47,8 @@ def summary(bundles: list[Built], seconds: float) -> None:
         console.print(f"path     {bundle.path}", highlight=False, soft_wrap=True)
         console.print(f"next     overcrank verify {shlex.quote(str(bundle.path))}", highlight=False, soft_wrap=True)
         if bundle.manifest.weights == "inputs" and variant_named(manifest.model) is not None:
-            precision = f" --precision {manifest.precision}" if manifest.precision in QUANTIZED else ""
-            console.print(f'         overcrank render "a prompt" --model {manifest.model}{precision}', soft_wrap=True)
+            how = f" --precision {manifest.precision}" if manifest.precision in QUANTIZED else ""
+            if layout:
+                how = "".join(f" --weights {shlex.quote(word)}" for word in layout)
+            console.print(f'         overcrank render "a prompt" --model {manifest.model}{how}', soft_wrap=True)
         console.print()

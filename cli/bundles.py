@@ -31,6 +31,7 @@ def listed(store: Store) -> list[dict[str, Any]]:
             "precision": manifest.precision,
             "profile": {"min": manifest.min, "opt": manifest.opt, "max": manifest.max},
             "components": [c.name for c in manifest.components],
+            "lora_rank": max((c.lora_rank for c in manifest.components), default=0),
             "engine_bytes": sum(c.engine.bytes for c in manifest.components),
             "flavour": manifest.flavour,
             "flavour_version": manifest.flavour_version,
@@ -68,6 +69,8 @@ def _about(manifest: Manifest | IntegrityError) -> tuple[str, ...]:
         return (f"unreadable: {manifest}",)
     size = human_bytes(sum(c.engine.bytes for c in manifest.components))
     engines = f"engines of {size} by {manifest.flavour} {manifest.flavour_version}"
+    if rank := max((c.lora_rank for c in manifest.components), default=0):
+        engines += f", LoRAs of rank {rank}"
     return f"{manifest.target}, {manifest.precision}, {engines}", profile_line(manifest)
 
 
@@ -100,6 +103,8 @@ def print_bundle(bundle: Path) -> bool:
         console.print(f"  activation  {human_bytes(entry.activation_bytes)} at the largest shape")
         console.print(f"  parameters  {len(entry.parameters)} ({values / 1e9:.2f} billion values)")
         console.print(f"  plan        {entry.verdict}")
+        if entry.loras:
+            console.print(f"  LoRA        beside {len(entry.lora_layers)} layers, of rank {entry.lora_rank} together")
         for tensor in entry.inputs:
             shapes = f"{tensor.min} … {tensor.opt} … {tensor.max}" if tensor.min else str(tensor.dims)
             console.print(f"  input       {tensor.name} {tensor.dtype} {shapes}")

@@ -16,6 +16,8 @@ from overcrank.engines.store import Store
 from overcrank.errors import UserError
 from overcrank.export.quantization.recipe import Recipe
 from overcrank.models import hub_folder, local_folder, resolve, variant_from_manifest
+from overcrank.runtime.options import LoadOptions
+from overcrank.runtime.pipeline.naming import files_of
 from overcrank.runtime.render.request import RenderRequest, prompts_of
 from rich.console import Console
 from rich.markdown import Markdown
@@ -61,21 +63,22 @@ def timed_pack(model: str, packing: Packing, out: Path, store: Store, quiet: boo
 
     started = time.monotonic()
     if local_folder(model) is None:  # first, for a terminal shows one thing that moves
-        hub_folder(resolve(model), home=store.root, watch=partial(downloading, quiet=quiet))
+        given = files_of(LoadOptions(weights=packing.weights))
+        hub_folder(resolve(model), home=store.root, watch=partial(downloading, quiet=quiet), elsewhere=given)
     with Console(stderr=True, quiet=quiet).status("packing") as status:
         pack(model, packing, out, store, lambda layer: status.update(f"packing {layer}"))
     print_pack(out, time.monotonic() - started)
 
 
 def print_quality(
-    bundle: Path, weights: Path | None, folder: Path, prompts: Path | None, samples: int, steps: int | None
+    bundle: Path, checkpoint: Path | None, folder: Path, prompts: Path | None, samples: int, steps: int | None
 ) -> None:
-    """Make the report and print its figures; `weights` may be None for a model that ships with its own."""
+    """Make the report and print its figures; `checkpoint` may be None for a model that ships with its own."""
 
     variant = variant_from_manifest(read_manifest(bundle))
-    checkpoint = weights or local_folder(variant.name)
+    checkpoint = checkpoint or local_folder(variant.name)
     if checkpoint is None:
-        raise UserError("--report renders, for which it needs the checkpoint: give --weights FOLDER.")
+        raise UserError("--report renders, for which it needs the checkpoint: give --checkpoint FOLDER.")
     lines = prompts_of(prompts, variant)[-samples:]  # calibration takes the first ones
     requests = [
         RenderRequest(prompt=p, seed=1000 + i, steps=steps, formats=("latents",)).completed(variant)

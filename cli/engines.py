@@ -14,8 +14,10 @@ from overcrank.cli.completion import BUNDLE, CARD, MODEL
 from overcrank.cli.json_output import json_option, print_json
 from overcrank.cli.options import SOME_FAILED, Command, Group, echo, ray_option, store_option
 from overcrank.errors import UserError
+from overcrank.options import option
 
 if TYPE_CHECKING:
+    from overcrank.engines.matrix import Cell
     from overcrank.engines.workers import Workers
 
 
@@ -44,6 +46,7 @@ def engines_list(as_json: bool, store: Path | None) -> None:
 @click.option(
     "--precisions", default="auto", show_default=True, help="auto, fp16, bf16, fp8, int8, nvfp4, with commas."
 )
+@click.option("--layout", multiple=True, help="As --layout of build-engine; repeatable.")
 @click.option("--static", is_flag=True, help="Serve each model's native shape only.")
 @click.option("--retry-failed", is_flag=True, help="What the last such command did not manage, in place of --models.")
 @click.option("--index", type=click.Path(path_type=Path, dir_okay=False), help="Write a Markdown table of the bundles.")
@@ -59,8 +62,7 @@ def engines_build(**options: Any) -> None:
     from overcrank.engines.store import Store
 
     store = Store(options["store"])
-    lists = (options["models"], options["gpus"], options["precisions"])
-    cells = matrix.failed_before(store) if options["retry_failed"] else matrix.cells_of(*lists)
+    cells = matrix.failed_before(store) if options["retry_failed"] else _asked(options)
     plan = matrix.expanded(cells, options["static"])
     with ExitStack() as stack:
         hire, count = _workers(options, stack)
@@ -78,6 +80,20 @@ def engines_build(**options: Any) -> None:
         click.echo("\n".join(matrix.result_lines(result)))
     if result.failed:
         sys.exit(SOME_FAILED if result.built else 1)
+
+
+def _asked(options: dict[str, Any]) -> list[Cell]:
+    """Every combination, a layout's files by the names that `--weights` takes."""
+    from overcrank.engines.matrix import cells_of
+
+    layout = options["layout"]
+    if layout and len(options["models"].replace(",", " ").split()) != 1:
+        raise UserError(f"{option('layout', layout[0])} is of one model; give that alone in {option('models')}.")
+    if layout:
+        from overcrank.runtime.pipeline.naming import layout_words
+
+        layout = layout_words(options["models"].strip(" ,"), layout)
+    return cells_of(options["models"], options["gpus"], options["precisions"], layout)
 
 
 def _workers(options: dict[str, Any], stack: ExitStack) -> tuple[Callable[[], Workers], int]:

@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from overcrank.runtime.inspect import ENGINES, Inspection
+from overcrank.errors import safe_text
+from overcrank.export.files.parts import AS_STORED
+from overcrank.runtime.inspect import Inspection
+from overcrank.runtime.inspect_lora import LoraFacts
 from overcrank.units import human_bytes
 
-WIDENED = "widened to 16 bit, or quantized anew by --precision"
+WIDENED = "no engine multiplies it as it is: quantized anew to fp8 or int8, or widened to 16 bit"
+LONGEST = 100
+"""Characters of a value of the metadata that are shown."""
+
+
+def as_data(inspection: Inspection) -> dict[str, Any]:
+    """As plain data, for programs."""
+    networks = [{k: v for k, v in asdict(network).items() if k != "origins"} for network in inspection.networks]
+    return {
+        **asdict(inspection),
+        "networks": networks,
+        "precision": inspection.precision,
+        "commands": inspection.commands(),
+    }
+
+
+def lines(inspection: Inspection) -> list[str]:
+    """A short report for people."""
+    return [f"{title:<9}{safe_text(text)}" for title, text in _rows(inspection)]
+
+
+def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    yield "file", inspection.file
+    yield "kind", f"{inspection.kind}, {human_bytes(inspection.bytes)}, {_count(inspection.parameters)} parameters"
+    for network, other in zip(inspection.networks, inspection.unlike, strict=True):
+        yield "network", other or f"{network.part} of {', '.join(network.variants)} ({network.cls})"
+    if inspection.kind == "checkpoint" and not inspection.networks:
+        yield "network", "unknown: its tensors' names are of no model that overcrank has"
+    for sentence in inspection.experts():
+        yield "", sentence
+    if inspection.lora is not None:
+        yield from _lora(inspection.lora)
+    if inspection.keys:
+        yield "keys", inspection.keys
+    for form, count in inspection.layers.items():
+        yield "layers", f"{count} in {form}, scale {inspection.scales[form]}"
+        yield "", f"multiplied as it is by {AS_STORED[form]} engines" if form in AS_STORED else WIDENED
+    if inspection.rotated:
+        yield "rotation", f"ConvRot in groups of {', '.join(map(str, inspection.rotated))}"
+    yield "others", ", ".join(f"{count} in {form}" for form, count in inspection.others.items()) or "none"
+    for name, value in inspection.metadata.items():
+        yield "metadata", f"{name}: {value if len(value) <= LONGEST else value[:LONGEST] + '…'}"
+    for command in inspection.commands():
+        yield "next", command
+
+
+def _lora(lora: LoraFacts) -> Iterator[tuple[str, str]]:
+    ranks = list(lora.ranks)
+    rank = f", rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}" if ranks else ""
+    yield "layers", f"{lora.layers}{rank}, {lora.kind}, {lora.layout}"
+    if not lora.fits:
+        yield "fits", "no model that overcrank has"
+        return
+    some = "" if lora.matched == 1 else f", by {lora.matched:.0%} of its layers"
+    yield "fits", f"{lora.part} of {', '.join(lora.fits)}{some}"
 
 
 def _count(number: int) -> str:
+    if number < 1e6:
+        return f"{number:,}"
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
-
-
-def as_data(found: Inspection) -> dict[str, Any]:
-    """As plain data, for programs."""
-    networks = [{k: v for k, v in asdict(network).items() if k != "origins"} for network in found.networks]
-    return {**asdict(found), "networks": networks, "precision": found.precision, "commands": found.commands()}
-
-
-def lines(found: Inspection) -> list[str]:
-    """A short report for people."""
-    out = [f"{found.file}: {found.kind}, {human_bytes(found.bytes)}, {_count(found.parameters)} parameters"]
-    for network in found.networks:
-        if network.variants:
-            out.append(f"network  {network.part} of {', '.join(network.variants)} ({network.cls})")
-        else:
-            out.append(f"network  {network.part}, a {network.cls} of other sizes than any published one")
-    if found.kind == "checkpoint" and not found.networks:
-        out.append("network  unknown: its tensors' names are of no model that overcrank has")
-    for form, count in found.layers.items():
-        served = f"multiplied as it is by {ENGINES[form]} engines" if form in ENGINES else WIDENED
-        out.append(f"layers   {count} in {form}: {served}")
-    if found.rotated:
-        out.append(f"rotation ConvRot in groups of {', '.join(map(str, found.rotated))}")
-    out.append(f"others   {', '.join(f'{count} in {form}' for form, count in found.others.items()) or 'none'}")
-    return out + [f"next     {command}" for command in found.commands()]

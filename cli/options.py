@@ -21,9 +21,9 @@ SECTIONS = {
     "Size": "height width frames seconds fit fps "
     "batch min_height min_width min_frames max_height max_width max_frames static",
     "Quality and speed": "steps seed guidance guidance_2 guidance_rescale guidance_until scheduler shift sigmas "
-    "timesteps preset loras cache method auto quality",
-    "Engines": "model models gpus gpu precision precisions activations recipe pack backend bundle pull slow_engines "
-    "components flavour weights allow_fallback compute retry_failed",
+    "timesteps preset loras fuse_loras cache method auto quality",
+    "Engines": "model weights comfy models gpus gpu precision precisions activations recipe layout pack backend bundle "
+    "pull slow_engines components flavour embed_weights lora_rank lora_layers allow_fallback compute retry_failed",
     "Machine and memory": "device dtype vram lanes ray jobs",
     "Output": "out formats overwrite again metadata preview index report store quiet as_json yes dry_run",
 }
@@ -145,12 +145,37 @@ def quantization_options(function: Any) -> Any:
     return recipe(activations(function))
 
 
+_FILE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--weights",
+        multiple=True,
+        metavar="[PART=]FILE",
+        help="A part of the model out of a .safetensors or .gguf file: transformer=, vae=, text_encoder= (Wan 2.2: "
+        "high=, low=); repeatable.",
+    ),
+    click.option(
+        "--comfy",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="ComfyUI's folder, in whose models names of files are looked up [default: $OVERCRANK_COMFY].",
+    ),
+)
+
+
+def file_options(function: Any) -> Any:
+    """Which files a model's weights come from: options that `render`, `batch`, `pack` and `verify` share."""
+    for option in reversed(_FILE_OPTIONS):
+        function = option(function)
+    return function
+
+
 _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--model",
         type=MODEL,
-        help="Family, variant, diffusers folder, or hub id [default: the demo model in this package].",
+        help="Family, variant, diffusers folder, hub id, or a file that tells which model it is "
+        "[default: the demo model in this package].",
     ),
+    file_options,
     click.option(
         "--backend",
         type=click.Choice(["auto", "tensorrt", "onnxruntime", "eager"]),
@@ -174,7 +199,13 @@ _RENDER_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "loras",
         multiple=True,
         metavar="[PART=]FILE[:SCALE]",
-        help="Merged into the weights; PART where it fits several (Wan 2.2: high, low); repeatable.",
+        help="Merged into the weights, beside those a file has quantized; PART where it fits several (Wan 2.2: high, "
+        "low); repeatable.",
+    ),
+    click.option(
+        "--fuse-loras/--no-fuse-loras",
+        default=True,
+        help="Merge LoRAs into weights in 16 bit; without, beside them too (--lora-layers all) [default: merge].",
     ),
     click.option("--preset", default="", help="A published way to render in few steps: overcrank models show NAME."),
     click.option(

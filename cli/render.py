@@ -23,7 +23,8 @@ from overcrank.errors import RequestError
 from overcrank.models import packaged_model, prompt_note, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
-from overcrank.runtime.options import RenderOptions
+from overcrank.runtime.options import LoadOptions, RenderOptions
+from overcrank.runtime.pipeline.naming import files_of, is_file, with_paths
 from overcrank.runtime.render.names import check_name, split_suffix
 from overcrank.runtime.render.request import FORMATS, RenderRequest, read_jobs, request_of, require_memory
 from overcrank.runtime.render.results import Replace, prepare_folder, remove_partial_results, require_free
@@ -40,7 +41,7 @@ REQUEST_OPTIONS = (
 
 def render_one(options: dict[str, Any]) -> int:
     """Exit status of `overcrank render`; everything about the request is checked before the model is loaded."""
-    options["model"] = options["model"] or packaged_model()
+    options |= _with_paths(options)
     variant, _ = with_preset(resolve(options["model"]), options["preset"])
     stem, formats = _output(options["out"], options["formats"])
     values = {k: options[k] for k in REQUEST_OPTIONS if options[k] is not None}
@@ -51,11 +52,21 @@ def render_one(options: dict[str, Any]) -> int:
 
 def render_batch(options: dict[str, Any]) -> int:
     """Exit status of `overcrank batch`: 0 when every job is done, 3 when some failed, 130 when cancelled."""
-    options["model"] = options["model"] or packaged_model()
+    options |= _with_paths(options)
     variant, _ = with_preset(resolve(options["model"]), options["preset"])
     jobs = read_jobs(options["jobs"], variant)
     folder: Path = options["out"].expanduser().absolute()
     return _run(options, variant, [(r, folder / r.output) for r in jobs], "own")
+
+
+def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
+    """Model and files by the names under which `load` finds them, wherever it runs."""
+    model = options["model"] or packaged_model()
+    if is_file(model) and not (options["quiet"] or options["as_json"]):
+        click.echo(f"reading {model} …", err=True)  # before anything heavy is imported
+    named = LoadOptions(weights=options["weights"], loras=options["loras"], comfy=options["comfy"])
+    model, named = with_paths(model, named)
+    return {"model": model, "weights": named.weights, "loras": named.loras, "comfy": None}
 
 
 def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
@@ -97,9 +108,11 @@ def _run(options: dict[str, Any], variant: Variant, work: list[tuple[RenderReque
     loading = RenderOptions(**{name: options[name] for name in names})
     loading.quantization()
     if not options.get("ray"):  # each machine of a cluster has its own cache
-        from overcrank.runtime.pipeline.load import checkpoint_folder
+        from overcrank.runtime.pipeline.load import checkpoint_folder, require_files
 
-        checkpoint_folder(options["model"], variant, Store(options["store"]), partial(show.downloading, quiet=quiet))
+        require_files(loading, variant)
+        watch = partial(show.downloading, quiet=quiet)
+        checkpoint_folder(options["model"], variant, Store(options["store"]), watch, files_of(loading))
     jobs = [RenderJob(request, stem, over) for request, stem in work]
     started = time.monotonic()
     try:

@@ -30,12 +30,20 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import Target
 from overcrank.engines.tensorrt import require_flavour
 from overcrank.engines.types import compute_of
-from overcrank.engines.worker import BuildJob, compile_component, export_component, finished, has_graph
+from overcrank.engines.worker import (
+    BuildJob,
+    compile_component,
+    export_component,
+    finished,
+    has_graph,
+    lora_inputs_of,
+)
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import BuildCancelled, OvercrankError, UserError
 from overcrank.export.cache import exporter_versions, graph_digest
 from overcrank.export.expected import component_files
 from overcrank.export.headers import weights_digest
+from overcrank.export.quantization.lora import NO_LORA_INPUTS, LoraInputs
 from overcrank.export.quantization.recipe import IN_16_BIT, ComponentRecipe, LayerFormat, Recipe, recipe_of
 from overcrank.files import atomic_write, sync_folder, write_errors
 from overcrank.models import components
@@ -65,6 +73,7 @@ class Request:
     recipe: Recipe | None = None
     allow_fallback: bool = False
     dtypes: Mapping[str, str] = field(default_factory=dict)  # part → fp32, bf16 or fp16, over the variant's own
+    lora: LoraInputs = NO_LORA_INPUTS
 
 
 @dataclass
@@ -147,6 +156,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
             flavour_version=version,
             flags=FLAGS,
             weights=weights,
+            lora=lora_inputs_of(request.variant, component, request.lora).label,
         )
         drafts.append((key, files, recipe, compute))
     identity = "+".join([request.variant.name, *(k.digest() for k, *_ in drafts)])
@@ -166,6 +176,7 @@ def _planned(request: Request, store: Store) -> _Bundle:
             staging=bundle.staging,
             store=store,
             allow_fallback=request.allow_fallback,
+            lora=request.lora,
             title=f"{request.variant.name} {request.target.name} {request.precision} {key.component}",
         )
         for key, files, recipe, compute in drafts

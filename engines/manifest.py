@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from overcrank.engines.plan import UNKNOWN, PlanCounts
 from overcrank.errors import CONTROLS, IntegrityError, OutdatedBundle, UserError, safe_text
+from overcrank.export.quantization.lora import LORA_A
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import families
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -102,9 +103,11 @@ class EngineKey(NamedTuple):
     flavour_version: Label
     flags: Label
     weights: Label
+    lora: Label = ""  # rank, and of which layers; of engines without, not in the digest, which is as it was
 
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self._asdict(), sort_keys=True).encode()).hexdigest()
+        fields = {name: value for name, value in self._asdict().items() if value or name != "lora"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def differing(self, other: EngineKey) -> list[str]:
         """Names of the fields in which two keys differ."""
@@ -141,7 +144,7 @@ class ParameterEntry(_Model):
 
 
 class PackedEntry(_Model):
-    """Graph input ← tensor of the weight pack; `role` is its part in the quantized linear layer `layer`."""
+    """Graph input ← tensor of the weight pack or of a LoRA; `role` is its part in the linear layer `layer`."""
 
     input: Label
     layer: Label
@@ -177,6 +180,16 @@ class ComponentEntry(_Model):
     lint: Text = ""  # the sentence that stands in the place of `plan` in bundles of before
     packed: list[PackedEntry] = []
     formats: dict[Label, LayerFormat] = {}
+    loras: list[PackedEntry] = []
+
+    @property
+    def lora_layers(self) -> dict[str, int]:
+        """Layer that takes a LoRA beside its weight → the rank it takes."""
+        return {entry.layer: entry.shape[1] for entry in self.loras if entry.role == LORA_A}
+
+    @property
+    def lora_rank(self) -> int:
+        return max(self.lora_layers.values(), default=0)
 
     @property
     def verdict(self) -> str:

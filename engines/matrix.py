@@ -21,6 +21,7 @@ from overcrank.engines.targets import PRECISIONS, precision_for, targets_for
 from overcrank.engines.types import notes, own_precision
 from overcrank.engines.workers import LocalWorkers, Workers
 from overcrank.errors import TargetError, UserError
+from overcrank.export.files.parts import anew_line, layout
 from overcrank.export.quantization.recipe import IN_16_BIT, QUANTIZED, LayerFormat
 from overcrank.files import atomic_write
 from overcrank.models import components, resolve
@@ -34,9 +35,11 @@ class Cell(NamedTuple):
     model: str
     gpu: str
     precision: str
+    layout: tuple[str, ...] = ()
+    """PART=FILE of quantized files, whose headers say how layers are multiplied."""
 
     def __str__(self) -> str:
-        return " ".join(self)
+        return " ".join((self.model, self.gpu, self.precision, *self.layout))
 
 
 @dataclass
@@ -60,9 +63,12 @@ def expanded(cells: Sequence[Cell], static: bool = False, flavour: str = "tensor
     for cell in cells:
         variant = resolve(cell.model)
         for target in targets_for([cell.gpu], flavour):
-            own = Cell(cell.model, target.name, cell.precision)
+            own = cell._replace(gpu=target.name)
+            recipe = layout(cell.layout, variant, target.precisions) if cell.layout else None
             try:
-                precision = precision_for(target, cell.precision, own_precision(variant))
+                precision = precision_for(
+                    target, recipe.precision if recipe else cell.precision, own_precision(variant)
+                )
             except TargetError:
                 if cell.precision not in PRECISIONS:
                     raise
@@ -71,19 +77,26 @@ def expanded(cells: Sequence[Cell], static: bool = False, flavour: str = "tensor
             own = own._replace(precision=precision)
             layers = LayerFormat(precision, "dynamic") if precision in QUANTIZED else IN_16_BIT  # type: ignore[arg-type]
             profile = profile_for(variant, static=static)
-            matrix.requests[own] = Request(variant, target, precision, profile, flavour, layers=layers)
+            matrix.requests[own] = Request(variant, target, precision, profile, flavour, layers=layers, recipe=recipe)
     return matrix
 
 
-def cells_of(models: str, gpus: str, precisions: str) -> list[Cell]:
-    """Every combination of three comma-separated lists; raises UserError for an empty one."""
+def cells_of(models: str, gpus: str, precisions: str, layout: Sequence[str] = ()) -> list[Cell]:
+    """Every combination of three comma-separated lists, each for files' `layout` (BuildOptions) if there is one.
+
+    Raises UserError for an empty list, and for precisions beside a layout, which says them.
+    """
     lists = {"models": models, "gpus": gpus, "precisions": precisions}
     words = {name: text.replace(",", " ").split() for name, text in lists.items()}
     for name, values in words.items():
         if not values:
             raise UserError(f"{option(name)} is empty; separate several with commas.")
+    if layout and words["precisions"] != ["auto"]:
+        raise UserError(
+            f"{option('precisions', precisions)}: {option('layout')} says how layers multiply; leave it out."
+        )
     a, b, c = words.values()
-    return [Cell(model, gpu, precision) for model in a for gpu in b for precision in c]
+    return [Cell(model, gpu, precision, tuple(layout)) for model in a for gpu in b for precision in c]
 
 
 def run(matrix: Matrix, store: Store, progress: Progress, hire: Callable[[], Workers] = LocalWorkers) -> Result:
@@ -110,7 +123,7 @@ def failed_before(store: Store) -> list[Cell]:
     """What the last matrix in this store did not manage; raises UserError when there is nothing."""
     try:
         rows = json.loads((store.root / "failed.json").read_text("utf-8"))
-        cells = [Cell(row["model"], row["gpu"], row["precision"]) for row in rows]
+        cells = [Cell(row["model"], row["gpu"], row["precision"], tuple(row.get("layout", ()))) for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         cells = []
     if not cells:
@@ -124,6 +137,9 @@ def plan_lines(matrix: Matrix, store: Store, workers: int) -> Iterator[str]:
         yield f"dropped  {cell}: {reason}"
     for note in dict.fromkeys(n for r in matrix.requests.values() for n in notes(r.variant, r.target, r.precision)):
         yield f"note     {note}"
+    for cell, request in matrix.requests.items():
+        if request.recipe is not None and (line := anew_line(request.recipe, cell.gpu)):
+            yield f"note     {line}"
     todo = [r for r in matrix.requests.values() if store.find(key_of(r, store)) is None]
     yield f"plan     {len(matrix.requests)} bundles, {len(matrix.requests) - len(todo)} of them in the store already"
     if todo:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from overcrank.engines.refusals import BUILD, OPTION, OfThisCall, Refusal
+from overcrank.engines.refusals import BUILD, OPTION, CannotServe, OfThisCall, Refusal
+from overcrank.export.quantization.lora import rank_for
+from overcrank.export.quantization.recipe import QUANTIZED
 
 
 class ModuleChange(enum.Enum):
@@ -95,6 +98,36 @@ class NoParameter(Refusal):
     shape: tuple[int, ...]
     what = "the {part} has no parameter {parameter} of shape {shape}"
     fix = "fuse LoRAs (pipe.fuse_lora(), pipe.unload_lora_weights()) and load the checkpoint unquantized"
+
+
+@dataclass(frozen=True)
+class LoraUnfit(Refusal):
+    """Of LoRAs that are beside the weights, which an engine takes as inputs."""
+
+    component: str
+    rank: int  # of the pipeline's LoRAs together
+    needed: int  # the smallest an engine with them can be built with
+    have: int  # what the engine takes; 0 for none
+    missing: str  # a layer for which the engine takes none, though for others it does
+    precision: str
+
+    def words(self, build: str = BUILD) -> tuple[str, str]:
+        takes = f"takes LoRAs of rank {self.have} together" if self.have else "takes no LoRA beside its weights"
+        what = f"the engine of {self.component} {takes}, and the pipeline's have rank {self.rank}"
+        if self.missing:
+            what = f"the engine of {self.component} takes no LoRA beside {self.missing}, which the pipeline has one for"
+        precision = f" --precision {self.precision}" if self.precision else ""
+        layers = " --lora-layers all" if self.missing or self.precision not in QUANTIZED else ""
+        return what, f"{build}{precision} --lora-rank {max(self.needed, self.have)}{layers}"
+
+
+def require_lora_inputs(component: str, needed: Mapping[str, int], taken: Mapping[str, int], precision: str) -> None:
+    """Raise CannotServe unless an engine that takes LoRAs of the ranks in `taken` can have those in `needed`."""
+    if all(rank <= taken.get(name, 0) for name, rank in needed.items()):
+        return
+    missing = next((name for name in needed if name not in taken), "") if taken else ""
+    rank = max(needed.values())
+    raise CannotServe(LoraUnfit(component, rank, rank_for(rank), max(taken.values(), default=0), missing, precision))
 
 
 @dataclass(frozen=True)

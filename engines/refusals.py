@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from overcrank.engines.targets import SIXTEEN_BIT
+from overcrank.engines.targets import PRECISIONS
 from overcrank.options import option
 from overcrank.units import human_bytes
 
@@ -137,7 +137,9 @@ class OtherPrecision(Refusal):
 
     def words(self, build: str = BUILD) -> tuple[str, str]:
         what, fix = super().words(build)
-        return what, fix if self.precision in SIXTEEN_BIT else "load the pipeline in bf16 or fp16"
+        if "--layout" in build:  # which says the precision
+            return what, build
+        return what, fix if self.precision in PRECISIONS else "load the pipeline in bf16 or fp16"
 
 
 @dataclass(frozen=True)

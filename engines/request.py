@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 
 from overcrank.engines.build import Request
 from overcrank.engines.profiles import PartialShape, profile_for
-from overcrank.engines.targets import gpu_names, precision_for, targets_for
+from overcrank.engines.targets import Target, gpu_names, precision_for, targets_for
 from overcrank.engines.tensorrt import driver_notes
 from overcrank.engines.types import notes, own_precision, typed
 from overcrank.errors import UserError
+from overcrank.export.files.parts import anew_line, layout
+from overcrank.export.quantization.lora import LORA_LAYERS, RANK_STEP, LoraInputs
+from overcrank.export.quantization.recipe import QUANTIZED
 from overcrank.models import components, family
 from overcrank.models.base import Variant
 from overcrank.options import option
 
 if TYPE_CHECKING:
-    from overcrank.export.quantization.recipe import Recipe
+    from overcrank.export.quantization.recipe import LayerFormat, Recipe
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,19 @@ class BuildOptions:
     """Of quantized layers without a recipe: "dynamic" (per token at run time), "static" (calibrated), "16bit"."""
     recipe: Recipe | Path | str | None = None
     """Formats and ranges, made by `calibrate`."""
+    layout: Sequence[str] = ()
+    """PART=FILE of quantized single files, by path or URL: layers are multiplied as these have them, which their
+    headers tell; formats that the card does not multiply as 8-bit ones that it does."""
     dtype: Mapping[str, str] | Sequence[str] = ()
     """Part → fp32, bf16 or fp16, or words such as "vae=bf16" [default: as published]."""
+    lora_rank: int = 0
+    """Ranks of LoRAs, together, that layers take beside their weights at run time; a multiple of 16, 0 for none."""
+    lora_layers: str = "quantized"
+    """Which linear layers take them: "quantized", as LoRAs are merged into the others, or "all"."""
     allow_fallback: bool = False
     """Keep an engine that runs quantized layers in 16 bit."""
-    weights: str = "inputs"
-    """Weights as "inputs" of the engine, or "embedded" in it."""
+    embed_weights: bool = False
+    """Weights inside the engine, in place of inputs of it."""
     height: int | None = None
     """Best-served height [default: the model's native], and so for `width` and `frames`."""
     width: int | None = None
@@ -77,20 +87,19 @@ def requests_for(
 
     `checkpoint`: diffusers folder whose weights are embedded. Raises UserError for what cannot be built.
     """
-    from overcrank.export.quantization.recipe import layers_of
-
     targets = targets_for([name for words in gpus for name in gpu_names(words)], options.flavour)
     dtypes = _part_types(options.dtype, variant)
-    recipe, layers = layers_of(options.precision, options.activations, options.recipe)
     names = tuple(options.components)
     components(variant, names)
+    lora = _lora_inputs(options)
     shapes = {"minimum": options.smallest(), "maximum": options.largest()}
     profile = profile_for(variant, options.best(), **shapes, static=options.static)
+    formats = [_formats_for(target, variant, options) for target in targets]
     return [
         Request(
             variant=variant,
             target=target,
-            precision=precision_for(target, options.precision, own_precision(variant)),
+            precision=precision_for(target, precision, own_precision(variant)),
             profile=profile,
             flavour=options.flavour,
             components=names,
@@ -99,9 +108,45 @@ def requests_for(
             recipe=recipe,
             allow_fallback=options.allow_fallback,
             dtypes=dtypes,
+            lora=lora,
         )
-        for target in targets
+        for target, (precision, recipe, layers) in zip(targets, formats, strict=True)
     ]
+
+
+def _formats_for(target: Target, variant: Variant, options: BuildOptions) -> tuple[str, Recipe | None, LayerFormat]:
+    """Precision, recipe, and format of layers that it does not name."""
+    from overcrank.export.quantization.recipe import LayerFormat, layers_of
+
+    if not options.layout:
+        return options.precision, *layers_of(options.precision, options.activations, options.recipe)
+    for name, default in (("precision", "auto"), ("recipe", None), ("activations", "dynamic")):
+        if (value := getattr(options, name)) != default:
+            raise UserError(f"{option(name, str(value))}: {option('layout')} says how layers multiply; leave it out.")
+    recipe = layout(options.layout, variant, target.precisions)
+    return recipe.precision, recipe, LayerFormat(recipe.precision, "dynamic")
+
+
+def _lora_inputs(options: BuildOptions) -> LoraInputs:
+    """Raises UserError for a rank or layers that no engine takes LoRAs of."""
+    rank, layers = options.lora_rank, options.lora_layers
+    if layers not in LORA_LAYERS:
+        raise UserError(f"{option('lora_layers', layers)}: use {' or '.join(LORA_LAYERS)}.")
+    if rank < 0 or rank % RANK_STEP:
+        above = max(RANK_STEP, -(-rank // RANK_STEP) * RANK_STEP)
+        near = f"{above - RANK_STEP} or {above}" if above > RANK_STEP else str(above)
+        raise UserError(f"{option('lora_rank', rank)} is no multiple of {RANK_STEP}; use {near}.")
+    if rank and options.embed_weights:
+        raise UserError(
+            f"{option('lora_rank', rank)} is for engines whose weights are inputs; leave "
+            f"{option('embed_weights', True)} out."
+        )
+    if rank and layers == "quantized" and options.precision not in QUANTIZED and not options.layout:
+        raise UserError(
+            f"{option('lora_rank', rank)}: no layer is quantized with {option('precision', options.precision)}; add "
+            f"{option('lora_layers', 'all')}, or leave it out, as LoRAs are merged into layers in 16 bit."
+        )
+    return LoraInputs(rank, layers)
 
 
 def request_notes(requests: Sequence[Request]) -> list[str]:
@@ -109,6 +154,8 @@ def request_notes(requests: Sequence[Request]) -> list[str]:
     sentences = list(driver_notes(requests[0].flavour, tuple(r.target for r in requests)))
     for request in requests:
         sentences += notes(request.variant, request.target, request.precision, dict(request.dtypes))
+        if request.recipe is not None and (line := anew_line(request.recipe, request.target.name)):
+            sentences.append(line)
     return list(dict.fromkeys(sentences))
 
 

@@ -20,11 +20,13 @@ from overcrank.export.cache import cached_graph, load_cached
 from overcrank.export.module import DTYPES
 from overcrank.export.quantization.formats import Packed
 from overcrank.export.quantization.linear import layout_in, quantize
+from overcrank.export.quantization.lora import NO_LORA_INPUTS, LoraInputs
+from overcrank.export.quantization.lora_inputs import add_lora_inputs, layers_with_lora
 from overcrank.export.quantization.pack import Part, embed_pack
 from overcrank.export.quantization.recipe import ATTENTION, SIXTEEN, ComponentRecipe, LayerFormat
 from overcrank.export.weights import Parameter
 from overcrank.files import atomic_write, write_errors
-from overcrank.models import components
+from overcrank.models import components, family
 from overcrank.models.base import Component, TensorSpec, Variant
 from overcrank.models.network import network
 from overcrank.options import option
@@ -49,6 +51,7 @@ class BuildJob:
     staging: Path
     store: Store
     allow_fallback: bool = False
+    lora: LoraInputs = NO_LORA_INPUTS
     title: str = ""  # for people
 
     def make_component(self) -> Component:
@@ -98,6 +101,7 @@ class _Graph:
     packed: tuple[Packed, ...]
     layout: dict[str, LayerFormat]
     replaced: dict[str, Parameter]  # quantized layer → its weight in the checkpoint
+    loras: tuple[Packed, ...]
 
 
 def compile_component(job: BuildJob, report: Report) -> None:
@@ -166,12 +170,21 @@ def _staged_graph(job: BuildJob) -> _Graph:
         products_in_fp16(model)
     if job.recipe.rules:
         layout = layout_in(model, job.recipe, ranges)
+    lora = lora_inputs_of(job.variant, component, job.lora)
+    loras = add_lora_inputs(model, lora.rank, layers_with_lora(model, lora, layout))
+    if job.recipe.rules:
         parameters, packed = quantize(model, cached.parameters, layout)
     with atomic_write(onnx) as part:
         ir.save(model, part)
     weights = {p.input.removesuffix(".weight"): p for p in cached.parameters}
     replaced = {layer: weights[layer] for layer in layout if layer in weights}
-    return _Graph(component, ranges, onnx, cached.seconds, parameters, packed, layout, replaced)
+    return _Graph(component, ranges, onnx, cached.seconds, parameters, packed, layout, replaced, loras)
+
+
+def lora_inputs_of(variant: Variant, component: Component, lora: LoraInputs) -> LoraInputs:
+    """As asked for, of the denoiser; LoRAs are for no other component."""
+    own = not component.attribute and component.cls in family(variant.family).denoiser_classes
+    return lora if own else NO_LORA_INPUTS
 
 
 def _part(job: BuildJob, graph: _Graph, read: Callable[[str], Any]) -> Part:
@@ -190,7 +203,7 @@ def _part(job: BuildJob, graph: _Graph, read: Callable[[str], Any]) -> Part:
 
 
 def _parameter_names(graph: _Graph) -> list[str]:
-    return [p.input for p in graph.parameters] + [p.input for p in graph.packed]
+    return [p.input for p in graph.parameters] + [p.input for p in (*graph.packed, *graph.loras)]
 
 
 @contextmanager
@@ -256,9 +269,13 @@ def _entry(
         export_seconds=round(graph.seconds, 2),
         compile_seconds=round(seconds, 2),
         plan=plan,
-        packed=[
-            PackedEntry(input=p.input, layer=p.layer, role=p.role, dtype=p.dtype, shape=list(p.shape))
-            for p in graph.packed
-        ],
+        packed=list(map(_packed_entry, graph.packed)),
         formats=graph.layout,
+        loras=list(map(_packed_entry, graph.loras)),
+    )
+
+
+def _packed_entry(packed: Packed) -> PackedEntry:
+    return PackedEntry(
+        input=packed.input, layer=packed.layer, role=packed.role, dtype=packed.dtype, shape=list(packed.shape)
     )

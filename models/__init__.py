@@ -94,8 +94,8 @@ def _known_repository(model: str) -> Variant | None:
 def _from_folder(path: Path) -> Variant:
     if path.suffix in (".safetensors", ".gguf", ".ckpt"):
         raise ModelError(
-            f"{path} is a checkpoint in one file; convert it with diffusers (from_single_file, save_pretrained) and "
-            f"give the folder as {option('model')}."
+            f"{path} is a weight file, no diffusers folder; overcrank inspect {path} says which model it is: give that "
+            f"as {option('model')}."
         )
     if not path.is_dir():
         raise ModelError(

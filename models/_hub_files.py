@@ -44,15 +44,8 @@ def part_files(where: str, files: Iterable[str], part: str, folder: str, variant
     ModelError, naming the repository as `where`, for a part that is missing or has no weights.
     """
     prefix = f"{folder}/" if folder else ""
-    here = {f[len(prefix) :] for f in files if f.startswith(prefix) and "/" not in f[len(prefix) :]}
-    text = sorted(n for n in here if n.endswith(TEXT) and not _WEIGHT_INDEX.search(n))
-    if not folder:
-        text = [n for n in text if n == "config.json"]
-    if not text:
-        raise ModelError(
-            f"{where} lacks the part '{part}', which its pipeline needs; it is not whole, or holds another layout: "
-            f"give a diffusers folder as {option('model')}."
-        )
+    text = text_files(where, files, part, folder)
+    here = _inside(files, prefix)
     worded = part.startswith("tokenizer") or "tokenizer_config.json" in here
     if worded and not any(_matches(kind, here) for kind in VOCABULARIES) and not _of_bytes(here, prefix, read):
         raise ModelError(
@@ -70,7 +63,26 @@ def part_files(where: str, files: Iterable[str], part: str, folder: str, variant
     missing = [n for n in weights if n not in here]
     if missing:
         raise ModelError(f"{where} lacks {prefix}{missing[0]}, which the index of '{part}' names; it is not whole.")
-    return tuple(prefix + n for n in (*text, *weights))
+    return (*text, *(prefix + n for n in weights))
+
+
+def text_files(where: str, files: Iterable[str], part: str, folder: str) -> tuple[str, ...]:
+    """As `part_files` without the weights: all that is taken of a part whose weights come from elsewhere."""
+    prefix = f"{folder}/" if folder else ""
+    text = sorted(n for n in _inside(files, prefix) if n.endswith(TEXT) and not _WEIGHT_INDEX.search(n))
+    if not folder:
+        text = [n for n in text if n == "config.json"]
+    if not text:
+        raise ModelError(
+            f"{where} lacks the part '{part}', which its pipeline needs; it is not whole, or holds another layout: "
+            f"give a diffusers folder as {option('model')}."
+        )
+    return tuple(prefix + n for n in text)
+
+
+def _inside(files: Iterable[str], prefix: str) -> set[str]:
+    """Names of the files that lie in a folder itself."""
+    return {f[len(prefix) :] for f in files if f.startswith(prefix) and "/" not in f[len(prefix) :]}
 
 
 def weight_names(here: set[str], variant: str, read: Read) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from overcrank.errors import ModelError, RenderCancelled, StoreError
 from overcrank.models import _hub_joined, _hub_transfer
-from overcrank.models._hub_files import INDEX, OPTIONAL, part_files, parts_in
+from overcrank.models._hub_files import INDEX, OPTIONAL, part_files, parts_in, text_files
 from overcrank.models._hub_transfer import Item, cache, storage
 from overcrank.models.base import Repository, Variant
 from overcrank.models.registry import family
@@ -28,6 +28,16 @@ from overcrank.units import human_bytes
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Called with what will be fetched, in words, and its bytes, before anything is; what it gives takes bytes done."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is taken of a checkpoint's repositories."""
+
+    parts: frozenset[str] = frozenset()
+    """None being all."""
+    elsewhere: frozenset[str] = frozenset()
+    """Parts whose weights come from elsewhere: their configurations alone are taken."""
 
 
 @dataclass
@@ -59,12 +69,14 @@ def unwatched(text: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda done: None
 
 
-def hub_folder(variant: Variant, whole: bool = False, *, home: Path, watch: Watch = unwatched) -> Path:
+def hub_folder(
+    variant: Variant, whole: bool = False, *, home: Path, watch: Watch = unwatched, elsewhere: Collection[str] = ()
+) -> Path:
     """The variant's checkpoint as a diffusers folder.
 
-    Holds the parts that become engines, or with `whole` all that a pipeline needs. A checkpoint that comes from
-    several repositories is put together of links under `home`. Raises ModelError for what cannot be found or
-    fetched, StoreError for a disk that is too small.
+    Holds the parts that become engines, or with `whole` all that a pipeline needs; of parts whose weights come from
+    `elsewhere`, the configurations alone. A checkpoint that comes from several repositories is put together of links
+    under `home`. Raises ModelError for what cannot be found or fetched, StoreError for a disk that is too small.
     """
     if variant.hub_file:
         raise ModelError(
@@ -74,8 +86,9 @@ def hub_folder(variant: Variant, whole: bool = False, *, home: Path, watch: Watc
     if not variant.sources:
         raise ModelError(f"No repository of {variant.name} is known; give its diffusers folder as {option('model')}.")
     every = family(variant.family).components(variant) if not whole else ()
-    parts = {name for c in every for name in (c.subfolder, *c.also_serves)}
-    snapshots = [_cached(source, parts) or _listed(variant, source, parts) for source in variant.sources]
+    parts = frozenset(name for c in every for name in (c.subfolder, *c.also_serves))
+    wanted = Wanted(parts, frozenset(elsewhere))
+    snapshots = [_cached(source, wanted) or _listed(variant, source, wanted) for source in variant.sources]
     _fetch_all(variant, snapshots, watch)
     if not variant.repositories or (len(snapshots) == 1 and not snapshots[0].source.parts):
         return snapshots[0].folder
@@ -136,7 +149,7 @@ def _snapshots(source: Repository) -> Iterator[Path]:
             yield folder / "snapshots" / commit
 
 
-def _cached(source: Repository, wanted: Iterable[str]) -> Snapshot | None:
+def _cached(source: Repository, wanted: Wanted) -> Snapshot | None:
     """The repository in the cache, if all that is wanted of it is there."""
     for folder in _snapshots(source):
         files = [str(f.relative_to(folder).as_posix()) for f in folder.rglob("*") if f.is_file()]
@@ -146,9 +159,9 @@ def _cached(source: Repository, wanted: Iterable[str]) -> Snapshot | None:
 
 
 def _chosen(
-    source: Repository, folder: Path, files: list[str], wanted: Iterable[str], read: Callable[[str], Mapping[str, Any]]
+    source: Repository, folder: Path, files: list[str], wanted: Wanted, read: Callable[[str], Mapping[str, Any]]
 ) -> Snapshot:
-    """The files that a render takes; `wanted` are the parts that matter, none being all."""
+    """The files that a render takes."""
     snapshot = Snapshot(source, folder)
     parts = source.parts
     if not parts:
@@ -163,9 +176,12 @@ def _chosen(
     for part in parts:
         inside = part if part != source.top else ""
         absent = not any(f.startswith(f"{inside}/") for f in files) if inside else False
-        if (wanted and part not in wanted) or (absent and part in OPTIONAL):
+        if (wanted.parts and part not in wanted.parts) or (absent and part in OPTIONAL):
             continue
-        snapshot.files += part_files(_named(source), files, part, inside, source.files, read)
+        if part in wanted.elsewhere:
+            snapshot.files += text_files(_named(source), files, part, inside)
+        else:
+            snapshot.files += part_files(_named(source), files, part, inside, source.files, read)
         snapshot.parts += (part,)
     return snapshot
 
@@ -177,7 +193,7 @@ def _named(source: Repository) -> str:
 # ── what the hub has ─────────────────────────────────────────────────────────────────
 
 
-def _listed(variant: Variant, source: Repository, wanted: Iterable[str]) -> Snapshot:
+def _listed(variant: Variant, source: Repository, wanted: Wanted) -> Snapshot:
     """The repository as the hub lists it; what decides which weights are taken is fetched here."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.hf_api import RepoFile

@@ -169,7 +169,7 @@ def why_not(manifest: Manifest, machine: Machine) -> str:
         fix = f"{fix}, or rebuild it" if fix else "rebuild it"
         return f"built with {title} {manifest.flavour_version}, and {version or 'none'} is usable here; {fix}"
     if manifest.weights != "inputs":
-        return "its weights are embedded, and renders bind their own; build it without --weights embedded"
+        return "its weights are embedded, and renders bind their own; build it without --embed-weights"
     return ""
 
 

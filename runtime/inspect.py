@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
-from overcrank.export.files.identify import Identified, identify
-from overcrank.export.files.remote import header_twin
-from overcrank.export.files.stored_layers import PLAIN, stored_layers, weight_shapes
+from overcrank.errors import present
+from overcrank.export.files.contents import Contents, read_contents
+from overcrank.export.files.identify import Identified
+from overcrank.export.files.kinds import CHECKPOINT, LORA
+from overcrank.export.files.nearest import unlike
+from overcrank.export.files.parts import AS_STORED, parts_of
+from overcrank.export.files.remote import local_header
+from overcrank.export.files.single_file import DENOISER_PREFIXES, VAE_PREFIXES
+from overcrank.export.files.stored_layers import BLOCKS, PLAIN, StoredLayer
 from overcrank.export.files.weight_file import WeightFile, open_weights
+from overcrank.models import family
+from overcrank.models.registry import variant_named
+from overcrank.runtime.inspect_lora import LoraFacts, lora_facts
 
-LORA = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "lora_w1", "hada_w1", "lokr_w1")
-ENCODERS = {
-    "encoder.block.0.layer.0.SelfAttention.q.weight": "a T5 text encoder",
-    "model.layers.0.self_attn.q_proj.weight": "a language model (text encoder)",
-    "text_model.encoder.layers.0.self_attn.q_proj.weight": "a CLIP text encoder",
-    "vision_model.encoder.layers.0.self_attn.q_proj.weight": "a CLIP or SigLIP image encoder",
-}
-"""A tensor that gives away what is no part of a pipeline that has engines."""
-ENGINES = {"fp8_e4m3": "fp8", "int8": "int8", "nvfp4": "nvfp4"}
-"""Formats of files that engines multiply as they are: their precision."""
+MODELS = 4
+"""For so many there are commands."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,18 @@ class Inspection:
 
     file: str
     kind: str
-    """"checkpoint", "LoRA", or what else it is, in words."""
+    """"checkpoint", "LoRA", or which encoder it is, in words."""
     networks: tuple[Identified, ...]
+    variants: tuple[str, ...]
+    """Published models that have all of these."""
+    unlike: tuple[str, ...]
+    """Of each network, what keeps it from being a published one, "" for nothing."""
+    keys: str
+    """How its tensors are named: diffusers' names or original ones, and the prefix."""
     layers: dict[str, int]
     """Format → how many linear layers are stored in it."""
+    scales: dict[str, str]
+    """Format → what scales such layers have, in words."""
     others: dict[str, int]
     """Type → how many other tensors."""
     rotated: tuple[int, ...]
@@ -45,61 +51,125 @@ class Inspection:
     parameters: int
     bytes: int
     metadata: dict[str, str]
+    lora: LoraFacts | None = None
 
     @property
     def precision(self) -> str:
         """Of the engine that multiplies most layers as they are stored; auto (16 bit) where none does."""
-        own = {ENGINES[form]: count for form, count in self.layers.items() if form in ENGINES}
+        own = {AS_STORED[form]: count for form, count in self.layers.items() if form in AS_STORED}
         return max(own, key=lambda form: own[form]) if own else "auto"
 
     def commands(self) -> list[str]:
-        """Those that build for the file, and render with it; none where it is not known of which model it is."""
-        lines: list[str] = []
-        for network in self.networks[:1]:
-            for model in network.variants[:3]:
-                lines.append(f"overcrank build --model {model} --layout {shlex.quote(self.file)} --gpu auto")
-                part = f"{network.part}={shlex.quote(self.file)}"
-                lines.append(f'overcrank render "a prompt" --model {model} --weights {part}')
-        return lines
+        """Those that fetch the file, build for it, and render with it; none where its model is not known."""
+        file = self.file.partition("?")[0].rpartition("/")[2] if "://" in self.file else self.file
+        lines = list(self._commands(shlex.quote(file)))
+        return [_download(self.file), *lines] if "://" in self.file and lines else lines
+
+    def experts(self) -> list[str]:
+        """Models that have several parts of the file's network, and what they are called; a sentence for each."""
+        words = {model: _experts(model, network) for network in self.networks for model in network.variants}
+        return [
+            f"{model} has one for {' and one for '.join(own)} noise: give both files"
+            for model, own in words.items()
+            if own
+        ]
+
+    def _commands(self, file: str) -> Iterator[str]:
+        if self.lora is not None:
+            for model in _some(self.lora.fits):
+                yield f'overcrank render "a prompt" --model {model} --lora {file}'
+        for model in _some(self.variants):
+            own = {n.part: n for n in self.networks if model in n.variants}
+            layered = next((part for part in own if part not in VAE_PREFIXES), "") if self.layers else ""
+            layout = f" --layout {layered}={file}" if layered else ""
+            yield f"overcrank build --model {model}{layout} --gpu auto"
+            names = [next(iter(_experts(model, network)), part) for part, network in own.items()]
+            yield f'overcrank render "a prompt" --model {model} {" ".join(f"--weights {n}={file}" for n in names)}'
+        if self.kind not in (LORA, CHECKPOINT) and not self.networks:
+            yield f'overcrank render "a prompt" --model MODEL --weights {_encoder_part(self.kind)}={file}'
 
 
 def inspect_file(where: str) -> Inspection:
     """`where`: a path, or a URL that is read in ranges. Raises CheckpointError for what is no such file."""
-    with _header(where) as path:
-        file = open_weights(path)
-        remote = "://" in where
-        layers = stored_layers(file, holes=remote)
-        shapes = weight_shapes(file, layers)
-        kind = _kind(file)
-        networks = tuple(identify(shapes)) if kind == "checkpoint" else ()
-        own = {f"{name}.weight" for name in layers} | {s for layer in layers.values() for s in layer.scales.values()}
-        others = Counter(PLAIN.get(file.tensors[n].dtype, file.tensors[n].dtype) for n in shapes if n not in own)
+    with local_header(where) as path:
+        contents = read_contents(open_weights(path), holes="://" in where)
+        file, layers = contents.file, contents.layers
+        own = {f"{name}.weight" for name in layers}
+        beside = {n: file.tensors[n].dtype for n in contents.shapes if n not in own}
+        others = Counter(PLAIN.get(dtype, dtype) for dtype in beside.values())
         return Inspection(
             file=where,
-            kind=kind,
-            networks=networks,
+            kind=contents.kind,
+            networks=contents.networks,
+            variants=tuple(contents.variants),
+            unlike=tuple("" if n.variants else unlike(n, contents.shapes) for n in contents.networks),
+            keys=_keys(contents),
             layers=dict(Counter(layer.format for layer in layers.values()).most_common()),
+            scales={form: _scales(file, [x for x in layers.values() if x.format == form]) for form in _formats(layers)},
             others=dict(others.most_common()),
             rotated=tuple(sorted({layer.rotation for layer in layers.values()} - {0})),
-            parameters=sum(prod(shape) for shape in shapes.values()),
+            parameters=sum(prod(shape) for shape in contents.shapes.values()),
             bytes=file.bytes,
             metadata=dict(file.metadata),
+            lora=lora_facts(file) if contents.kind == LORA else None,
         )
 
 
-@contextmanager
-def _header(where: str) -> Iterator[Path]:
-    if "://" not in where:
-        yield Path(where).expanduser()
-        return
-    with tempfile.TemporaryDirectory(prefix="overcrank-header-") as folder:
-        yield header_twin(where, Path(folder))
+def _some(models: Sequence[str]) -> list[str]:
+    """MODELS of them, of each family in turn."""
+    turns: dict[str, int] = {}
+    order = []
+    for model in models:
+        owner = present(variant_named(model), model).family
+        order.append((turns.setdefault(owner, 0), model))
+        turns[owner] += 1
+    return [model for _, model in sorted(order, key=lambda turn: turn[0])][:MODELS]
 
 
-def _kind(file: WeightFile) -> str:
-    if any(part in name for name in file.tensors for part in LORA):
-        return "LoRA"
-    for name, kind in ENCODERS.items():
-        if any(tensor.endswith(name) for tensor in file.tensors):
-            return kind
-    return "checkpoint"
+def _formats(layers: Mapping[str, StoredLayer]) -> list[str]:
+    return list(dict.fromkeys(layer.format for layer in layers.values()))
+
+
+def _scales(file: WeightFile, layers: list[StoredLayer]) -> str:
+    """What scales layers of one format have."""
+    form, kinds = layers[0].format, Counter[str]()
+    for layer in layers:
+        scale = file.tensors[layer.scales["scale"]].shape if "scale" in layer.scales else None
+        if form in BLOCKS:
+            kinds[f"for each {BLOCKS[form]} inputs{' and the tensor' if 'scale_2' in layer.scales else ''}"] += 1
+        elif scale is None:
+            kinds["in its blocks" if file.path.suffix == ".gguf" else "none"] += 1
+        else:
+            kinds["of the tensor" if prod(scale) == 1 else "for each row"] += 1
+    words = ", ".join(k if len(kinds) == 1 else f"{count} {k}" for k, count in kinds.most_common())
+    return words + (", of inputs too (not used)" if any("input_scale" in layer.scales for layer in layers) else "")
+
+
+def _keys(contents: Contents) -> str:
+    """How tensors are named, by network."""
+    words = []
+    for network in contents.networks:
+        tensors = [rows[0].tensor for rows in network.origins.values()]
+        prefixes = VAE_PREFIXES.get(network.part, DENOISER_PREFIXES)
+        prefix = next((p for p in prefixes if all(t.startswith(p) for t in tensors)), "")
+        own = all(f"{prefix}{name}" == rows[0].tensor for name, rows in network.origins.items())
+        words.append(f"{'diffusers' if own else 'original'} names{f', prefix {prefix}' if prefix else ''}")
+    return "; ".join(dict.fromkeys(words))
+
+
+def _experts(model: str, network: Identified) -> list[str]:
+    """What people call the parts of a model that are of this network, if there are several."""
+    variant = variant_named(model)
+    if variant is None:
+        return []
+    parts = [part for part, c in parts_of(variant).items() if c.cls.rpartition(".")[2] == network.cls]
+    words = [word for word, part in family(variant.family).part_words.items() if part in parts]
+    return words if len(parts) > 1 else []
+
+
+def _encoder_part(kind: str) -> str:
+    return "image_encoder" if "image" in kind else "text_encoder"
+
+
+def _download(url: str) -> str:
+    return f"curl -L -O {shlex.quote(url)}"

@@ -74,12 +74,17 @@ class LoadOptions(AccelerateOptions):
     dtype: torch.dtype | Mapping[str, torch.dtype] | Sequence[str] | None = None
     """One for all parts, a mapping from parts to types, or words such as "vae=fp32" [default: on a card the
     publisher's, float16 for bfloat16 where the card has none; on cpu float32]."""
-    weights: Sequence[str] = ()
-    """PART=FILE: parts of the pipeline out of single files (.safetensors, .gguf), quantized or not, by original names
-    or diffusers'; the rest is the model's own."""
+    weights: Sequence[str] | Mapping[str, str | Path] = ()
+    """Parts of the pipeline out of single files (.safetensors, .gguf), quantized or not, by original names or
+    diffusers', PART=FILE, or FILE where it tells its part; the rest is the model's own."""
+    comfy: str | Path | None = None
+    """A ComfyUI folder, in whose models the names of files are looked up [default: $OVERCRANK_COMFY]."""
     loras: Sequence[str] = ()
-    """Files merged into the weights, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE; the experts of
-    Wan 2.2 are high and low."""
+    """Files, FILE or FILE:SCALE, for one part of the pipeline PART=FILE:SCALE; the experts of Wan 2.2 are high and low.
+    Merged into weights in 16 bit, beside those that a file has quantized."""
+    fuse_loras: bool = True
+    """Merge LoRAs into weights in 16 bit for good; if not, linear layers hold them beside, where they can be changed
+    and engines built with `lora_rank` and `lora_layers="all"` take them."""
     preset: str = ""
     """A published way to render in few steps; its own LoRAs are merged before `loras`."""
     vram: str = "auto"

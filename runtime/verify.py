@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from overcrank.export.quantization.reference import quantized_layers, ranges_of_
 from overcrank.export.weights import Parameter
 from overcrank.models import components, family, variant_from_manifest
 from overcrank.models.base import Call, Component, Variant, VideoShape
+from overcrank.runtime.pipeline.naming import weights_of
 from overcrank.runtime.sessions.graphs import bundled_graph
 from overcrank.runtime.sessions.ort import OrtSession
 from overcrank.runtime.sessions.parameters import bound_parameters, compute_of, packed_parameters, parameters_of
@@ -56,7 +57,18 @@ class Check:
         return self.relative_error <= max(tolerance, self.allowed)
 
 
-def verify_bundle(bundle: Path, weights: Path | None) -> Iterator[Check]:
+@dataclass(frozen=True)
+class Weights:
+    """Whose weights are compared: of the files of parts, else of a diffusers folder, else random ones."""
+
+    checkpoint: Path | None = None
+    words: Sequence[str] | Mapping[str, str | Path] = ()
+    """[PART=]FILE."""
+    comfy: Path | None = None
+    """A ComfyUI folder, in whose models names of files are looked up."""
+
+
+def verify_bundle(bundle: Path, weights: Weights | None = None) -> Iterator[Check]:
     """Yield one Check per component and shape: profile minimum, optimum, and another one.
 
     16-bit graphs are widened to fp32. A network too large for this machine's RAM is
@@ -65,8 +77,37 @@ def verify_bundle(bundle: Path, weights: Path | None) -> Iterator[Check]:
     """
     manifest = Keyring().whole(bundle)
     variant, networks = _described(manifest, bundle)
+    source = _Source(weights or Weights(), variant)
     for entry in manifest.components:
-        yield from _checks(bundle, manifest, entry, variant, networks[entry.name], weights)
+        yield from _checks(bundle, manifest, entry, variant, networks[entry.name], source)
+
+
+class _Source:
+    """Values of parameters by component."""
+
+    def __init__(self, weights: Weights, variant: Variant) -> None:
+        self._folder = weights.checkpoint
+        self._files = weights_of(variant, weights.words, weights.comfy) if weights.words else {}
+
+    def fill(self, module: nn.Module, component: Component, parameters: tuple[Parameter, ...]) -> None:
+        """Random ones stay where there are no others."""
+        import torch
+        from overcrank.export.expected import component_files
+        from overcrank.export.weights import checkpoint_values
+
+        own = [self._files[p] for p in (component.subfolder, *component.also_serves) if p in self._files]
+        if own:
+            from overcrank.runtime.pipeline.weights import file_values
+
+            values = file_values(own[0], component)
+        elif self._folder is not None:
+            values = checkpoint_values(component_files(component, self._folder / component.subfolder), parameters)
+        else:
+            return
+        named: dict[str, Any] = dict(module.named_parameters())
+        with torch.no_grad():
+            for p in parameters:
+                named[p.input].copy_(values(p.name))
 
 
 def _described(manifest: Manifest, bundle: Path) -> tuple[Variant, dict[str, Component]]:
@@ -89,9 +130,9 @@ def _checks(
     entry: ComponentEntry,
     variant: Variant,
     component: Component,
-    weights: Path | None,
+    source: _Source,
 ) -> Iterator[Check]:
-    session, module, reference, note = _session(bundle, manifest, entry, component, weights)
+    session, module, reference, note = _session(bundle, manifest, entry, component, source)
     with reference:
         for label, shape in verification_shapes(variant, manifest):
             check = compare(component, session, module, shape, f"{label}{note}")
@@ -176,7 +217,7 @@ def _scaled(shape: VideoShape, low: VideoShape, steps: dict[str, tuple[int, int]
 
 
 def _session(
-    bundle: Path, manifest: Manifest, entry: ComponentEntry, component: Component, weights: Path | None
+    bundle: Path, manifest: Manifest, entry: ComponentEntry, component: Component, source: _Source
 ) -> tuple[OrtSession, nn.Module, AbstractContextManager[None], str]:
     """The graph and the module to compare: the bundle's own, or both at the traced depth.
 
@@ -201,8 +242,7 @@ def _session(
     else:
         model = bundled_graph(bundle, entry.graph)
     module = random_module(component, config, short).float()  # its stored buffers are the graph's
-    if weights is not None:
-        _load(module, whole, weights / component.subfolder, parameters)
+    source.fill(module, whole, parameters)
     views = bound_parameters(module, component, parameters)
     ranges = _ranges(bundle, component, module, formats)
     views |= packed_parameters(module, formats, ranges, compute)
@@ -233,18 +273,6 @@ def _ranges(
     sizes = {**component.free_axes, **component.trace_sizes}
     with torch.no_grad():
         return ranges_of_call(module, fixed, component.sample(module, sizes, torch.Generator().manual_seed(2)))
-
-
-def _load(module: nn.Module, component: Component, folder: Path, parameters: tuple[Parameter, ...]) -> None:
-    import torch
-    from overcrank.export.expected import component_files
-    from overcrank.export.weights import checkpoint_values
-
-    values = checkpoint_values(component_files(component, folder), parameters)
-    named: dict[str, Any] = dict(module.named_parameters())
-    with torch.no_grad():
-        for p in parameters:
-            named[p.input].copy_(values(p.name))
 
 
 def _product(shape: Iterable[int]) -> int:

@@ -71,7 +71,6 @@ def test_a_bundle_is_published_and_pulled(store: overcrank.Store, built: Any, tm
         (lambda: overcrank.load("ltx-demo", precision="fp7"), "precision='fp7': use auto, fp8"),
         (lambda: overcrank.load("ltx-demo", recipe="r.json"), "recipe is for quantized layers"),
         (lambda: overcrank.load("ltx-demo", vram="low", device="cpu"), "vram is for a card"),
-        (lambda: overcrank.build("ltx-demo", "sm_89", weights="both"), "weights='both': use inputs or embedded"),
         (lambda: overcrank.build("ltx-demo", "sm_89", dtype={"vea": "bf16"}), "dtype='vea': name a part"),
         (lambda: overcrank.calibrate("ltx-demo", samples=0), "samples=0 measures nothing"),
         (lambda: overcrank.calibrate("ltx-demo", quality="loud"), "quality='loud': give decibels"),

@@ -45,8 +45,8 @@ def refused(result: Any, says: str, store: Path | None = None) -> None:
         ("--model ltx --gpu sm_89 --components unet", "has no component 'unet'"),
         ("--model ltx --gpu sm_80 --flavour tensorrt", "TensorRT is not installed"),
         ("--model acme/ltx-video-tuned --gpu sm_89", "--model ltx needs no download"),
-        ("--model ltx --gpu sm_89 --weights embedded", "--model ltx needs no download"),
-        ("--model ltx-2b-0.9.6-dev --gpu sm_89 --weights embedded", "is published as one file"),
+        ("--model ltx --gpu sm_89 --embed-weights", "--model ltx needs no download"),
+        ("--model ltx-2b-0.9.6-dev --gpu sm_89 --embed-weights", "is published as one file"),
     ],
 )
 def test_refusals(arguments: str, says: str, tmp_path: Path, run: Any) -> None:
@@ -80,7 +80,7 @@ def broken(checkpoint: Path, tmp_path: Path) -> Path:
 
 def embed(run: Any, model: Path, store: Path) -> Any:
     arguments = ["--model", model, "--gpu", "sm_89", *SMALL, "--store", store]
-    return run("build-engine", *arguments, "--weights", "embedded", "--components", "denoiser")
+    return run("build-engine", *arguments, "--embed-weights", "--components", "denoiser")
 
 
 def test_weights_are_the_plain_ones_and_never_a_single_shard(tmp_path: Path) -> None:

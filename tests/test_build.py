@@ -131,14 +131,14 @@ def test_verify_passes_and_notices_a_changed_file(built: Path, run: Any) -> None
 
 
 def test_verify_with_the_checkpoint_weights(built: Path, checkpoint: Path, run: Any) -> None:
-    result = run("overcrank", "verify", built, "--weights", checkpoint)
+    result = run("overcrank", "verify", built, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
 
 
 def test_embedded_weights_make_a_self_contained_engine(checkpoint: Path, built: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "out"
     arguments = ["--model", checkpoint, "--gpu", "sm_89", *SMALL, "--store", store_of(built), "--out", out]
-    result = run("build-engine", *arguments, "--weights", "embedded", "--components", "denoiser", "--json")
+    result = run("build-engine", *arguments, "--embed-weights", "--components", "denoiser", "--json")
     assert result.exit_code == 0, result.output
     bundle = json.loads(result.output)["bundles"][0]
     manifest = read_manifest(Path(bundle["path"]))

@@ -182,7 +182,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
     refused(run(*build, "fp8", "--model", "ltx-demo"), "r.json: model: Field required")
     nvfp4 = ["--gpu", "sm_120", "--precision", "nvfp4", "--activations", "16bit"]
     refused(run("build-engine", "--model", "ltx-demo", *nvfp4), "nvfp4 multiplies activations in nvfp4 too")
-    fixed = ["--store", tmp_path / "s", "--gpu", "sm_89", "--precision", "fp8", "--weights", "embedded"]
+    fixed = ["--store", tmp_path / "s", "--gpu", "sm_89", "--precision", "fp8", "--embed-weights"]
     fixed += ["--activations", "static", "--components", "denoiser"]
     refused(run("build-engine", "--model", "ltx-demo", *fixed), "needs a range that no recipe gives; calibrate this")
     refused(run("overcrank", "render", "--prompt", "x", "--precision", "fp6"), "--precision fp6: use auto, fp8")
@@ -244,8 +244,8 @@ def test_quantized_weights_can_be_embedded(made: Any, precision: str, gpu: str, 
     common = ["--model", "ltx-demo", "--gpu", gpu, "--precision", precision, "--store", store, "--json"]
     common += ["--components", "denoiser"] + (["--recipe", recipe] if precision == "fp8" else [])
     keys = set()
-    for kind in ("inputs", "embedded"):
-        result = run("build-engine", *common, "--weights", kind)
+    for kind, more in (("inputs", []), ("embedded", ["--embed-weights"])):
+        result = run("build-engine", *common, *more)
         assert result.exit_code == 0, result.output
         manifest = read_manifest(Path(json.loads(result.output)["bundles"][0]["path"]))
         assert manifest.weights.startswith(kind)

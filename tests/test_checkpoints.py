@@ -83,7 +83,7 @@ def test_weights_whose_scales_nobody_reads_are_refused_on_every_road(folder: Pat
     for words in (
         ["overcrank", "pack", "--model", folder, "--precision", "int8", "--out", folder / "pack"],
         ["overcrank", "calibrate", "--model", folder, *measured],
-        ["build-engine", "--model", folder, "--gpu", "sm_89", "--weights", "embedded", "--components", "denoiser"],
+        ["build-engine", "--model", folder, "--gpu", "sm_89", "--embed-weights", "--components", "denoiser"],
     ):
         result = run(*words)
         assert result.exit_code == 2, (words, result.output)
@@ -94,7 +94,7 @@ def test_weights_whose_scales_nobody_reads_are_refused_on_every_road(folder: Pat
 
 def test_verify_looks_at_the_weights_it_is_given(folder: Path, run: Any, demo_store: Path, demo_bundle: Path) -> None:
     written(folder, scaled(SCALES[0]))
-    result = run("overcrank", "verify", demo_bundle.name, "--weights", folder, "--store", demo_store)
+    result = run("overcrank", "verify", demo_bundle.name, "--checkpoint", folder, "--store", demo_store)
     assert result.exit_code == 2, result.output
     assert "is quantized (F8_E4M3, with its scale in" in result.output
 
@@ -306,7 +306,7 @@ def test_nan_weights_are_named_as_the_cause(folder: Path, tmp_path: Path, run: A
     result = run("overcrank", "render", "--model", folder, *words)
     assert result.exit_code == 1, result.output
     assert "transformer's proj_in.weight holds NaN or infinities" in result.output
-    words = ["--model", folder, "--gpu", "sm_89", "--weights", "embedded", "--components", "denoiser", "--quiet"]
+    words = ["--model", folder, "--gpu", "sm_89", "--embed-weights", "--components", "denoiser", "--quiet"]
     result = run("build-engine", *words, "--store", tmp_path / "store")
     assert result.exit_code == 2, result.output
     assert "tensor 'proj_in.weight' holds NaN or infinities" in result.output

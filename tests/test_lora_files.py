@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from overcrank.errors import CheckpointError, UserError
-from overcrank.runtime.pipeline.lora import merge
+from overcrank.runtime.pipeline.adapters import merge
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from safetensors.torch import load_file, save_file
 

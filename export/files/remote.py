@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,23 @@ LARGEST = 256 * 2**20
 """Bytes of a header, at most."""
 MOST_RANGES = 64
 """Requests for what lies apart from the header."""
+
+
+@contextmanager
+def local_header(where: str) -> Iterator[Path]:
+    """The file that `where` names, or of a URL a file with its header alone, as long as it is needed.
+
+    Raises CheckpointError where a URL cannot be read in ranges; one that is raised meanwhile names the URL.
+    """
+    if "://" not in where:
+        yield Path(where).expanduser()
+        return
+    with tempfile.TemporaryDirectory(prefix="overcrank-header-") as folder:
+        twin = header_twin(where, Path(folder))
+        try:
+            yield twin
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(twin), where)) from error
 
 
 def header_twin(url: str, folder: Path) -> Path:

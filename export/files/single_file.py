@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "transformer.", "net.")
-VAE_PREFIXES = ("vae.", "first_stage_model.")
+VAE_PREFIXES = {"vae": ("vae.", "first_stage_model."), "audio_vae": ("audio_vae.",)}
+"""diffusers' own renaming takes these off."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,30 @@ def origins(
     one of them here, that of the pipeline's `part`. `wanted`: the class's own names, which the file may have already.
     Raises CheckpointError where diffusers' own renaming fails.
     """
-    prefix = _prefix(shapes, VAE_PREFIXES if part == "vae" else DENOISER_PREFIXES)
-    own = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
-    wanted = set(wanted)
+    own, wanted = _own_names(shapes, part), set(wanted)
     if wanted and own.keys() >= wanted:
-        return {short: (Rows(name, 0, _rows(shapes[name])),) for short, name in own.items()}
-    named = {name: name for name in own.values()} if part == "vae" else own
-    return _renamed(cls, {short: shapes[name] for short, name in named.items()}, named)
+        return as_named(shapes, part)
+    named = {name: name for name in own.values()} if part in VAE_PREFIXES else own
+    renamed = _renamed(cls, {short: shapes[name] for short, name in named.items()}, named)
+    as_it_is = len(own.keys() & wanted) > len(renamed.keys() & wanted)  # with its names, and something missing
+    return as_named(shapes, part) if as_it_is else renamed
 
 
-def _prefix(names: Iterable[str], prefixes: Iterable[str]) -> str:
-    """That of the network's names, such as "model.diffusion_model."; empty for none."""
+def as_named(shapes: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tuple[Rows, ...]]:
+    """As `origins`, of a file that has diffusers' names already, with a prefix or without."""
+    own = _own_names(shapes, part)
+    return {short: (Rows(name, 0, _rows(shapes[name])),) for short, name in own.items()}
+
+
+def _own_names(names: Iterable[str], part: str) -> dict[str, str]:
+    """Name without the prefix of the part's network → name in the file."""
     names = list(names)
+    prefix = _prefix(names, VAE_PREFIXES.get(part, DENOISER_PREFIXES))
+    return {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+
+
+def _prefix(names: Collection[str], prefixes: Iterable[str]) -> str:
+    """That of the network's names, such as "model.diffusion_model."; empty for none."""
     return next((p for p in prefixes if any(n.startswith(p) for n in names)), "")
 
 

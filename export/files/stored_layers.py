@@ -16,6 +16,7 @@ from typing import Any
 
 from overcrank.errors import CheckpointError
 from overcrank.export.files.weight_file import Stored, WeightFile
+from overcrank.export.quantization.recipe import ROTATIONS
 
 PLAIN = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 FP8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
@@ -25,6 +26,8 @@ ROLES = {
 }  # fmt: skip
 """Last part of a tensor's name beside a layer's weight → what it is."""
 MARKERS = ("scaled_fp8", "comfy_quant")
+VOCABULARIES = ("spiece_model", "tekken_model", "tokenizer_json")
+"""What ComfyUI's text encoders have of their tokenizer, as bytes."""
 COMFY = {
     "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
     "int8_tensorwise": "int8",
@@ -66,7 +69,7 @@ def stored_layers(file: WeightFile, holes: bool = False) -> dict[str, StoredLaye
     for name, stored in file.tensors.items():
         layer, _, last = name.rpartition(".")
         about = said.get(layer, {}) if last == "weight" else {}
-        if stored.dtype in PLAIN and not about:
+        if (stored.dtype in PLAIN and not about) or name in VOCABULARIES or _is_cast(stored, last, layer in scales):
             continue
         if last == "weight":
             layers[layer] = _layer(file, layer, stored, about, scales.pop(layer, {}))
@@ -79,6 +82,11 @@ def stored_layers(file: WeightFile, holes: bool = False) -> dict[str, StoredLaye
     for layer in said.keys() - layers.keys():
         raise CheckpointError(f"{file.path}: '{layer}' is said to be quantized, and has no weight in it.")
     return layers
+
+
+def _is_cast(stored: Stored, last: str, scaled: bool) -> bool:
+    """Whether a tensor was merely cast to fp8, as whole files without scales are: a bias, a norm, a convolution."""
+    return stored.dtype in FP8 and not scaled and last not in ROLES and (last != "weight" or len(stored.shape) != 2)
 
 
 def _said(file: WeightFile, holes: bool) -> dict[str, dict[str, Any]]:
@@ -115,11 +123,12 @@ def _layer(
         )
     outputs, inner = stored.shape
     inner = inner * 2 if form == "nvfp4" else inner
-    rotation = int(about.get("convrot_groupsize", 256)) if about.get("convrot") else 0
-    if rotation and (inner % rotation or 4 ** (rotation.bit_length() // 2) != rotation):
+    rotation = about.get("convrot_groupsize", 256) if about.get("convrot") else 0
+    if rotation and (rotation not in ROTATIONS or inner % rotation):
         raise CheckpointError(f"{file.path}: '{layer}' is rotated in groups of {rotation}, which do not fit {inner}.")
     known = StoredLayer(layer, form, (outputs, inner), scales, rotation)
-    for role in _needed(known):
+    scaled = form in FP8.values() and (about or "scaled_fp8" in file.endings)
+    for role in (*_needed(known), *(["scale"] if scaled else [])):
         if role not in scales:
             raise CheckpointError(f"{file.path}: '{layer}' is in {form} and has no {role}; its values are unknown.")
     for role, name in scales.items():
@@ -184,6 +193,6 @@ def _allowed(layer: StoredLayer) -> dict[str, tuple[int, ...]]:
 
 def weight_shapes(file: WeightFile, layers: Mapping[str, StoredLayer]) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor that is a parameter; of quantized weights, as the layer multiplies them."""
-    beside = {name for layer in layers.values() for name in layer.scales.values()}
+    beside = {*VOCABULARIES, *(name for layer in layers.values() for name in layer.scales.values())}
     own = {n: s.shape for n, s in file.tensors.items() if n not in beside and n.rpartition(".")[2] not in MARKERS}
     return own | {f"{name}.weight": layer.shape for name, layer in layers.items()}

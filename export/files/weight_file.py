@@ -60,6 +60,16 @@ class WeightFile:
         tensor: Tensor = torch.from_numpy(raw).view(getattr(torch, stored.dtype)).reshape(stored.shape)
         return tensor
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The one file, or the shards of an index."""
+        return tuple(sorted({stored.file for stored in self.tensors.values()})) or (self.path,)
+
+    @cached_property
+    def endings(self) -> frozenset[str]:
+        """Last parts of tensors' names."""
+        return frozenset(name.rpartition(".")[2] for name in self.tensors)
+
     @cached_property
     def bytes(self) -> int:
         return sum(stored.bytes for stored in self.tensors.values())

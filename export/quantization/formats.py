@@ -1,4 +1,4 @@
-"""What both rewritings of a graph share: number formats, inputs that the weight pack fills, and new nodes."""
+"""What rewritings of a graph share: number formats, inputs that something else than the module fills, and new nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 BLOCK = 16
 """Values of nvfp4 that share a scale."""
 ROTATION = "rotation/"
-"""What the name of a product in a graph begins with that rotates a quantized layer's input, and multiplies no weight."""
+"""Begins the name of a product in a graph that rotates a quantized layer's input, and multiplies no weight."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,21 @@ class Packed:
 
     input: str
     layer: str
-    role: str  # of a linear layer "weight", "block_scale", "before" or "behind"; of an attention, attention.FACTORS
+    role: str
+    """Of a linear layer "weight", "block_scale", "before" or "behind", or, which no pack holds, "lora_a" and "lora_b";
+    of an attention, attention.FACTORS."""
     dtype: str
     shape: tuple[int, ...]
 
 
-class Rewriting:
-    """One layer being rewritten in `graph`: new nodes are put before the node `at`, new inputs are kept in `packed`."""
+class Editing:
+    """One layer being changed in `graph`: new nodes are put before the node `at`, new inputs are kept in `packed`."""
 
-    def __init__(self, graph: ir.Graph, name: str, number: Number, compute: ir.DataType) -> None:
-        self.graph, self.name, self.number, self.compute = graph, name, number, compute
+    def __init__(self, graph: ir.Graph, name: str, compute: ir.DataType) -> None:
+        self.graph, self.name, self.compute = graph, name, compute
         self.packed: list[Packed] = []
         self.at: ir.Node
         self.last_node: ir.Node
-
-    def rounded(self, x: ir.Value, step: ir.Value) -> ir.Value:
-        """Q and DQ."""
-        import onnx_ir as ir
-
-        q = self.node("QuantizeLinear", x, step, output_dtype=int(ir.DataType[self.number.onnx]))
-        return self.node("DequantizeLinear", q, step)
 
     def constant(self, name: str, value: float) -> ir.Value:
         """A scalar in the 16-bit type of the graph."""
@@ -115,3 +110,18 @@ class Rewriting:
         if old.is_graph_output():
             self.graph.outputs[self.graph.outputs.index(old)] = y
         self.graph.remove(node, safe=True)
+
+
+class Rewriting(Editing):
+    """One layer becoming a quantized one."""
+
+    def __init__(self, graph: ir.Graph, name: str, number: Number, compute: ir.DataType) -> None:
+        super().__init__(graph, name, compute)
+        self.number = number
+
+    def rounded(self, x: ir.Value, step: ir.Value) -> ir.Value:
+        """Q and DQ."""
+        import onnx_ir as ir
+
+        q = self.node("QuantizeLinear", x, step, output_dtype=int(ir.DataType[self.number.onnx]))
+        return self.node("DequantizeLinear", q, step)

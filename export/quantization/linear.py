@@ -9,12 +9,12 @@ scales: the kernel that multiplies with them computes in it anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from overcrank.errors import present
+from overcrank.errors import UserError, present
 from overcrank.export.quantization.attention import ShapeRange, attentions, fusable, in_fp8
 from overcrank.export.quantization.formats import BLOCK, NUMBERS, ROTATION, Packed, Rewriting
 from overcrank.export.quantization.recipe import ATTENTION, ComponentRecipe, LayerFormat
@@ -37,18 +37,26 @@ class Linear:
     weight: ir.Value  # [1, N, K]
 
 
-def linear_layers(model: ir.Model) -> Iterator[Linear]:
-    """Linear layers whose weight is a parameter in the graph's 16-bit type, and whose sizes GEMM kernels take."""
+IN_16_BIT = ("FLOAT16", "BFLOAT16")
+
+
+def linear_layers(model: ir.Model, types: Collection[str] = IN_16_BIT) -> Iterator[Linear]:
+    """Linear layers whose weight is a parameter in one of these types, and whose sizes GEMM kernels take."""
     for node in model.graph:
         moved = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
         if moved is None or moved.op_type != "Transpose" or moved.inputs[0] is None:
             continue
         weight = moved.inputs[0]
         name = str(weight.name)
-        if weight.is_graph_input() and name.endswith(".weight") and str(weight.dtype) in ("FLOAT16", "BFLOAT16"):
+        if weight.is_graph_input() and name.endswith(".weight") and str(weight.dtype) in types:
             _, outputs, inner = (int(str(d)) for d in weight.shape or ())
-            if outputs % BLOCK == inner % BLOCK == 0 and inner >= NARROWEST:
+            if has_kernels(outputs, inner):
                 yield Linear(name.removesuffix(".weight"), node, weight)
+
+
+def has_kernels(outputs: int, inner: int) -> bool:
+    """Whether a linear layer of this size is among `linear_layers`."""
+    return outputs % BLOCK == inner % BLOCK == 0 and inner >= NARROWEST
 
 
 def layout_in(
@@ -102,6 +110,11 @@ class _Rewrite(Rewriting):
         shape = (1, self.outputs, self.inner)
         if self.turned:
             shape = (1, self.inner, self.outputs)
+        if form.rotation and self.inner % form.rotation:
+            raise UserError(
+                f"the recipe rotates groups of {form.rotation} inputs of {self.name}, which has {self.inner}; use one "
+                f"that divides them."
+            )
         self.weight = self.input("weight", ir.DataType[self.number.onnx], shape, replaces=weight)
         if form.format == "nvfp4":
             blocks = (1, self.outputs, self.inner // BLOCK)

@@ -29,6 +29,8 @@ SIXTEEN: Literal["16bit"] = "16bit"
 ATTENTION: Literal["attention"] = "attention"
 REWRITING = 3
 """Counts up when the same rules make another graph."""
+ROTATIONS = (4, 16, 64, 256, 1024)
+"""Sizes of ConvRot's groups: powers of four."""
 QUANTIZED: tuple[Format, ...] = ("fp8", "int8", "nvfp4")
 
 
@@ -67,6 +69,10 @@ class Rule(_Model):
     def _has_kernels(self) -> Rule:
         if self.format == "nvfp4" and self.activations == SIXTEEN:
             raise ValueError("nvfp4 multiplies activations in nvfp4 too; make activations dynamic or static")
+        if self.rotation and self.rotation not in ROTATIONS:
+            raise ValueError(f"rotation {self.rotation} is none of {', '.join(map(str, ROTATIONS))}")
+        if self.rotation and self.activations == "static":
+            raise ValueError("ranges are measured before the rotation; make activations dynamic")
         return self
 
 

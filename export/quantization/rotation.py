@@ -1,4 +1,4 @@
-"""ConvRot (arXiv:2512.03673): groups of a layer's inputs are rotated before they are quantized, and its weight with them."""
+"""ConvRot (arXiv:2512.03673): groups of a layer's inputs are rotated before they are quantized, and its weight too."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ class Quantized:
 
     format: str
     weight: Tensor
-    """Bytes as they are in the file, uint8 [N, bytes of a row]."""
+    """Bytes as they are in the file, uint8 [N, bytes of a row]; of nvfp4 with the first value in the low half, as in
+    ONNX and TensorRT."""
     scale: Tensor
     """fp32 [N], of the whole row."""
     inner: int
@@ -67,7 +68,7 @@ class Quantized:
         if self.format == "mxfp8":
             values, scale = self.weight.view(torch.float8_e4m3fn).float(), 2.0 ** (stored.float() - 127)
         else:
-            codes = torch.stack([self.weight >> 4, self.weight & 15], dim=-1).flatten(1)  # the first in the high half
+            codes = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)
             values, scale = fp4_decoded(codes), stored.view(torch.float8_e4m3fn).float()
         whole = scale * self.scale[:, None]  # the scales first, as others multiply
         scaled: Tensor = (values.unflatten(1, (scale.shape[1], -1)) * whole[..., None]).flatten(1)
@@ -81,6 +82,8 @@ def read_layer(file: WeightFile, layer: StoredLayer) -> Quantized:
     outputs, inner = layer.shape
     raw = file.read(f"{layer.name}.weight").view(torch.uint8).reshape(outputs, -1)
     read = {role: file.read(name) for role, name in layer.scales.items() if role != "input_scale"}
+    if layer.format == "nvfp4":
+        raw = (raw >> 4) | (raw << 4)  # which ComfyUI has the other way round
     blocks, whole = None, read.get("scale")
     if layer.format in BLOCKS:
         blocks = unblocked(read["scale"].view(torch.uint8), outputs, inner // BLOCKS[layer.format]).contiguous()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.cards import Card
+from overcrank.engines.manifest import read_manifest
 from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
 from overcrank.engines.refusals import CannotServe, OffCard
 from overcrank.engines.store import Store
+from overcrank.engines.targets import BY_NAME
 from overcrank.engines.trust import Keyring
 from overcrank.errors import StoreError, UserError
 from overcrank.export.packaged import packaged_graph
@@ -23,6 +25,8 @@ from overcrank.models import components, family, main_part, variant_from_configs
 from overcrank.models.base import Component, Variant
 from overcrank.options import merged, option
 from overcrank.runtime.options import AccelerateOptions
+from overcrank.runtime.pipeline.adapters import adapters_of
+from overcrank.runtime.pipeline.lora_parts import lora_of
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
 from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
@@ -35,6 +39,7 @@ from overcrank.runtime.sessions.sources import (
     graph_session,
     require_renderable,
 )
+from overcrank.runtime.sessions.stored_report import warn_anew
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -58,14 +63,16 @@ class Acceleration:
     bundles: dict[str, str] = field(default_factory=dict)  # component → name of the bundle whose engine runs it
     source: str = ""  # folder or hub id of the checkpoint
     quantization: Quantization | None = None
-    loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights
+    weights: dict[str, dict[str, str]] = field(default_factory=dict)  # part → the file it is from, in place of its own
+    loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights, or beside them
     moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
     dtypes: dict[str, str] = field(default_factory=dict)  # of the parts, where they were asked for
     workspace: Workspace = field(default_factory=Workspace)
 
     def settings(self) -> dict[str, Any]:
         """What decides the frames beside model and request, of what is not the usual."""
-        settings: dict[str, Any] = {"loras": self.loras} if self.loras else {}
+        settings: dict[str, Any] = {"weights": self.weights} if self.weights else {}
+        settings |= {"loras": self.loras} if self.loras else {}
         if self.variant.preset:
             settings["preset"] = self.variant.preset
         settings |= {"dtypes": self.dtypes} if self.dtypes else {}
@@ -73,6 +80,20 @@ class Acceleration:
             recipe = self.quantization.recipe
             settings |= {"layers": list(self.quantization.layers), "recipe": recipe.digest() if recipe else ""}
         return settings
+
+    def set_loras(self, loras: Sequence[str]) -> None:
+        """Render with these LoRAs from now on, in place of those before; with [] as without any.
+
+        FILE, FILE:SCALE or PART=FILE:SCALE. Quantized layers of a file hold them beside their weights, into others they
+        are merged, and what was there is kept in host memory. No engine is built or loaded for it, unless another one
+        takes them. Raises UserError and CheckpointError as `overcrank.load`; then the LoRAs are those before.
+        """
+        pipe = self.pipe()
+        if pipe is None:
+            raise UserError("The pipeline of these engines is gone; load it anew.")
+        adapters = adapters_of(pipe, self.variant)
+        adapters.set([lora_of(argument) for argument in loras])
+        self.loras = adapters.about()
 
     def save_kernels(self) -> None:
         """Keep on disk what sessions have compiled; a disk that is full costs later renders time, not this one."""
@@ -168,8 +189,6 @@ def _prepared(
     """What will be done to the pipeline, to which nothing is done yet; no sessions where no engine can serve it."""
     variant = _variant_of(pipe, options.model)
     precision = quantization.precision if quantization else ""
-    if options.backend != EAGER:
-        quantization = quantization or _as_stored(pipe, variant)
     if precision and options.backend == EAGER:
         raise UserError(
             f"{option('precision', precision)} is computed by engines, and {option('backend', EAGER)} uses none; leave "
@@ -177,9 +196,12 @@ def _prepared(
         )
     ledger = Ledger(options.backend == "tensorrt", precision)  # eager PyTorch computes with a file's own weights
     acceleration = Acceleration(weakref.ref(pipe), variant, options.backend, ledger, [], quantization=quantization)
+    acceleration.loras = adapters_of(pipe, variant).about()
     acceleration.source = str(pipe.config.get("_name_or_path", ""))
     store = Store(options.store)
     bundle = store.resolve(str(options.bundle)) if options.bundle else None
+    if quantization is None and options.backend != EAGER:
+        acceleration.quantization = quantization = _as_stored(pipe, variant, _target(pipe, options.backend, bundle))
     if options.pull:
         pull_missing(options.pull, variant, quantization.precision if quantization else "auto", store, Keyring())
     session: SessionMaker | None = None
@@ -190,12 +212,17 @@ def _prepared(
     return acceleration, session
 
 
-def _as_stored(pipe: Any, variant: Variant) -> Quantization | None:
-    """As the files of the pipeline's parts quantize their layers, if they do."""
-    from overcrank.runtime.pipeline.weights import stored_recipe
+def _as_stored(pipe: Any, variant: Variant, target: str) -> Quantization | None:
+    """As the files of the pipeline's parts have their layers, if they quantize any; "" for no card."""
+    from overcrank.runtime.pipeline.weights import stored_layout
 
-    recipe = stored_recipe(pipe, variant)
-    return None if recipe is None else Quantization(LayerFormat(recipe.precision, "dynamic"), recipe)
+    precisions = BY_NAME[target].precisions if target in BY_NAME else None
+    stored = stored_layout(pipe, variant, precisions)
+    if stored is None:
+        return None
+    warn_anew(stored.recipe, target)
+    form = LayerFormat(stored.recipe.precision, "dynamic")
+    return Quantization(form, stored.recipe, layout=stored.words)
 
 
 def _unwrap_compiled(pipe: Any) -> dict[str, Any]:
@@ -240,7 +267,8 @@ def _in_onnx_runtime(acceleration: Acceleration, store: Store, bundle: Path | No
     if bundle is None:
         return lambda c, part, module: graph_session(c, part, module, store, acceleration.quantization)
     fitting = [require_renderable(bundle, acceleration.variant, acceleration.quantization)]
-    acceleration.ledger.build = build_command(acceleration.variant, fitting[0][1].target)
+    layout = acceleration.quantization.layout if acceleration.quantization else ()
+    acceleration.ledger.build = build_command(acceleration.variant, fitting[0][1].target, layout)
     return BundledGraphs(acceleration.quantization, store, fitting, acceleration.bundles).session
 
 
@@ -255,7 +283,7 @@ def _on_card(
         if session is None:
             _all_eager(acceleration, error)
         return session
-    ledger.build = build_command(variant, card.target)
+    ledger.build = build_command(variant, card.target, quantization.layout if quantization else ())
     try:
         candidates = [bundle] if bundle else [p for p, _ in store.list()]
         precision = quantization.precision if quantization else _precision(pipe)
@@ -312,6 +340,16 @@ def _card(pipe: Any) -> Card:
     card = card_of(device)
     require_driver(card)
     return card
+
+
+def _target(pipe: Any, backend: str, bundle: Path | None) -> str:
+    """The card that layers are multiplied on, or that the bundle in ONNX Runtime is for; "" for none."""
+    if backend == "onnxruntime":
+        return read_manifest(bundle).target if bundle else ""
+    try:
+        return _card(pipe).target
+    except CannotServe:
+        return ""
 
 
 def _precision(pipe: Any) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, UserError
 from overcrank.export.expected import require_part
+from overcrank.export.files.weight_file import open_weights
 from overcrank.export.headers import Entry, tensors_in, twin_of, weight_files, weights_digest
 from overcrank.export.quantization.recipe import Recipe
 from overcrank.export.weights import TORCH
@@ -25,10 +26,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def checkpoint_digest(folder: Path, parts: Iterable[Component], store: Store) -> str:
-    """SHA-256 of these components' weight files, kept in the store as long as they do not change."""
-    folders = [folder / name for c in parts for name in (c.subfolder, *c.also_serves) if (folder / name).is_dir()]
-    files = list(dict.fromkeys(file for each in folders for file in weight_files(each)))
+def checkpoint_digest(
+    folder: Path, parts: Iterable[Component], store: Store, given: Mapping[str, Path] | None = None
+) -> str:
+    """SHA-256 of these components' weight files, kept in the store as long as they do not change.
+
+    `given`: part → the file that takes the place of its own.
+    """
+    given = given or {}
+    names = dict.fromkeys(name for c in parts for name in (c.subfolder, *c.also_serves))
+    own = [folder / name for name in names if name not in given and (folder / name).is_dir()]
+    files = [file for each in own for file in weight_files(each)]
+    return files_digest([*files, *(file for path in given.values() for file in open_weights(path).files)], store)
+
+
+def files_digest(files: Iterable[Path], store: Store) -> str:
+    """SHA-256 of files in order, kept in the store as long as they do not change."""
+    files = list(dict.fromkeys(files))
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     record = store.root / "digests" / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     if not record.is_file():
@@ -39,13 +53,20 @@ def checkpoint_digest(folder: Path, parts: Iterable[Component], store: Store) ->
     return record.read_text("utf-8")
 
 
-def require_calibrated_on(folder: Path, recipe: Recipe | None, variant: Variant, store: Store) -> None:
-    """Raise UserError when `recipe` has ranges of another checkpoint; one that names none fits any."""
+def require_calibrated_on(
+    folder: Path, recipe: Recipe | None, variant: Variant, store: Store, given: Mapping[str, Path] | None = None
+) -> None:
+    """Raise UserError when `recipe` has ranges of another checkpoint; one that names none fits any.
+
+    `given`: as for `checkpoint_digest`.
+    """
     about = recipe.calibration if recipe is not None else None
     if recipe is None or about is None or not about.checkpoint:
         return
     parts = [c for c in components(variant) if c.name in recipe.components]
-    digest = checkpoint_digest(folder, parts, store)
+    names = {name for c in parts for name in (c.subfolder, *c.also_serves)}
+    own = {part: file for part, file in (given or {}).items() if part in names}
+    digest = checkpoint_digest(folder, parts, store, own)
     if digest != about.checkpoint:
         raise UserError(
             f"the recipe was calibrated on another checkpoint: calibration.checkpoint is {about.checkpoint[:16]}…, "

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.store import Store
 from overcrank.errors import CheckpointError, ModelError, RequestError, UserError
+from overcrank.export.files.weight_file import open_weights
 from overcrank.export.quantization.pack import require_loras
 from overcrank.models import components, family, hub_folder, local_folder, resolve
 from overcrank.models.base import Preset, Variant
@@ -21,14 +22,22 @@ from overcrank.models.hub import Watch, progress_bar
 from overcrank.models.presets import fetched, with_preset
 from overcrank.options import merged, option
 from overcrank.runtime.options import LoadOptions
-from overcrank.runtime.pipeline.checkpoint import checkpoint_digest, file_variant, require_calibrated_on, require_whole
+from overcrank.runtime.pipeline.checkpoint import (
+    checkpoint_digest,
+    file_variant,
+    files_digest,
+    require_calibrated_on,
+    require_whole,
+)
 from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
 from overcrank.runtime.pipeline.imports import pipeline_class
-from overcrank.runtime.pipeline.lora import LoraFile, merge
-from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
+from overcrank.runtime.pipeline.lora import LoraFile
+from overcrank.runtime.pipeline.lora_parts import lora_of
+from overcrank.runtime.pipeline.naming import files_of, with_paths
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
 from overcrank.runtime.render.schedule import scheduler_of
 from overcrank.runtime.sessions.card import card_of, no_card
+from overcrank.runtime.sessions.fingerprint import sample_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,50 +51,84 @@ log = logging.getLogger("overcrank")
 def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progress_bar, **changes: Any) -> Any:
     """The model's pipeline with the weights it is published with, accelerated (see `accelerate`).
 
-    `model`: family, variant, diffusers folder or hub id. `changes`: fields of LoadOptions, over those of `options`,
-    such as vram="low". What the hub's cache lacks is downloaded, which `watch` shows.
+    `model`: family, variant, diffusers folder, hub id, or a weight file that tells which model it is. `changes`:
+    fields of LoadOptions, over those of `options`, such as vram="low". What the hub's cache lacks is downloaded, which
+    `watch` shows.
 
     Raises UserError for an unknown option, part or type, ModelError when the checkpoint cannot be found or read,
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
     import torch
-    from overcrank.runtime.pipeline.accelerate import with_engines
-    from overcrank.runtime.pipeline.weights import parts_from_files
+    from overcrank.runtime.pipeline.accelerate import denoisers, with_engines
+    from overcrank.runtime.pipeline.adapters import adapters_of
+    from overcrank.runtime.pipeline.parts import parts_from_files
 
-    options = merged(LoadOptions, options, changes)
+    model, options = with_paths(model, merged(LoadOptions, options, changes))
+    given = files_of(options)
     quantization, vram, store = options.quantization(), vram_of(options.vram), Store(options.store)
     variant, preset = with_preset(resolve(model), options.preset)
-    files = _of_preset(preset) + [lora_of(argument) for argument in options.loras]
-    folder = checkpoint_folder(model, variant, store, watch)
+    files = [lora_of(argument) for argument in options.loras]
+    require_files(options, variant)
+    folder = checkpoint_folder(model, variant, store, watch, given)
     if quantization is not None:
-        require_calibrated_on(folder, quantization.recipe, variant, store)
+        require_calibrated_on(folder, quantization.recipe, variant, store, given)
     device = _usable_device(options.device)
     dtypes = dtypes_of(variant, device, options.dtype)
     check_parts(dtypes if options.dtype else {}, folder)
-    pipe = _read(folder, variant, dtypes, parts_from_files(options.weights, variant, dtypes))
+    pipe = _read(folder, variant, dtypes, parts_from_files(given, variant, folder, dtypes))
     family(variant.family).prepare(pipe, variant)
-    loras = _merged(pipe, variant, files)
-    digest = "" if options.weights else _weights_of(folder, variant, loras, store)
-    quantization = quantization and _of_weights(quantization, digest, loras)
+    adapters = adapters_of(pipe, variant)
+    adapters.always = _of_preset(preset)
+    if not options.fuse_loras:
+        adapters.leave_unmerged([module for module, _ in denoisers(pipe, variant)])
+    adapters.set(files, keep=not options.fuse_loras)
+    if quantization is not None:
+        merged_ones = adapters.about(merged_alone=True)
+        digest = _weights_of(folder, variant, (given, merged_ones), store)
+        quantization = _of_weights(quantization, digest, merged_ones, adapters.parts)
     moved = _placed(pipe, variant, torch.device(device), vram, store)
     name = preset.checkpoint if preset and preset.checkpoint else variant.name
     about = with_engines(pipe, replace(options, model=name), quantization).overcrank
-    about.loras, about.moved, about.dtypes = loras, moved, of_parts(pipe) if options.dtype else {}
+    about.moved, about.dtypes = moved, of_parts(pipe) if options.dtype else {}
+    about.weights = {part: _about_file(file, store) for part, file in given.items()}
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
     return pipe
 
 
-def _of_weights(quantization: Quantization, digest: str, loras: list[dict[str, Any]]) -> Quantization:
+def require_files(options: LoadOptions, variant: Variant) -> None:
+    """Compare the files of parts with the variant's networks before anything is downloaded; warn of what will be slow.
+
+    `options`: with paths (naming.py). Raises CheckpointError for a file that is not the part's.
+    """
+    given = files_of(options)
+    if not given:
+        return
+    from overcrank.runtime.pipeline.parts import require_parts, warn_of_card
+
+    parts = require_parts(given, variant)
+    if options.precision == "auto" and options.backend != "eager":
+        warn_of_card(parts, variant, _usable_device(options.device))
+
+
+def _of_weights(
+    quantization: Quantization, digest: str, loras: list[dict[str, Any]], parts: Mapping[str, nn.Module]
+) -> Quantization:
     """With the digest of the weights it is for; raises UserError for a pack of other LoRAs."""
     if quantization.pack is not None:
         require_loras(quantization.pack, loras)
-    return replace(quantization, source=digest)
+    samples = {part: sample_of(list(module.parameters())) for part, module in parts.items()} if digest else {}
+    return replace(quantization, source=digest, samples=samples)
 
 
-def checkpoint_folder(model: str, variant: Variant, store: Store, watch: Watch = progress_bar) -> Path:
-    """The diffusers folder that `model` names, or the variant's, downloaded where the hub's cache lacks it."""
+def checkpoint_folder(
+    model: str, variant: Variant, store: Store, watch: Watch = progress_bar, given: Collection[str] = ()
+) -> Path:
+    """The diffusers folder that `model` names, or the variant's, downloaded where the hub's cache lacks it.
+
+    Of parts that are `given`, configurations alone are downloaded.
+    """
     own = local_folder(model)
-    return own or hub_folder(variant, whole=True, home=store.root, watch=watch)
+    return own or hub_folder(variant, whole=True, home=store.root, watch=watch, elsewhere=given)
 
 
 def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype], parts: Mapping[str, nn.Module]) -> Any:
@@ -127,21 +170,24 @@ def _of_preset(preset: Preset | None) -> list[LoraFile]:
     return [LoraFile(file, lora.strength, lora.part, lora.repository) for lora, file in fetched(preset)]
 
 
-def _merged(pipe: Any, variant: Variant, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
-    """Merge LoRA files into the pipeline's weights; returns what a sidecar says of them."""
-    parts = {name: module for name, module in pipe.components.items() if hasattr(module, "named_parameters")}
-    loras = read_loras(files, type(pipe), parts, family(variant.family).part_words)
-    merge(loras, parts)
-    return [lora.about() for lora in loras]
+def _weights_of(
+    folder: Path, variant: Variant, added: tuple[Mapping[str, Path], Sequence[dict[str, Any]]], store: Store
+) -> str:
+    """Digest of the weights a pipeline has; empty for a checkpoint that is not in safetensors.
 
-
-def _weights_of(folder: Path, variant: Variant, loras: Sequence[dict[str, Any]], store: Store) -> str:
-    """Digest of the weights a pipeline has; empty for a checkpoint that is not in safetensors."""
+    `added`: files in the place of parts, and what a sidecar says of LoRAs.
+    """
+    given, loras = added
     try:
-        digest = checkpoint_digest(folder, components(variant), store)
+        digest = checkpoint_digest(folder, components(variant), store, given)
     except CheckpointError:
         return ""
     return sha256(json.dumps([digest, [[x["sha256"], x["scale"], x["parts"]] for x in loras]]).encode()).hexdigest()
+
+
+def _about_file(file: Path, store: Store) -> dict[str, str]:
+    """What a sidecar says of a part's file."""
+    return {"file": file.name, "sha256": files_digest(open_weights(file).files, store)}
 
 
 def _usable_device(device: str | None) -> str:

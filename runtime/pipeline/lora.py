@@ -8,18 +8,22 @@ Which part of the pipeline a file is for is settled in lora_parts.py.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CheckpointError, UserError, present
 from overcrank.options import option
+from overcrank.runtime.pipeline.lora_kinds import FullRank
 from overcrank.runtime.pipeline.lora_layouts import TRAINER, halves_that_disagree, layout_of, odd_setting
+from overcrank.runtime.pipeline.lora_names import known, shape_in
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,25 +58,28 @@ class LoraFile:
 class Lora:
     """What a file adds: (part of the pipeline, layer) → A [r, in …], B [out, r …] and their factor.
 
-    `differences` are added whole: (part, parameter) → a tensor of its shape.
+    `differences` are added whole: (part, parameter) → a tensor of its shape. `full` are of kinds whose difference is no
+    product of two halves: (part, layer) → what makes it.
     """
 
     file: Path
     scale: float
     pairs: Mapping[Place, tuple[Tensor, Tensor, float]]
     differences: Mapping[Place, Tensor] = field(default_factory=dict)
+    full: Mapping[Place, FullRank] = field(default_factory=dict)
     repository: str = ""
 
     @property
     def parts(self) -> list[str]:
-        return sorted({part for part, _ in (*self.pairs, *self.differences)})
+        return sorted({part for part, _ in (*self.pairs, *self.differences, *self.full)})
 
     def parameters(self) -> Iterator[Place]:
         """(part, parameter) of all that something is added to."""
-        yield from dict.fromkeys([*((p, f"{layer}.weight") for p, layer in self.pairs), *self.differences])
+        layers = (*self.pairs, *self.full)
+        yield from dict.fromkeys([*((p, f"{layer}.weight") for p, layer in layers), *self.differences])
 
-    def delta(self, part: str, parameter: str) -> Tensor | None:
-        """What is added to a parameter, fp32, a weight's as [out, in × kernel]; None if nothing is.
+    def delta(self, part: str, parameter: str, weight: Tensor) -> Tensor | None:
+        """What is added to a parameter, whose values are `weight`, fp32, as [out, in × kernel]; None if nothing is.
 
         Raises CheckpointError for one that is not finite.
         """
@@ -81,6 +88,8 @@ class Lora:
         if kind == "weight" and (part, layer) in self.pairs:
             a, b, factor = self.pairs[part, layer]
             added = b.float().flatten(1) @ a.float().flatten(1) * (factor * self.scale)
+        if kind == "weight" and (part, layer) in self.full:
+            added = self.full[part, layer].make(weight.detach().float().flatten(1)) * self.scale
         if (part, parameter) in self.differences:
             whole = self.differences[part, parameter].float() * self.scale
             added = whole if added is None else added + whole.reshape(added.shape)
@@ -92,28 +101,26 @@ class Lora:
 
     def about(self) -> dict[str, Any]:
         """What a sidecar says of it; reads the file for its SHA-256."""
-        from hashlib import sha256
-
-        digest = sha256(self.file.read_bytes()).hexdigest()
-        entry = {"file": self.file.name, "sha256": digest, "scale": self.scale, "parts": self.parts}
+        about = self.file.stat()
+        entry = {
+            "file": self.file.name,
+            "sha256": _digest(self.file, about.st_mtime_ns),
+            "scale": self.scale,
+            "parts": self.parts,
+        }
         return entry | ({"repository": self.repository} if self.repository else {})
+
+
+@lru_cache(maxsize=64)
+def _digest(file: Path, written: int) -> str:
+    """SHA-256 of a file that was written at a time."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def lora_option(file: object, part: str = "") -> str:
     """A LoRA as it is asked for, in a message."""
     return option("loras", [f"{part}={file}" if part else file])
-
-
-def merge(loras: Sequence[Lora], parts: Parts) -> None:
-    """Add every LoRA to the weights of these modules, in place."""
-    import torch
-
-    with torch.no_grad():
-        for lora in loras:
-            for part, name in lora.parameters():
-                parameter = parts[part].get_parameter(name)
-                added = present(lora.delta(part, name), f"what the LoRA adds to {name}")
-                parameter.add_(added.reshape(parameter.shape).to(parameter))
 
 
 @dataclass
@@ -122,50 +129,103 @@ class Contents:
 
     pairs: dict[Place, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     differences: dict[Place, Tensor] = field(default_factory=dict)
+    full: dict[Place, FullRank] = field(default_factory=dict)
     odd: list[str] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+    """Layers of the file that nothing in the modules goes by."""
+
+    def __len__(self) -> int:
+        """Layers and parameters that something is added to."""
+        return len(self.pairs) + len(self.differences) + len(self.full)
 
     def parts(self) -> list[str]:
-        return sorted({part for part, _ in (*self.pairs, *self.differences)})
+        return sorted({part for part, _ in (*self.pairs, *self.differences, *self.full)})
 
     def moved(self, part: str) -> Contents:
         """The same of another part."""
-        pairs = {(part, name): value for (_, name), value in self.pairs.items()}
-        return Contents(pairs, {(part, name): value for (_, name), value in self.differences.items()}, self.odd)
+        pairs, differences, full = (
+            {(part, name): value for (_, name), value in places.items()}
+            for places in (self.pairs, self.differences, self.full)
+        )
+        return Contents(pairs, differences, full, self.odd, self.strange)  # type: ignore[arg-type]
 
     def unmatched(self, parts: Parts) -> list[str]:
-        """Keys that fit no parameter of these modules."""
-        shapes = [(p, f"{n}.weight", _fits(a, b)) for (p, n), (a, b, _) in self.pairs.items()]
-        shapes += [(p, n, _alike(tensor)) for (p, n), tensor in self.differences.items()]
-        return self.odd + [f"{p}.{n}" for p, n, fits in shapes if not _found(parts, p, n, fits)]
+        """Names that fit no parameter of these modules."""
+        return self.odd + self.unfit(parts) + self.unknown(parts)
+
+    def unfit(self, parts: Parts) -> list[str]:
+        """Those of parameters that are of another shape there."""
+        wrong = []
+        for (part, layer), (a, b, _) in self.pairs.items():
+            shape = shape_in(parts, part, f"{layer}.weight")
+            if shape and not (tuple(a.shape[1:]) == shape[1:] and tuple(b.shape[:2]) == (shape[0], a.shape[0])):
+                wrong.append(f"{part}.{layer}.weight")
+        for (part, name), tensor in self.differences.items():
+            if (shape := shape_in(parts, part, name)) and tuple(tensor.shape) != shape:
+                wrong.append(f"{part}.{name}")
+        return wrong
+
+    def unknown(self, parts: Parts) -> list[str]:
+        """Those of none."""
+        layers = [(part, f"{layer}.weight") for part, layer in (*self.pairs, *self.full)]
+        names = [(part, name) for part, name in (*layers, *self.differences) if shape_in(parts, part, name) is None]
+        return [f"{part}.{name}" for part, name in names] + self.strange
+
+    def without(self, unknown: Sequence[str]) -> Contents:
+        """Of these names nothing."""
+        gone = set(unknown)
+        pairs = {(p, n): value for (p, n), value in self.pairs.items() if f"{p}.{n}.weight" not in gone}
+        differences = {(p, n): value for (p, n), value in self.differences.items() if f"{p}.{n}" not in gone}
+        full = {(p, n): value for (p, n), value in self.full.items() if f"{p}.{n}.weight" not in gone}
+        return Contents(pairs, differences, full, self.odd)
 
     def lora(self, source: LoraFile) -> Lora:
-        return Lora(source.file, source.scale, self.pairs, self.differences, source.repository)
+        return Lora(source.file, source.scale, self.pairs, self.differences, self.full, source.repository)
 
 
 def read_contents(file: Path, pipeline: type, parts: Parts) -> Contents:
     """A LoRA file for a pipeline of class `pipeline` with these modules.
 
-    Raises UserError for a file that is no LoRA, or one of a kind that cannot be merged, and CheckpointError for one
-    whose names diffusers does not understand, or that is not whole.
+    By diffusers; what it does not understand whole, by the layers' names. Raises UserError for a file that is no LoRA,
+    or one of a kind that cannot be merged, and CheckpointError for one that is not whole.
     """
     tensors, adapter = _loaded(file)
+    layers = _count_pairs(file, tensors)
+    contents, problem = None, None
+    try:
+        contents = _by_diffusers(file, pipeline, tensors, adapter, parts)
+        if contents.pairs and len(contents.pairs) + len(contents.odd) < layers:
+            dropped = layers - len(contents.pairs) - len(contents.odd)
+            raise CheckpointError(f"{lora_option(file)}: diffusers drops {dropped} of its {layers} layers.")
+        if not contents.unmatched(parts):
+            return contents
+    except CheckpointError as error:
+        problem = error
+    from overcrank.runtime.pipeline.lora_layers import by_names
+
+    named = by_names(file, tensors, adapter, parts)
+    if len(named) and (contents is None or len(named.unmatched(parts)) < len(contents.unmatched(parts))):
+        return named
+    if contents is None or problem is not None:
+        raise present(problem, "why diffusers has nothing")
+    return contents
+
+
+def _by_diffusers(
+    file: Path, pipeline: type, tensors: Mapping[str, Tensor], adapter: Mapping[str, Any], parts: Parts
+) -> Contents:
+    """Raises CheckpointError where it does not understand a name."""
     rest = {key: tensor for key, tensor in tensors.items() if not _DIFFERENCE.fullmatch(key)}
     strange = [key for key in rest if not _UNDERSTOOD.fullmatch(key)]
     if strange:
         problem = layout_of(strange) or f"is for another model: nothing here matches {listed(strange)}"
         raise CheckpointError(f"{lora_option(file)} {problem}.")
-    layers = _count_pairs(file, rest)
     state, alphas = _named(file, pipeline, rest)
     contents = _paired(file, state, alphas, adapter, parts)
-    count = len(contents.pairs) + len(contents.odd)
-    if count < layers:
-        raise CheckpointError(
-            f"{lora_option(file)}: diffusers drops {layers - count} of its {layers} layers; it is not merged."
-        )
     own = next((p for p in ("transformer", "unet") if p in parts), "")
     for match in filter(None, map(_DIFFERENCE.fullmatch, tensors)):
         parameter = f"{match['name']}.{'bias' if match['kind'] == 'diff_b' else 'weight'}"
-        contents.differences[own, _known(parameter, own, parts)] = tensors[match.string]
+        contents.differences[own, known(parameter, own, parts)] = tensors[match.string]
     return contents
 
 
@@ -203,10 +263,6 @@ def _loaded(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = reader.metadata() or {}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{lora_option(file)} cannot be read as safetensors: {str(error).rstrip('.')}.") from error
-    if any("dora_scale" in k or "magnitude_vector" in k for k in tensors):
-        raise UserError(
-            f"{lora_option(file)} is a DoRA, which cannot be merged here; merge it into the checkpoint first."
-        )
     if quantized := next((k for k, tensor in tensors.items() if not tensor.is_floating_point()), ""):
         raise CheckpointError(
             f"{lora_option(file)}: tensor '{quantized}' is {tensors[quantized].dtype}, no floating type; take the file "
@@ -218,7 +274,8 @@ def _loaded(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         adapter = None
     if not isinstance(adapter, dict):
         raise UserError(f"{lora_option(file)}: its lora_adapter_metadata is no JSON object; save the LoRA again.")
-    if odd := odd_setting(adapter):
+    decomposed = any("magnitude_vector" in key for key in tensors)
+    if odd := odd_setting({k: v for k, v in adapter.items() if not (decomposed and k.endswith("use_dora"))}):
         raise UserError(f"{lora_option(file)}: its lora_adapter_metadata has {odd}; it is not merged here: {TRAINER}.")
     return tensors, adapter
 
@@ -248,7 +305,7 @@ def _paired(
 ) -> Contents:
     halves: dict[Place, dict[str, Tensor]] = {}
     contents = Contents()
-    factor = _Factor(file, state, alphas, adapter)
+    factor = Factor(file, state, alphas, adapter)
     for key, tensor in state.items():
         match = _HALF.fullmatch(key)
         if match is None:
@@ -262,7 +319,7 @@ def _paired(
             continue
         a, b = own["Aweight"], own["Bweight"]
         scale = factor.of(part, layer, a.shape[0])
-        name = _known(f"{layer}.weight", part, parts).removesuffix(".weight")
+        name = known(f"{layer}.weight", part, parts).removesuffix(".weight")
         contents.pairs[part, name] = (a, b, scale)
         if "Bbias" in own:
             contents.differences[part, f"{name}.bias"] = own["Bbias"] * scale
@@ -271,7 +328,7 @@ def _paired(
 
 
 @dataclass
-class _Factor:
+class Factor:
     """alpha / rank of layers, or by its root where the file says so; one where it says no alpha, as PEFT has it."""
 
     file: Path
@@ -305,55 +362,3 @@ class _Factor:
         pattern = config.get("alpha_pattern") or {}
         usual = config.get("lora_alpha", LoraConfig().lora_alpha)
         return float(pattern.get(get_pattern_key(list(pattern), layer), usual))
-
-
-# ── a file's names against a module's ────────────────────────────────────────────────
-
-
-def _known(parameter: str, part: str, parts: Parts) -> str:
-    """The module's name of a parameter that may go by its publisher's; as it is if it is neither."""
-    if part not in parts or _parameter(parts[part], parameter) is not None:
-        return parameter
-    renamed = _renamed(type(parts[part]).__name__, parameter)
-    bare = renamed.removesuffix(".weight")  # of a parameter that belongs to no layer
-    return bare if _parameter(parts[part], bare) is not None else renamed
-
-
-def _renamed(cls: str, parameter: str) -> str:
-    """What diffusers calls it when it reads a publisher's single file of that class."""
-    import torch
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    convert = SINGLE_FILE_LOADABLE_CLASSES.get(cls, {}).get("checkpoint_mapping_fn")
-    if convert is None:
-        return parameter
-    try:
-        names = list(convert(checkpoint={parameter: torch.empty(0)}, config={}))
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
-        return parameter  # it wants the whole file, or knows no such name
-    return str(names[0]) if len(names) == 1 else parameter
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    try:
-        parameter: nn.Parameter = module.get_parameter(name)
-    except AttributeError:
-        return None
-    return parameter
-
-
-def _found(parts: Parts, part: str, name: str, fits: Callable[[nn.Parameter], bool]) -> bool:
-    parameter = _parameter(parts[part], name) if part in parts else None
-    return parameter is not None and fits(parameter)
-
-
-def _fits(a: Tensor, b: Tensor) -> Callable[[nn.Parameter], bool]:
-    def check(weight: nn.Parameter) -> bool:
-        shape = tuple(weight.shape)
-        return tuple(a.shape[1:]) == shape[1:] and b.shape[0] == shape[0] and b.shape[1] == a.shape[0]
-
-    return check
-
-
-def _alike(tensor: Tensor) -> Callable[[nn.Parameter], bool]:
-    return lambda parameter: tensor.shape == parameter.shape

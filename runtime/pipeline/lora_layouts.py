@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 TRAINER = "merge it into the checkpoint with its trainer, and give that folder as the model"
 _KINDS = (
-    (r"\.hada_w|\.loha_", "LoHa (Hadamard products of two pairs)", TRAINER),
-    (r"\.lokr_", "LoKr (Kronecker products)", TRAINER),
     (r"\.oft_|\.boft_", "OFT (rotations)", TRAINER),
     (r"\.ia3_|\.on_input$", "IA3 (scales of activations)", TRAINER),
     (r"\.vera_|\.randlora_|\.lora_mid\.|\.lora_embedding_", "another kind than plain LoRA pairs", TRAINER),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from overcrank.options import option
 from overcrank.runtime.pipeline.lora import Contents, Lora, LoraFile, Parts, listed, lora_option, read_contents
 from overcrank.runtime.pipeline.lora_layouts import layout_of
 
+log = logging.getLogger("overcrank")
 _WRITTEN = re.compile(r"(?P<part>[A-Za-z_]\w*)=(?P<file>.+)", re.DOTALL)
 
 
@@ -24,6 +26,11 @@ def lora_of(argument: str) -> LoraFile:
         file, factor = (Path(path), float(scale)) if colon else (Path(rest), 1.0)
     except ValueError:  # a colon of the path, as in C:\
         file, factor = Path(rest), 1.0
+    if not file.expanduser().is_file() and Path(path).expanduser().is_file():
+        raise UserError(
+            f"{lora_option(argument)}: the strength '{scale}' is no number; give one such as 0.8, which holds for all "
+            f"steps."
+        )
     if not file.expanduser().is_file():
         raise UserError(f"{lora_option(argument)}: {file} does not exist; give FILE or FILE:SCALE, or PART=FILE:SCALE.")
     if not math.isfinite(factor):
@@ -46,8 +53,10 @@ def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
     unwritten: dict[str, LoraFile] = {}  # expert → the file that was taken for it
     for one in files:
         contents = _placed(one, read_contents(one.file, pipeline, parts), pipeline, parts, experts)
-        unmatched = contents.unmatched(parts)
-        if unmatched or not (contents.pairs or contents.differences):
+        unmatched, unknown = contents.unmatched(parts), contents.unknown(parts)
+        if len(unmatched) == len(unknown) < len(contents) + len(contents.strange):  # the rest is as it should be
+            contents = _known_alone(one, contents, unknown)
+        else:
             problem = layout_of(unmatched) or f"is for another model: nothing here matches {listed(unmatched) or 'it'}"
             raise CheckpointError(f"{lora_option(one.file)} {problem}.")
         expert = next((p for p in contents.parts() if p in experts.values()), "")
@@ -60,6 +69,17 @@ def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: M
             unwritten[expert] = one
         loras.append(contents.lora(one))
     return loras
+
+
+def _known_alone(one: LoraFile, contents: Contents, unknown: Sequence[str]) -> Contents:
+    """Without what the model has no layer for, which is told."""
+    if unknown:
+        whole = len(contents) + len(contents.strange)
+        log.warning(
+            "%s: %d of its %d layers are none of this model's, and are left out: %s.",
+            *(lora_option(one.file), len(unknown), whole, listed(unknown)),
+        )
+    return contents.without(unknown)
 
 
 def _placed(one: LoraFile, contents: Contents, pipeline: type, parts: Parts, experts: Mapping[str, str]) -> Contents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +22,9 @@ from overcrank.engines.refusals import (
     UnknownArguments,
     WrongCall,
 )
-from overcrank.errors import BuildCancelled, OtherKind, OvercrankError, RenderCancelled, ShapeError
+from overcrank.errors import BuildCancelled, OtherKind, OvercrankError, RenderCancelled, ShapeError, present
 from overcrank.models.base import Call, Component
-from overcrank.runtime.sessions.fingerprint import Change, Fingerprint
+from overcrank.runtime.sessions.fingerprint import EVERY, Change, Fingerprint
 from overcrank.runtime.sessions.parked import Parked
 from overcrank.runtime.sessions.session import EAGER, Ledger, Session, log, run_each
 from overcrank.runtime.sessions.stock import kinds_of
@@ -72,7 +72,7 @@ class Slot:
                 return
             self.refused = None
             kept = change < Change.REBUILT and self.session is not None
-            if not (kept and self.session.rebind(change is Change.WRITTEN)):  # type: ignore[union-attr]
+            if not (kept and _follows(present(self.session, "a session"), change)):
                 self.session = None
 
 
@@ -96,6 +96,7 @@ class EngineModule:
         self.name = slots[0].component.name
         self._parked = Parked(module)
         self._bound: Fingerprint | None = None
+        self._counted: list[Session] = []  # whose copies are known to it
         self._binding = threading.Lock()
         module.forward = self
 
@@ -169,7 +170,7 @@ class EngineModule:
             if before is not None and before.same():
                 return
             kinds = kinds_of([slot.component for slot in self.slots])
-            fresh = Fingerprint(self.module, kinds, any(s.session and s.session.copies for s in self.slots))
+            fresh = Fingerprint(self.module, kinds, self._copied())
             change = fresh.since(before)
             for slot in self.slots:
                 slot.follow(change)
@@ -193,9 +194,17 @@ class EngineModule:
 
     def _opened(self, slot: Slot) -> Session:
         session = slot.opened()
-        if self._bound is not None and session.copies and not self._bound.copies:
-            self._bound.count_writes()
+        if self._bound is not None and session.copies and session not in self._counted:
+            self._bound.count_writes(self._copied())
         return session
+
+    def _copied(self) -> Collection[str]:
+        """Layers whose weights sessions hold copies of."""
+        sessions = [slot.session for slot in self.slots if slot.session is not None and slot.session.copies]
+        self._counted = sessions
+        if any(not session.replaced for session in sessions):
+            return EVERY
+        return {name for session in sessions for name in session.replaced}
 
     def preload(self) -> None:
         """Make the first slot's session ahead of its first call, which tells why it cannot be made."""
@@ -210,6 +219,12 @@ class EngineModule:
             return run_each(session, component, inputs)
         except torch.cuda.OutOfMemoryError as error:
             raise CannotServe(out_of_memory(component.name, next(iter(inputs.values())).device)) from error
+
+
+def _follows(session: Session, change: Change) -> bool:
+    """Whether a session has taken what has changed."""
+    bound = change is Change.LORAS or session.rebind(change is Change.WRITTEN)
+    return bound and session.take_loras()
 
 
 def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import enum
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+from overcrank.export.quantization.lora import LORA_A, LORA_B
 from overcrank.models._common import state_of
+from overcrank.runtime.sessions.lora_layer import LoraLayer
 from overcrank.runtime.sessions.stock import Kinds, require_stock
 
 if TYPE_CHECKING:
@@ -30,22 +32,27 @@ OF_THE_ROOT = ("training", "_internal_dict", "_cache_config", "_compiled_call_im
 _FORWARD = attrgetter("forward")
 
 
+EVERY: Collection[str] = ("every layer",)
+"""In the place of layers' names."""
+
+
 class Change(enum.IntEnum):
     NOTHING = 0
-    MOVED = 1  # the same values elsewhere
-    WRITTEN = 2  # other values
-    REBUILT = 3  # other parameters or submodules
+    LORAS = 1  # other LoRAs beside the same weights
+    MOVED = 2  # the same values elsewhere
+    WRITTEN = 3  # other values
+    REBUILT = 4  # other parameters or submodules
 
 
 class Fingerprint:
     """What of a module changes when anything that an engine relies on does; `same` asks in microseconds.
 
     Where parameters lie, attributes that are replaced, how many each submodule has, buffers and whether they were
-    written, and what PyTorch tells of submodules, parameters and hooks that are registered. `copies`: a session holds
-    copies of weights, so what is written into the module's own counts too.
+    written, and what PyTorch tells of submodules, parameters and hooks that are registered. `copied`: layers whose
+    weights a session holds copies of, so what is written into the module's own counts too; EVERY for all.
     """
 
-    def __init__(self, module: nn.Module, kinds: Kinds, copies: bool) -> None:
+    def __init__(self, module: nn.Module, kinds: Kinds, copied: Collection[str] = ()) -> None:
         """Raises CannotServe when the module is not as its class makes it."""
         require_stock(module, kinds)
         self._submodules = list(module.modules())
@@ -55,6 +62,7 @@ class Fingerprint:
         places = [(m._buffers, name) for m in self._submodules for name in m._buffers]
         self._places = [table for table, _ in places], [name for _, name in places]
         self._buffers = self._buffers_now()
+        self._loras = [b for b, (_, name) in zip(self._buffers, places, strict=True) if name in (LORA_A, LORA_B)]
         self._types = list({type(m) for m in self._submodules})
         self._forwards = list(map(_FORWARD, self._types))
         self._attributes = [vars(m) for m in self._submodules]
@@ -63,7 +71,8 @@ class Fingerprint:
         watched += [(self._attributes[0], key) for key in OF_THE_ROOT if key in self._attributes[0]]
         self._watched = [a for a, _ in watched], [key for _, key in watched]
         self._values = [a[key] for a, key in watched]
-        self.copies = copies
+        self._module = weakref.ref(module)
+        self._copied = self._parameters_of(copied)
         _listen()
         self._hooks = _hooks_ever()
         self.touched = False  # a submodule or parameter was registered
@@ -73,16 +82,30 @@ class Fingerprint:
     def _buffers_now(self) -> list[Any]:
         return list(map(dict.get, *self._places))
 
-    def count_writes(self) -> None:
-        """A session has just copied the weights."""
-        self.copies = True
+    @property
+    def copies(self) -> bool:
+        return bool(self._copied)
+
+    def count_writes(self, copied: Collection[str]) -> None:
+        """A session has just copied the weights of these layers."""
+        self._copied = self._parameters_of(copied)
         self.noted()
+
+    def _parameters_of(self, copied: Collection[str]) -> list[torch.Tensor]:
+        """Of layers, and of those that a file has quantized, as sessions may have widened them."""
+        module = self._module()
+        if copied is EVERY or module is None or not copied:
+            return self._parameters if copied is EVERY else []
+        layers = set(copied)
+        owners = [own for name, own in module.named_modules() if name in layers or isinstance(own, LoraLayer)]
+        return [own._parameters["weight"] for own in owners if own._parameters.get("weight") is not None]  # type: ignore[misc]
 
     def noted(self) -> None:
         """Take where the parameters are now for right."""
         self._addresses = _addresses(self._parameters)
         self._constants = state_of(b for b in self._buffers if b is not None)
-        self._versions = _versions(self._parameters) if self.copies else []
+        self._loras_state = [None if b is None else state_of([b]) for b in self._loras]
+        self._versions = _versions(self._copied)
         self.__dict__.pop("_samples", None)
         self._content = self._sampled() if self.copies else None
 
@@ -112,45 +135,55 @@ class Fingerprint:
             return Change.REBUILT
         if self._versions != earlier._versions or self._content != earlier._content:
             return Change.WRITTEN
-        return Change.NOTHING if self._addresses == earlier._addresses else Change.MOVED
+        if self._addresses != earlier._addresses:
+            return Change.MOVED
+        return Change.NOTHING if self._loras_state == earlier._loras_state else Change.LORAS
 
     def _same_buffers(self) -> bool:
         now = self._buffers_now()
         return all(map(is_, now, self._buffers)) and self._constants == state_of(b for b in now if b is not None)
 
     def _unwritten(self) -> bool:
-        if _versions(self._parameters) != self._versions:
+        if _versions(self._copied) != self._versions:
             return False
-        in_host_memory = self._parameters[0].device.type == "cpu"  # elsewhere, reading them would wait for the card
+        in_host_memory = self._copied[0].device.type == "cpu"  # elsewhere, reading them would wait for the card
         return not in_host_memory or self._sampled() == self._content
 
     def _sampled(self) -> dict[str, bytes]:
-        """The first, a middle and the last value of each parameter, by type.
-
-        PyTorch does not count what is written through `.data`, as LoRAs are fused.
-        """
-        import numpy as np
-        import torch
-
-        return {
-            kind: (
-                np.concatenate(views) if isinstance(views[0], np.ndarray) else torch.cat(views).cpu().numpy()
-            ).tobytes()
-            for kind, views in self._samples.items()
-        }
+        """PyTorch does not count what is written through `.data`, as LoRAs are fused."""
+        return _values(self._samples)
 
     @cached_property
     def _samples(self) -> Mapping[str, list[Any]]:
-        import torch
+        return _samples(self._copied)
 
-        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows not every type
-        in_host_memory = all(p.device.type == "cpu" for p in self._parameters)
-        samples: dict[str, list[Any]] = defaultdict(list)
-        for parameter in self._parameters:
-            bits = parameter.detach().view(whole[parameter.element_size()])
-            ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
-            samples[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
-        return samples
+
+def sample_of(parameters: Sequence[torch.Tensor]) -> dict[str, bytes]:
+    """The first, a middle and the last value of each parameter, by type."""
+    return _values(_samples(parameters))
+
+
+def _values(samples: Mapping[str, list[Any]]) -> dict[str, bytes]:
+    import numpy as np
+    import torch
+
+    return {
+        kind: (np.concatenate(views) if isinstance(views[0], np.ndarray) else torch.cat(views).cpu().numpy()).tobytes()
+        for kind, views in samples.items()
+    }
+
+
+def _samples(parameters: Sequence[torch.Tensor]) -> Mapping[str, list[Any]]:
+    import torch
+
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows not every type
+    in_host_memory = all(p.device.type == "cpu" for p in parameters)
+    samples: dict[str, list[Any]] = defaultdict(list)
+    for parameter in parameters:
+        bits = parameter.detach().view(whole[parameter.element_size()])
+        ends = bits.as_strided((min(3, bits.numel()),), (max(1, (bits.numel() - 1) // 2),))
+        samples[str(parameter.dtype)].append(ends.numpy() if in_host_memory else ends.cpu())
+    return samples
 
 
 class _Tables:

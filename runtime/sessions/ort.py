@@ -10,6 +10,7 @@ import numpy as np
 from overcrank.errors import OvercrankError
 from overcrank.export.quantization.packing import unpacked_fp4
 from overcrank.runtime.sessions.ort_fp4 import lower_nvfp4
+from overcrank.runtime.sessions.session import WithLoras
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,7 +70,7 @@ PROVIDERS = {
 }
 
 
-class OrtSession:
+class OrtSession(WithLoras):
     """Runs one graph in fp32; on CPU its parameters share the memory of the tensors they come from.
 
     It has as many threads as PyTorch has when it is made (torch.set_num_threads, OMP_NUM_THREADS).
@@ -116,6 +117,9 @@ class OrtSession:
     def rebind(self, written: bool) -> bool:
         """What it holds of the module's weights is of when it was made."""
         return False
+
+    def _bind_loras(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._bound = self._bound | {k: _value(v) for k, v in tensors.items() if k in self._wanted}
 
     def save_kernels(self) -> None:
         """Nothing is compiled."""

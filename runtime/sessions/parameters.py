@@ -56,13 +56,38 @@ def packed_parameters(
         if missing := unmeasured(layer, form, ranges):
             raise CannotServe(NoRange(missing))
         owner = module.get_submodule(layer) if form.kind == "linear" else None
-        if isinstance(owner, StoredLinear) and owner.engine_format == form:
+        if isinstance(owner, StoredLinear) and owner.is_bound_to(form):
             bound = owner.bound(getattr(torch, compute))
         else:
             bound = packed_tensors(layer, form, weight, ranges, compute)
         for role, tensor in bound.items():
             tensors[f"{layer}.{role}"] = tensor.to(device)
     return tensors
+
+
+def live_weights(module: nn.Module, formats: Mapping[str, LayerFormat]) -> dict[str, nn.Parameter]:
+    """Graph input → the module's own bytes, of the layers in `formats` that are multiplied as a file has them.
+
+    They follow when the module is moved; their type says no more than that they are bytes.
+    """
+    stored = {name: own for name, own in module.named_modules() if isinstance(own, StoredLinear) and name in formats}
+    return {f"{name}.weight": own.weight for name, own in stored.items() if own.is_bound_to(formats[name])}
+
+
+def copied_layers(parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Layers whose weight, among an engine's parameters, is not the module's own."""
+    import torch
+
+    weights = {name: t for name, t in parameters.items() if name.endswith(".weight")}
+    return tuple(n.removesuffix(".weight") for n, t in weights.items() if not isinstance(t, torch.nn.Parameter))
+
+
+def declared(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Packed tensors, factors in the types of the manifest: those behind products were in 16 bit in earlier engines."""
+    import torch
+
+    factors = {p.input: getattr(torch, PACKED_TYPES[p.dtype]) for p in entry.packed if p.role in ("before", "behind")}
+    return {name: tensor.to(factors.get(name, tensor.dtype)) for name, tensor in packs.items()}
 
 
 def require_packed(entry: ComponentEntry, packs: Mapping[str, Tensor]) -> None:

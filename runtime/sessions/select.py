@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from overcrank.engines.manifest import (
     check_files,
     read_manifest,
 )
+from overcrank.engines.module_refusals import require_lora_inputs
 from overcrank.engines.refusals import (
     BUILD,
     CannotServe,
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("overcrank")
 
 
-def build_command(variant: Variant, card: str) -> str:
-    """That builds the engines of a variant for a card."""
-    return f"{BUILD} --model {shlex.quote(variant.where)} --gpu {card}"
+def build_command(variant: Variant, card: str, layout: Sequence[str] = ()) -> str:
+    """That builds the engines of a variant for a card, for layers as files PART=FILE have them."""
+    words = (f" --layout {shlex.quote(word)}" for word in layout)
+    return f"{BUILD} --model {shlex.quote(variant.where)} --gpu {card}{''.join(words)}"
 
 
 Bundle = tuple[Path, Manifest]
@@ -126,19 +128,25 @@ def _nearest_miss(own: Sequence[Component], others: Sequence[Manifest]) -> tuple
     return (min(misses)[1],) if misses else ()
 
 
-def engine_of(component: Component, bundles: Sequence[Bundle], compute: str | None = None) -> BundledEngine:
+NO_LORAS: Mapping[str, int] = {}
+
+
+def engine_of(
+    component: Component, bundles: Sequence[Bundle], compute: str | None = None, loras: Mapping[str, int] = NO_LORAS
+) -> BundledEngine:
     """The first engine of this very network whose bundle is whole and signed as it must be.
 
-    `compute`: the type that the module's weights have; None for a session to which it does not matter. Raises
+    `compute`: the type that the module's weights have; None for a session to which it does not matter. `loras`: layer →
+    the rank of LoRAs beside its weight; the engine that takes the lowest rank that is enough is the fastest. Raises
     CannotServe with what is wrong with the first that is of this network.
     """
     misses: list[Refusal] = []
-    for path, manifest in bundles:
-        entry = _entry(component, manifest)
-        if entry is None:
-            continue
+    own = [(path, manifest, entry) for path, manifest in bundles if (entry := _entry(component, manifest)) is not None]
+    for path, manifest, entry in sorted(own, key=lambda bundle: bundle[2].lora_rank):
         if compute is not None and entry.compute != compute:
             misses.append(OtherType(component.name, component.subfolder, entry.compute, compute))
+        elif unfit := _unfit_for(loras, entry, manifest):
+            misses.append(unfit)
         elif wrong := check_files(path, manifest):
             misses.append(Damaged(path.name, wrong[0]))
         else:
@@ -151,6 +159,14 @@ def engine_of(component: Component, bundles: Sequence[Bundle], compute: str | No
         raise CannotServe(misses[0])
     near = _nearest_miss([component], [m for _, m in bundles])
     raise CannotServe(NoComponent(component.name, near))
+
+
+def _unfit_for(loras: Mapping[str, int], entry: ComponentEntry, manifest: Manifest) -> Refusal | None:
+    try:
+        require_lora_inputs(entry.name, loras, entry.lora_layers, manifest.precision)
+    except CannotServe as error:
+        return error.why
+    return None
 
 
 def compute_type(module: nn.Module) -> str:

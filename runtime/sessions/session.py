@@ -38,8 +38,29 @@ class Session(Protocol):
         `written`: they have other values too.
         """
 
+    def take_loras(self) -> bool:
+        """Take those beside the module's weights as they are now; False when they do not fit, or never have."""
+
     def save_kernels(self) -> None:
         """Keep on disk what was compiled for this machine."""
+
+
+class WithLoras:
+    """What sessions share that take LoRAs as inputs."""
+
+    loras: Callable[[], Mapping[str, Tensor]] | None = None
+    """Input → LoRA beside a layer of the module, as they are now; raises CannotServe for those that do not fit."""
+
+    def take_loras(self) -> bool:
+        try:
+            self._bind_loras(self.loras() if self.loras is not None else {})
+        except CannotServe:
+            return False
+        return True
+
+    def _bind_loras(self, tensors: Mapping[str, Tensor]) -> None:
+        """In place of those that were bound."""
+        raise NotImplementedError
 
 
 def run_each(session: Session, component: Component, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -15,7 +15,9 @@ from overcrank.engines.measurements import require_not_slower
 from overcrank.engines.refusals import CannotServe, OtherOnProcessor
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
+from overcrank.export.module import DTYPES
 from overcrank.export.packaged import PRECISION, packaged_graph
+from overcrank.export.quantization.lora import rank_for
 from overcrank.export.quantization.pack import read_pack
 from overcrank.export.quantization.recipe import (
     IN_16_BIT,
@@ -28,10 +30,14 @@ from overcrank.export.quantization.recipe import (
 )
 from overcrank.models.base import Component, Variant
 from overcrank.options import option
+from overcrank.runtime.sessions.fingerprint import sample_of
+from overcrank.runtime.sessions.lora_layer import BoundLoras, held_ranks, lora_layers
 from overcrank.runtime.sessions.packs import kept_pack
 from overcrank.runtime.sessions.parameters import (
     bound_parameters,
     compute_of,
+    declared,
+    live_weights,
     own_parameters,
     packed_parameters,
     parameters_of,
@@ -39,6 +45,7 @@ from overcrank.runtime.sessions.parameters import (
 )
 from overcrank.runtime.sessions.select import Bundle, compute_type, engine_of, require_same_network
 from overcrank.runtime.sessions.session import Session
+from overcrank.runtime.sessions.stored_report import report_stored
 from overcrank.runtime.sessions.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -52,7 +59,9 @@ class Quantization:
     layers: LayerFormat
     recipe: Recipe | None = None
     pack: Path | None = None  # of the checkpoint; without one, packed when a session is made
-    source: str = ""  # digest of the weights the pipeline has, by which what is packed is kept
+    source: str = ""  # digest of the weights the pipeline was loaded with, by which what is packed is kept
+    samples: Mapping[str, object] = field(default_factory=dict)  # part → some values of those weights
+    layout: tuple[str, ...] = ()  # PART=FILE of the files whose layers are multiplied as they have them
 
     @property
     def precision(self) -> str:
@@ -68,6 +77,17 @@ class OfBundles:
     fitting: Sequence[Bundle]
     bundles: dict[str, str] = field(default_factory=dict)  # component → name of the bundle that runs it
 
+    def ranked(self, component: Component) -> Sequence[Bundle]:
+        """Those first whose engine multiplies the component's layers as the pipeline's files have them."""
+        if self.quantization is None or not self.quantization.layout:
+            return self.fitting
+        own = recipe_of(self.quantization.recipe, component, IN_16_BIT).digest()
+
+        def differs(bundle: Bundle) -> bool:
+            return all(e.key.recipe != own for e in bundle[1].components if e.name == component.name)
+
+        return sorted(self.fitting, key=differs)
+
     def packs(self, bundled: BundledEngine, component: Component, part: str, module: nn.Module) -> Mapping[str, Tensor]:
         """Tensors of its quantized layers, of the module's weights, with the bundle's ranges if none were given."""
         entry = bundled.entry
@@ -76,7 +96,7 @@ class OfBundles:
             recipe = read_recipe(bundled.folder / RECIPE)
         ranges = recipe_of(recipe, component, IN_16_BIT).ranges.get(part, {})
         layers = QuantizedLayers(component.name, part, entry.formats, ranges, entry.key.recipe, compute_of(entry))
-        packs = _packs(self.quantization, layers, module, self.store)
+        packs = declared(entry, _packs(self.quantization, layers, module, self.store))
         require_packed(entry, packs)
         return packs
 
@@ -92,13 +112,15 @@ class Engines(OfBundles):
     def session(self, component: Component, part: str, module: nn.Module) -> Session:
         from overcrank.runtime.sessions.trt import TrtSession
 
-        bundled = engine_of(component, self.fitting, compute_type(module))
+        bundled = engine_of(component, self.ranked(component), compute_type(module), held_ranks(module))
         entry = bundled.entry
         if not self.slow:
             require_not_slower(self.store, self.card.name, self.card.driver, entry.key.digest())
-        packs = self.packs(bundled, component, part, module)
-        parameters = {**own_parameters(module, component, parameters_of(entry)), **packs}
+        packs = {**self.packs(bundled, component, part, module), **live_weights(module, entry.formats)}
+        loras = _loras(bundled, module)
+        parameters = {**own_parameters(module, component, parameters_of(entry)), **packs, **loras()}
         session = TrtSession(bundled, parameters, self.workspace, self.store, self.card)
+        session.loras = loras
         self.bundles[component.name] = bundled.folder.name
         return session
 
@@ -110,11 +132,13 @@ class BundledGraphs(OfBundles):
         from overcrank.runtime.sessions.graphs import bundled_graph
         from overcrank.runtime.sessions.ort import OrtSession
 
-        bundled = engine_of(component, self.fitting)
+        bundled = engine_of(component, self.ranked(component), loras=held_ranks(module))
         views = bound_parameters(module, component, parameters_of(bundled.entry))
-        packs = self.packs(bundled, component, part, module)
+        packs, loras = self.packs(bundled, component, part, module), _loras(bundled, module)
         device = next(module.parameters()).device.type
-        session = OrtSession(bundled_graph(bundled.folder, bundled.entry.graph), {**views, **packs}, device)
+        graph = bundled_graph(bundled.folder, bundled.entry.graph)
+        session = OrtSession(graph, {**views, **packs, **loras()}, device)
+        session.loras = loras
         self.bundles[component.name] = bundled.folder.name
         return session
 
@@ -164,6 +188,7 @@ def graph_session(
     """
     import onnx_ir as ir
     from overcrank.export.quantization.linear import layout_in, quantize
+    from overcrank.export.quantization.lora_inputs import add_lora_inputs
     from overcrank.runtime.sessions.ort import OrtSession
 
     own = compute_type(module)
@@ -171,16 +196,33 @@ def graph_session(
     graph = (packaged_graph(component) if precision == PRECISION else None) or store.graph(component, precision)
     model, parameters = ir.load(graph.onnx), graph.parameters
     packs: Mapping[str, Tensor] = {}
-    if quantization is not None:
-        recipe = recipe_of(quantization.recipe, component, quantization.layers)
-        layout = layout_in(model, recipe)
+    if quantization is None:
+        report_stored(part, module, {}, "")
+    ranks = held_ranks(module)
+    beside = lora_layers(module) if ranks else {}
+    recipe = recipe_of(quantization.recipe, component, quantization.layers) if quantization else None
+    layout = layout_in(model, recipe) if recipe else {}
+    inputs = add_lora_inputs(model, rank_for(max(ranks.values(), default=0)), beside)
+    if quantization is not None and recipe is not None:
         parameters, _ = quantize(model, parameters, layout)
         ranges = recipe.ranges.get(part, {})
         layers = QuantizedLayers(component.name, part, layout, ranges, recipe.digest(), "bfloat16")
         packs = _packs(quantization, layers, module, store)
-    views = bound_parameters(module, component, parameters)
-    device = next(module.parameters()).device.type
-    return OrtSession(model, {**views, **packs}, device)
+    loras = BoundLoras(component.name, precision, inputs, module)
+    parameters_here = {**bound_parameters(module, component, parameters), **packs, **loras()}
+    session = OrtSession(model, parameters_here, next(module.parameters()).device.type)
+    session.loras = loras
+    return session
+
+
+def _loras(bundled: BundledEngine, module: nn.Module) -> BoundLoras:
+    """What is bound of the LoRAs beside the module's weights."""
+    import torch
+
+    entry = bundled.entry
+    return BoundLoras(
+        entry.name, bundled.manifest.precision, entry.loras, module, getattr(torch, DTYPES[entry.compute])
+    )
 
 
 @dataclass(frozen=True)
@@ -203,12 +245,13 @@ def _packs(
     Those of weights that are known are kept in the store.
     """
     formats, ranges, compute = layers.formats, layers.ranges, layers.compute
+    report_stored(layers.part, module, formats, compute)
     if not formats:
         return {}
     device = next(module.parameters()).device
     if quantization is None or quantization.pack is None:
         make = partial(packed_parameters, module, formats, ranges, compute)
-        if quantization is None or not quantization.source:
+        if quantization is None or not quantization.source or not _as_loaded(quantization, layers.part, module):
             return make()
         described = {name: each.model_dump() for name, each in ranges.items()}
         dtype = str(next(module.parameters()).dtype)  # a checkpoint read in 16 bit has other values
@@ -216,3 +259,9 @@ def _packs(
         return kept_pack(identity, store, make, device)
     tensors = read_pack(quantization.pack, layers.part, layers.component, layers.recipe, compute)
     return {name: tensor.to(device) for name, tensor in tensors.items() if name.rpartition(".")[0] in formats}
+
+
+def _as_loaded(quantization: Quantization, part: str, module: nn.Module) -> bool:
+    """Whether the weights are those of `source`: LoRAs may have been fused since."""
+    before = quantization.samples.get(part)
+    return before is None or before == sample_of(list(module.parameters()))

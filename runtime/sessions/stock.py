@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.engines.module_refusals import ModuleChange, ModuleChanged
 from overcrank.engines.refusals import CannotServe
 from overcrank.models.base import Component
-from overcrank.runtime.sessions.stored_linear import StoredLinear
+from overcrank.runtime.sessions.lora_layer import LoraLayer
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def _wrong_type(place: str, path: str, sub: nn.Module, kinds: Kinds) -> Iterator
         yield ModuleChanged(ModuleChange.LORA, place)
     if cls in kinds.variations or _within(path, sub, kinds):
         return
-    if isinstance(sub, StoredLinear) and stock is not None and stock[0] == "Linear":
+    if isinstance(sub, LoraLayer) and stock is not None and stock[0] == "Linear":
         return
     if stock is None:
         yield ModuleChanged(ModuleChange.UNKNOWN, place, cls)

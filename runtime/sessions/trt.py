@@ -39,8 +39,9 @@ from overcrank.engines.store import Store
 from overcrank.engines.targets import FLAVOUR_TITLES
 from overcrank.engines.tensorrt import DISTRIBUTIONS, flavour_version, install_command, load_flavour, too_old
 from overcrank.errors import TargetError
-from overcrank.export.quantization.recipe import ATTENTION
 from overcrank.runtime.sessions.device import Device, Stream
+from overcrank.runtime.sessions.parameters import copied_layers
+from overcrank.runtime.sessions.session import WithLoras
 from overcrank.runtime.sessions.workspace import Workspace, arena_of, no_room
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Loaded:
         return CannotServe((LoadOutOfMemory if NO_MEMORY.search(words) else LoadFailed)(self._file.name, words))
 
 
-class TrtSession:
+class TrtSession(WithLoras):
     """One component's engine with its execution context; calls of two threads take turns."""
 
     def __init__(
@@ -94,7 +95,7 @@ class TrtSession:
         """
         entry = bundled.entry
         self.backend, self.engine = bundled.manifest.flavour, entry.key.digest()
-        self.replaced = tuple(name for name, form in entry.formats.items() if form.kind != ATTENTION)
+        self.replaced = copied_layers(parameters)
         self.copies = bool(self.replaced)
         self._entry, self._workspace = entry, workspace
         trt = _flavour_of(bundled.manifest, card)
@@ -141,6 +142,10 @@ class TrtSession:
     def rebind(self, written: bool) -> bool:
         """Addresses are told at every call; packed weights are of the values that were packed."""
         return not (written and self.copies)
+
+    def _bind_loras(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        with self._lock:
+            self._parameters |= tensors  # told at the next call, like all that has moved
 
     def save_kernels(self) -> None:
         """Keep the kernels that were compiled."""
@@ -319,7 +324,7 @@ class TrtSession:
             why = ParameterUnfit(Unfit.PLACE, name, str(tensor.device))
         elif not tensor.is_contiguous():
             why = ParameterUnfit(Unfit.LAYOUT, name)
-        elif tensor.dtype != dtype:
+        elif tensor.dtype != dtype and (tensor.dtype.is_floating_point or dtype.itemsize != tensor.itemsize):
             why = ParameterUnfit(Unfit.TYPE, name, str(tensor.dtype), str(dtype))
         elif tensor.numel() != self._sizes[name]:
             why = ParameterUnfit(Unfit.SIZE, name, str(tensor.numel()), str(self._sizes[name]))

@@ -18,6 +18,7 @@ from overcrank.engines.manifest import MANIFEST
 from overcrank.engines.profiles import Profile
 from overcrank.engines.store import Store
 from overcrank.engines.targets import BY_NAME
+from overcrank.export.quantization.lora import NO_LORA_INPUTS, LoraInputs
 from overcrank.export.quantization.recipe import IN_16_BIT, LayerFormat
 from overcrank.models import family
 from overcrank.models.base import Component, Variant
@@ -106,6 +107,7 @@ def bundle_of(
     *names: str,
     wide: bool = True,
     layers: LayerFormat = IN_16_BIT,
+    lora: LoraInputs = NO_LORA_INPUTS,
 ) -> Path:
     """Of these components [default: all of the variant's], with plans of a few bytes for engines.
 
@@ -115,7 +117,8 @@ def bundle_of(
     precision = "bf16" if layers == IN_16_BIT else layers.format
     parts = dict.fromkeys(variant.configs, "bf16")
     names = names or tuple(c.name for c in every_component(variant))
-    request = Request(variant, BY_NAME["sm_89"], precision, profile, components=names, dtypes=parts, layers=layers)
+    more: dict[str, Any] = {"components": names, "dtypes": parts, "layers": layers, "lora": lora}
+    request = Request(variant, BY_NAME["sm_89"], precision, profile, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("overcrank.engines.worker.engine_from_graph", _compiled)
         (built,) = build([request], store, lambda title, what: None, Here)
