@@ -13,9 +13,12 @@ from overcrank.engines.store import Store
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import resolve
 from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.pipeline.lora import LoraFile
+from overcrank.runtime.pipeline.lora_sets import LoraSets
 from overcrank.runtime.sessions import parked
 
 from tests.simulated_tensorrt import Simulated, bundle_of
+from tests.test_job_loras import lora_file
 from tests.test_simulated_batch import PROFILE
 
 INT8 = LayerFormat("int8", "dynamic")
@@ -63,4 +66,25 @@ def test_weights_are_parked_fetched_for_pytorch_and_parked_again(simulated: Simu
     assert record.backends() == {"denoiser": {"tensorrt_rtx": 2}}
     assert not any(map(card.holds, weights))
     error = (first.float() - eager.float()).pow(2).mean() / eager.float().pow(2).mean()
+    assert 0 < float(error) < 1e-2
+
+
+def test_loras_that_come_and_go_are_packed_where_weights_are_parked(
+    simulated: Simulated, pipe: Any, tmp_path: Path
+) -> None:
+    own = (LoraFile(lora_file(tmp_path / "a.safetensors", 0)),)
+    sets = LoraSets(pipe, pipe.overcrank.variant)
+    with pipe.overcrank.ledger.recording() as record:
+        plain = latents(pipe)
+        with sets.merged(own):
+            merged = latents(pipe)
+        with sets.merged(()):
+            assert torch.equal(latents(pipe), plain)
+        with sets.merged(own):
+            assert torch.equal(latents(pipe), merged)
+    assert not torch.equal(plain, merged)
+    assert record.backends() == {"denoiser": {"tensorrt_rtx": 8}}
+    with sets.merged(own), pipe.overcrank.ledger.eagerly():
+        eager = latents(pipe)
+    error = (merged.float() - eager.float()).pow(2).mean() / eager.float().pow(2).mean()
     assert 0 < float(error) < 1e-2
