@@ -24,9 +24,7 @@ CALL = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 9, "n
 
 
 @pytest.fixture
-def pipe(
-    simulated: Simulated, seeded: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def pipe(simulated: Simulated, seeded: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     card = simulated.card
     monkeypatch.setattr(parked, "on_a_card", card.holds)
     monkeypatch.setattr(parked, "to_host", card.sent_away)
