@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ CALL = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 9, "n
 
 
 @pytest.fixture
-def pipe(simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def pipe(simulated: Simulated, seeded: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     card = simulated.card
     monkeypatch.setattr(parked, "on_a_card", card.holds)
     monkeypatch.setattr(parked, "to_host", card.sent_away)
     monkeypatch.setattr(parked, "to_device", lambda tensor, device: card.brought(tensor))
-    built = bundle_of(resolve("ltx-demo"), PROFILE, Store(tmp_path), "denoiser", wide=False, layers=INT8)
+    store = Store(seeded(tmp_path / "store"))
+    built = bundle_of(resolve("ltx-demo"), PROFILE, store, "denoiser", wide=False, layers=INT8)
     simulated.plans.register(built)
     made = load("ltx-demo", backend="eager", device="cpu", dtype=torch.bfloat16)
     made.set_progress_bar_config(disable=True)
-    return accelerate(made, backend="tensorrt", store=tmp_path, precision="int8", activations=INT8.activations)
+    return accelerate(made, backend="tensorrt", store=store, precision="int8", activations=INT8.activations)
 
 
 def latents(pipe: Any) -> torch.Tensor:
