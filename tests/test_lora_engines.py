@@ -23,8 +23,8 @@ from overcrank.models import resolve
         ({"lora_rank": 16, "precision": "bf16"}, r"no layer is quantized with precision='bf16'; add lora_layers='all'"),
         ({"lora_rank": 16, "lora_layers": "some"}, r"lora_layers='some': use quantized or all\."),
         (
-            {"lora_rank": 16, "precision": "fp8", "weights": "embedded"},
-            "for engines whose weights are inputs; leave weights",
+            {"lora_rank": 16, "precision": "fp8", "embed_weights": True},
+            "for engines whose weights are inputs; leave embed_weights=True out",
         ),
     ],
 )
