@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from overcrank.engines.build import RECIPE
 from overcrank.engines.cards import Card
+from overcrank.engines.graph_refusals import GraphRefused
 from overcrank.engines.manifest import BundledEngine, read_manifest
 from overcrank.engines.measurements import require_not_slower
 from overcrank.engines.refusals import CannotServe, OtherOnProcessor
 from overcrank.engines.store import Store
-from overcrank.errors import UserError
+from overcrank.errors import IntegrityError, UserError
 from overcrank.export.module import DTYPES
 from overcrank.export.packaged import PRECISION, packaged_graph
 from overcrank.export.quantization.lora import rank_for
@@ -136,7 +137,11 @@ class BundledGraphs(OfBundles):
         views = bound_parameters(module, component, parameters_of(bundled.entry))
         packs, loras = self.packs(bundled, component, part, module), _loras(bundled, module)
         device = next(module.parameters()).device.type
-        graph = bundled_graph(bundled.folder, bundled.entry.graph)
+        try:
+            graph = bundled_graph(bundled.folder, bundled.entry.graph)
+        except IntegrityError as error:
+            problem = str(error).rstrip(".").partition("; ")[0]
+            raise CannotServe(GraphRefused(bundled.folder.name, problem)) from error
         session = OrtSession(graph, {**views, **packs, **loras()}, device)
         session.loras = loras
         self.bundles[component.name] = bundled.folder.name
