@@ -96,9 +96,8 @@ def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.loaders import single_file_model as own
 
     known = own.SINGLE_FILE_LOADABLE_CLASSES
-    name = next(
-        (c.__name__ for c in cls.__mro__ if c.__name__ in known), None
-    )  # diffusers' own search imports them all
+    own_names = (c.__name__ for c in cls.__mro__)  # diffusers' own search imports every class it knows
+    name = next((name for name in own_names if name in known), None)
     if name is None:
         return ids
     convert: Any = known[name]["checkpoint_mapping_fn"]
