@@ -11,6 +11,7 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +95,12 @@ def _renamed(cls: type, shapes: Mapping[str, tuple[int, ...]], names: Mapping[st
 def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.loaders import single_file_model as own
 
-    name = own._get_single_file_loadable_mapping_class(cls)
+    known = own.SINGLE_FILE_LOADABLE_CLASSES
+    own_names = (c.__name__ for c in cls.__mro__)  # diffusers' own search imports every class it knows
+    name = next((name for name in own_names if name in known), None)
     if name is None:
         return ids
-    convert: Any = own.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    convert: Any = known[name]["checkpoint_mapping_fn"]
     given = {"checkpoint": dict(ids), "config": {}}
     taken = inspect.signature(convert).parameters
     try:
@@ -110,15 +113,18 @@ def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _runs(tensor: Tensor, starts: list[int], firsts: Mapping[int, str]) -> Iterable[Rows]:
     """Row numbers as runs of rows, each of one tensor."""
-    numbers = tensor.flatten().tolist()
-    begin = 0
-    for i in range(1, len(numbers) + 1):
-        inside = i < len(numbers) and numbers[i] == numbers[i - 1] + 1 and numbers[i] not in firsts
-        if inside:
-            continue
-        home = starts[bisect_right(starts, numbers[begin]) - 1]
-        yield Rows(firsts[home], numbers[begin] - home, numbers[i - 1] + 1 - home)
-        begin = i
+    import numpy as np
+
+    numbers = tensor.flatten().numpy()
+    if not len(numbers):
+        return
+    new = np.diff(numbers) != 1
+    if new.any() or bisect_right(starts, int(numbers[-1])) != bisect_right(starts, int(numbers[0])):
+        new |= np.isin(numbers[1:], starts)
+    breaks = (np.flatnonzero(new) + 1).tolist()
+    for begin, end in pairwise([0, *breaks, len(numbers)]):
+        home = starts[bisect_right(starts, int(numbers[begin])) - 1]
+        yield Rows(firsts[home], int(numbers[begin]) - home, int(numbers[end - 1]) + 1 - home)
 
 
 def difference(wanted: Mapping[str, tuple[int, ...]], given: Origins, shapes: Mapping[str, tuple[int, ...]]) -> str:
