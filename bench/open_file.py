@@ -62,6 +62,7 @@ print(opened - before, own() - opened, seconds)
 def written(path: Path, form: str) -> dict[str, float]:
     """Parameters in billions, and what the file is long and takes of the disk in GB."""
     from overcrank.models import components, resolve
+
     from tests.original_names import WAN
     from tests.sparse_files import write
 
