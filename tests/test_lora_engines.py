@@ -28,13 +28,11 @@ from overcrank.models import resolve
         ),
     ],
 )
-@pytest.mark.quick
 def test_what_no_engine_takes_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         requests_for(resolve("ltx-demo"), ["sm_89"], BuildOptions(**options))
 
 
-@pytest.mark.quick
 def test_ranks_and_layers_are_other_engines(tmp_path: Path) -> None:
     from overcrank.engines.build import key_of
 
