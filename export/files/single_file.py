@@ -8,8 +8,7 @@ nothing of them is repeated, and what is a run of rows in the file stays a view 
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -108,17 +107,18 @@ def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
         ) from error
 
 
-def _runs(tensor: Tensor, starts: list[int], firsts: Mapping[int, str]) -> Iterable[Rows]:
+def _runs(tensor: Tensor, starts: Sequence[int], firsts: Mapping[int, str]) -> Iterable[Rows]:
     """Row numbers as runs of rows, each of one tensor."""
-    numbers = tensor.flatten().tolist()
-    begin = 0
-    for i in range(1, len(numbers) + 1):
-        inside = i < len(numbers) and numbers[i] == numbers[i - 1] + 1 and numbers[i] not in firsts
-        if inside:
-            continue
-        home = starts[bisect_right(starts, numbers[begin]) - 1]
-        yield Rows(firsts[home], numbers[begin] - home, numbers[i - 1] + 1 - home)
-        begin = i
+    import numpy as np
+
+    numbers = tensor.flatten().numpy()
+    if not len(numbers):
+        return
+    homes = np.searchsorted(starts, numbers, "right") - 1
+    ends = np.flatnonzero((np.diff(numbers) != 1) | (np.diff(homes) != 0))
+    for begin, last in zip([0, *(ends + 1).tolist()], [*ends.tolist(), len(numbers) - 1], strict=True):
+        first = starts[homes[begin]]
+        yield Rows(firsts[first], int(numbers[begin]) - first, int(numbers[last]) + 1 - first)
 
 
 def difference(wanted: Mapping[str, tuple[int, ...]], given: Origins, shapes: Mapping[str, tuple[int, ...]]) -> str:
