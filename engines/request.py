@@ -124,12 +124,6 @@ def _formats_for(target: Target, variant: Variant, options: BuildOptions) -> tup
         if (value := getattr(options, name)) != default:
             raise UserError(f"{option(name, str(value))}: {option('layout')} says how layers multiply; leave it out.")
     recipe = layout(options.layout, variant, target.precisions)
-    names = [c.name for c in components(variant, tuple(options.components))]
-    if not set(names) & set(recipe.components):
-        raise UserError(
-            f"{option('layout', options.layout[0])} is of {', '.join(recipe.components)}, and "
-            f"{option('components', ','.join(names))} has none of them; name one."
-        )
     return recipe.precision, recipe, LayerFormat(recipe.precision, "dynamic")
 
 
