@@ -178,6 +178,7 @@ OF_OTHERS = {
     "_exit",  # of os
     *("_parameters", "_modules"),  # of torch's modules
     *("_hf_hook", "_reset_stateful_cache", "_interrupt", "_current_timestep", "_get_mllm_prompt_embeds"),  # diffusers
+    "_get_single_file_loadable_mapping_class",  # of diffusers too
 }
 
 
