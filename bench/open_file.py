@@ -32,16 +32,17 @@ start = time.monotonic()
 import overcrank.cli, overcrank.runtime.inspect, diffusers, torch
 from diffusers import loaders, WanTransformer3DModel
 from diffusers.loaders import single_file_model
-imported = time.monotonic()
+imported, busy = time.monotonic(), time.process_time()
 overcrank.runtime.inspect.inspect_file(sys.argv[1])
-print(imported - start, time.monotonic() - imported)
+print(imported - start, time.monotonic() - imported, time.process_time() - busy)
 """
 OPENED = """
 import sys, time
 from pathlib import Path
 import torch
 from overcrank.models import components, resolve
-from overcrank.runtime.pipeline.weights import module_of, recipe_of_module
+from overcrank.runtime.pipeline.weights import module_of
+from overcrank.export.files.parts import AS_STORED
 from overcrank.runtime.sessions.stored_linear import StoredLinear
 
 def own():
@@ -52,9 +53,8 @@ def own():
 from diffusers import WanTransformer3DModel
 before, start = own(), time.monotonic()
 module = module_of(Path(sys.argv[1]), component, torch.bfloat16)
-recipe_of_module(module, component)
 opened, seconds = own(), time.monotonic() - start
-kept = [m.bound(torch.bfloat16) for m in module.modules() if isinstance(m, StoredLinear) and m.engine_format]
+kept = [m.bound(torch.bfloat16) for m in module.modules() if isinstance(m, StoredLinear) and m.format in AS_STORED]
 print(opened - before, own() - opened, seconds)
 """
 
@@ -90,12 +90,13 @@ def measured(form: str) -> dict[str, Any]:
         inspect = [sys.executable, "-W", "ignore", "-c", "from overcrank.cli import main; main()", "inspect", str(file)]
         said = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
         wall = time.monotonic() - start
-        imports, seconds = run(INSPECTED, str(file))[-2:]
+        imports, seconds, busy = run(INSPECTED, str(file))
         opened, bound, opening = run(OPENED, str(file), MODEL)
     return {
         "format": form,
         **about,
         "inspect_s": round(seconds, 2),
+        "inspect_processor_s": round(busy, 2),
         "imports_s": round(imports, 2),
         "command_s": round(wall, 2),
         "open_s": round(opening, 2),

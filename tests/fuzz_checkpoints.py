@@ -92,7 +92,7 @@ class CheckpointTargets:
         with suppress(OvercrankError):
             for lora in read_loras([lora_of(str(file))], diffusers.LTXPipeline, parts, {}):
                 for part, parameter in lora.parameters():
-                    added = lora.delta(part, parameter)
+                    added = lora.delta(part, parameter, parts[part].get_parameter(parameter))
                     assert added is not None
                     assert added.numel() == parts[part].get_parameter(parameter).numel()
 

@@ -90,7 +90,8 @@ HUNYUAN: Renames = (
     (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
     (r"^proj_out", "final_layer.linear"),
 )
-"""Behind a slash: which part of a fused tensor it is, by the order of letters."""
+"""Behind a slash: which part of a fused tensor it is, in the order of FUSED."""
+FUSED = ("", "q", "k", "v", "z")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Original:
 
     def _placed(self, tensor: str, names: Mapping[str, str]) -> list[Part]:
         parts, at = [], 0
-        for _, name in sorted(names.items()):
+        for _, name in sorted(names.items(), key=lambda named: FUSED.index(named[0])):
             rows = self.shapes[name][0] if self.shapes[name] else 1
             cuts = [(rows // 2, rows), (0, rows // 2)] if tensor.startswith(self.halves) else [(0, rows)]
             for start, stop in cuts:

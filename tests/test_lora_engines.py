@@ -23,18 +23,16 @@ from overcrank.models import resolve
         ({"lora_rank": 16, "precision": "bf16"}, r"no layer is quantized with precision='bf16'; add lora_layers='all'"),
         ({"lora_rank": 16, "lora_layers": "some"}, r"lora_layers='some': use quantized or all\."),
         (
-            {"lora_rank": 16, "precision": "fp8", "weights": "embedded"},
-            "for engines whose weights are inputs; leave weights",
+            {"lora_rank": 16, "precision": "fp8", "embed_weights": True},
+            "for engines whose weights are inputs; leave embed_weights=True out",
         ),
     ],
 )
-@pytest.mark.quick
 def test_what_no_engine_takes_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         requests_for(resolve("ltx-demo"), ["sm_89"], BuildOptions(**options))
 
 
-@pytest.mark.quick
 def test_ranks_and_layers_are_other_engines(tmp_path: Path) -> None:
     from overcrank.engines.build import key_of
 

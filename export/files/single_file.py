@@ -8,16 +8,15 @@ nothing of them is repeated, and what is a run of rows in the file stays a view 
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from overcrank.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "transformer.", "net.")
@@ -80,6 +79,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 def _renamed(cls: type, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> dict[str, tuple[Rows, ...]]:
     """By diffusers; `names`: as it is called there → as in the file."""
+    import numpy as np
     import torch
 
     firsts, count = {}, 0
@@ -88,7 +88,7 @@ def _renamed(cls: type, shapes: Mapping[str, tuple[int, ...]], names: Mapping[st
         ids[name] = torch.arange(count, count + _rows(shape)).reshape(-1, *(1 for _ in shape[1:]))
         firsts[count] = names[name]
         count += _rows(shape)
-    starts = sorted(firsts)
+    starts = np.array(sorted(firsts))
     return {name: tuple(_runs(tensor, starts, firsts)) for name, tensor in _converted(cls, ids).items()}
 
 
@@ -111,20 +111,18 @@ def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
         ) from error
 
 
-def _runs(tensor: Tensor, starts: list[int], firsts: Mapping[int, str]) -> Iterable[Rows]:
+def _runs(tensor: Tensor, starts: np.ndarray, firsts: Mapping[int, str]) -> Iterable[Rows]:
     """Row numbers as runs of rows, each of one tensor."""
     import numpy as np
 
     numbers = tensor.flatten().numpy()
     if not len(numbers):
         return
-    new = np.diff(numbers) != 1
-    if new.any() or bisect_right(starts, int(numbers[-1])) != bisect_right(starts, int(numbers[0])):
-        new |= np.isin(numbers[1:], starts)
-    breaks = (np.flatnonzero(new) + 1).tolist()
-    for begin, end in pairwise([0, *breaks, len(numbers)]):
-        home = starts[bisect_right(starts, int(numbers[begin])) - 1]
-        yield Rows(firsts[home], int(numbers[begin]) - home, int(numbers[end - 1]) + 1 - home)
+    homes = np.searchsorted(starts, numbers, "right") - 1
+    ends = np.flatnonzero((np.diff(numbers) != 1) | (np.diff(homes) != 0))
+    for begin, last in zip([0, *(ends + 1).tolist()], [*ends.tolist(), len(numbers) - 1], strict=True):
+        first = int(starts[homes[begin]])
+        yield Rows(firsts[first], int(numbers[begin]) - first, int(numbers[last]) + 1 - first)
 
 
 def difference(wanted: Mapping[str, tuple[int, ...]], given: Origins, shapes: Mapping[str, tuple[int, ...]]) -> str:

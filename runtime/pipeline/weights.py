@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from overcrank.export.files.single_file import Rows
 from overcrank.export.module import cast_like_diffusers, construct
 from overcrank.export.quantization.recipe import ComponentRecipe, Recipe
 from overcrank.export.quantization.stored import Quantized, joined, read_layer
-from overcrank.models import components
+from overcrank.models import family
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.sessions.stored_linear import StoredLinear
 from torch import nn
@@ -45,6 +46,7 @@ def empty_module(component: Component, path: Path) -> nn.Module:
 
 def filled(module: nn.Module, part: PartFile) -> nn.Module:
     """The module with a file's weights in the place of its empty ones, in their types."""
+    layer = cache(partial(_layer, part))  # of a fused one, each part is some of its rows
     for name, rows in part.origins.items():
         owner_name, _, last = name.rpartition(".")
         owner = module.get_submodule(owner_name)
@@ -59,7 +61,7 @@ def filled(module: nn.Module, part: PartFile) -> nn.Module:
     for name in part.formats():
         owner = module.get_submodule(name)
         if isinstance(owner, nn.Linear):
-            stored = StoredLinear(_quantized(part, part.origins[f"{name}.weight"]), owner.bias, part.file.path)
+            stored = StoredLinear(_quantized(layer, part.origins[f"{name}.weight"]), owner.bias, part.file.path)
             module.set_submodule(name, stored)
     return module.eval()
 
@@ -87,15 +89,18 @@ def _is_stored(part: PartFile, rows: Sequence[Rows]) -> bool:
     return rows[0].tensor.removesuffix(".weight") in part.layers
 
 
-def _quantized(part: PartFile, rows: Sequence[Rows]) -> Quantized:
-    pieces = [read_layer(part.file, part.layers[r.tensor.removesuffix(".weight")]).rows(r.start, r.stop) for r in rows]
-    return joined(pieces)
+def _layer(part: PartFile, name: str) -> Quantized:
+    return read_layer(part.file, part.layers[name])
+
+
+def _quantized(layer: Callable[[str], Quantized], rows: Sequence[Rows]) -> Quantized:
+    return joined([layer(r.tensor.removesuffix(".weight")).rows(r.start, r.stop) for r in rows])
 
 
 def _plain(part: PartFile, rows: Sequence[Rows]) -> torch.Tensor:
     """Rows in the file's type, mapped if they are one run; widened where the file has them quantized."""
     if _is_stored(part, rows):
-        return _quantized(part, rows).values()
+        return _quantized(partial(_layer, part), rows).values()
     whole = [part.file.read(r.tensor) for r in rows]
     pieces = [t[r.start : r.stop] if t.dim() else t for t, r in zip(whole, rows, strict=True)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -116,8 +121,8 @@ def stored_layout(pipe: Any, variant: Variant, precisions: Collection[str] | Non
     Raises CheckpointError for experts, which share an engine, of different layouts.
     """
     recipes: dict[str, ComponentRecipe] = {}
-    words: list[str] = []
-    for component in components(variant):
+    words: dict[str, None] = {}
+    for component in family(variant.family).components(variant):
         parts = [] if component.attribute else [component.subfolder, *component.also_serves]
         layers = {p: _stored_layers(module) for p in parts if (module := getattr(pipe, p, None)) is not None}
         own = {p: _recipe_of(stored, component, precisions) for p, stored in layers.items()}
@@ -125,7 +130,7 @@ def stored_layout(pipe: Any, variant: Variant, precisions: Collection[str] | Non
             raise CheckpointError(f"{' and '.join(own)} share an engine, and their files quantize different layers.")
         if (recipe := next(iter(own.values()), None)) is not None:
             recipes[component.name] = recipe
-            words += [f"{part}={next(iter(stored.values())).file}" for part, stored in layers.items()]
+            words |= {f"{part}={next(iter(stored.values())).file}": None for part, stored in layers.items()}
     recipe_of_all = recipe_of_components(recipes, variant)
     return None if recipe_of_all is None else StoredLayout(recipe_of_all, tuple(words))
 

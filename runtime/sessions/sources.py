@@ -44,7 +44,7 @@ from overcrank.runtime.sessions.parameters import (
     parameters_of,
     require_packed,
 )
-from overcrank.runtime.sessions.select import Bundle, compute_type, engine_of, require_same_network
+from overcrank.runtime.sessions.select import Bundle, cheapest_first, compute_type, engine_of, require_same_network
 from overcrank.runtime.sessions.session import Session
 from overcrank.runtime.sessions.stored_report import report_stored
 from overcrank.runtime.sessions.workspace import Workspace
@@ -80,14 +80,15 @@ class OfBundles:
 
     def ranked(self, component: Component) -> Sequence[Bundle]:
         """Those first whose engine multiplies the component's layers as the pipeline's files have them."""
+        fitting = cheapest_first(component, self.fitting)
         if self.quantization is None or not self.quantization.layout:
-            return self.fitting
+            return fitting
         own = recipe_of(self.quantization.recipe, component, IN_16_BIT).digest()
 
         def differs(bundle: Bundle) -> bool:
             return all(e.key.recipe != own for e in bundle[1].components if e.name == component.name)
 
-        return sorted(self.fitting, key=differs)
+        return sorted(fitting, key=differs)
 
     def packs(self, bundled: BundledEngine, component: Component, part: str, module: nn.Module) -> Mapping[str, Tensor]:
         """Tensors of its quantized layers, of the module's weights, with the bundle's ranges if none were given."""
