@@ -20,6 +20,8 @@ from overcrank.engines.trust import Keyring
 from overcrank.errors import BackendError, IntegrityError, OvercrankError
 from overcrank.export.quantization.attention import attentions
 from overcrank.export.quantization.linear import linear_layers, quantize
+from overcrank.export.quantization.lora import LORA_A
+from overcrank.export.quantization.lora_inputs import TYPES, add_lora_inputs
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, read_recipe, unmeasured
 from overcrank.export.quantization.reference import quantized_layers, ranges_of_call
 from overcrank.export.weights import Parameter
@@ -27,6 +29,7 @@ from overcrank.models import components, family, variant_from_manifest
 from overcrank.models.base import Call, Component, Variant, VideoShape
 from overcrank.runtime.pipeline.naming import weights_of
 from overcrank.runtime.sessions.graphs import bundled_graph
+from overcrank.runtime.sessions.lora_layer import BoundLoras, LoraInput, UnmergedLinear
 from overcrank.runtime.sessions.ort import OrtSession
 from overcrank.runtime.sessions.parameters import bound_parameters, compute_of, packed_parameters, parameters_of
 from overcrank.runtime.sessions.session import run_each
@@ -238,11 +241,13 @@ def _session(
     count = sum(_product(p.module_shape) for p in parameters)
     count += sum(_product(p.shape) for p in entry.packed if p.role == "weight")
     whole, config, note = component, component.config, ""
+    inputs: Sequence[LoraInput] = entry.loras
     if component.repeats and count * FP32_BYTES_PER_PARAMETER > psutil.virtual_memory().available:
         depth = ", ".join(f"{r.traced} of {r.full} {r.path}" for r in component.repeats)
         component, config = component.at_depth(component.traced_config), component.traced_config
         exported = onnx_from_component(component, short)
         model, formats = exported.model, _alike(formats, exported.model)
+        inputs = add_lora_inputs(model, entry.lora_rank, _with_inputs(entry, model))
         parameters, _ = quantize(model, exported.parameters, formats)
         note = f"; {count / 1e9:.1f} B parameters do not fit in RAM here: same export with {depth}"
     else:
@@ -252,6 +257,7 @@ def _session(
     views = bound_parameters(module, component, parameters)
     ranges = _ranges(bundle, component, module, formats)
     views |= packed_parameters(module, formats, ranges, compute)
+    views |= _random_loras(component, inputs, module)
     return OrtSession(model, views), module, quantized_layers(module, formats, ranges, compute), note
 
 
@@ -286,3 +292,25 @@ def _product(shape: Iterable[int]) -> int:
     for n in shape:
         out *= n
     return out
+
+
+def _with_inputs(entry: ComponentEntry, model: ir.Model) -> list[str]:
+    """Layers of a shallower graph that take LoRAs: those whose namesakes in other blocks do."""
+    kinds = {_NUMBER.sub("#", layer) for layer in entry.lora_layers}
+    return [linear.name for linear in linear_layers(model, TYPES) if _NUMBER.sub("#", linear.name) in kinds]
+
+
+def _random_loras(component: Component, inputs: Sequence[LoraInput], module: nn.Module) -> dict[str, Any]:
+    """The graph's LoRA inputs, of LoRAs that the module's layers hold from now on."""
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(2)
+    for entry in inputs:
+        layer = module.get_submodule(entry.layer)
+        if entry.role == LORA_A and type(layer) is nn.Linear:
+            _, rank, inner = entry.shape
+            a = torch.randn(rank, inner, generator=generator) / math.sqrt(inner)
+            b = torch.randn(layer.out_features, rank, generator=generator) / math.sqrt(rank)
+            UnmergedLinear.of(layer).hold(a, b)
+    return dict(BoundLoras(component.name, "", inputs, module)())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from overcrank import build
+from overcrank import build, verify
 from overcrank.engines.request import BuildOptions, requests_for
 from overcrank.engines.store import Store
 from overcrank.errors import UserError
@@ -69,6 +69,7 @@ def test_its_plan_multiplies_in_the_format_with_two_small_products_more(
     assert with_loras.gemms == plain.gemms + 2 * len(layers)
     assert with_loras.kernels <= plain.kernels + len(layers)
     assert with_loras.weights_moved == {}
+    assert all(check.within(1e-4) for check in verify(built.path, store=tmp_path))  # with random LoRAs
     shown = run("overcrank", "engines", "show", built.path.name, "--store", tmp_path)
     assert f"LoRA        beside {len(layers)} layers, of rank 16 together" in shown.output
     listed = json.loads(run("overcrank", "engines", "list", "--json", "--store", tmp_path).output)

@@ -13,6 +13,7 @@ from overcrank import accelerate
 from overcrank.engines.store import Store
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import resolve
+from overcrank.runtime.pipeline.adapters import adapters_of
 from overcrank.runtime.pipeline.load import load
 from overcrank.runtime.pipeline.lora import LoraFile
 from overcrank.runtime.pipeline.lora_sets import LoraSets
@@ -75,7 +76,7 @@ def test_loras_that_come_and_go_are_packed_where_weights_are_parked(
     simulated: Simulated, pipe: Any, tmp_path: Path
 ) -> None:
     own = (LoraFile(lora_file(tmp_path / "a.safetensors", 0)),)
-    sets = LoraSets(pipe, pipe.overcrank.variant)
+    sets = LoraSets(adapters_of(pipe, pipe.overcrank.variant))
     with pipe.overcrank.ledger.recording() as record:
         plain = latents(pipe)
         with sets.merged(own):

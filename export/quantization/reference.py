@@ -106,6 +106,6 @@ def _forward(layer: Any, packed: Mapping[str, Tensor], form: LayerFormat) -> Any
     def forward(x: Tensor, *_: Any) -> Tensor:
         y = multiplied(x, packed, form)
         out: Tensor = (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
-        return out
+        return layer.with_lora(x, out) if hasattr(layer, "with_lora") else out
 
     return forward
