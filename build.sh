@@ -37,10 +37,12 @@ fi
 PATH="$PWD/$VENV/bin:$PATH"
 [ "${VENV#/}" = "$VENV" ] || PATH="$VENV/bin:$PATH"
 
+# Neighbours stay in one worker, where they share what their module builds; the first that is done takes of the other's.
+workers=(-n "${OVERCRANK_TEST_JOBS:-2}" --dist worksteal)
 case "${1:-}" in
-  quick) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" -m 'quick and not heavy and not sweep' "$@" ;;
-  test) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" "$@" ;;
-  test-all) shift; exec python -m pytest -n "${OVERCRANK_TEST_JOBS:-2}" -m '' "$@" ;;
+  quick) shift; exec python -m pytest "${workers[@]}" -m 'quick and not heavy and not sweep' "$@" ;;
+  test) shift; exec python -m pytest "${workers[@]}" "$@" ;;
+  test-all) shift; exec python -m pytest "${workers[@]}" -m '' "$@" ;;
   lint)
     ruff check .
     ruff format --check .

@@ -9,10 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from overcrank.errors import StoreError
+from overcrank.errors import StoreError, UserError
 from overcrank.owners import claimed, part_name
 
 REMOVING = ".removing-"
+MOST_BYTES, LONGEST_PATH = 255, 4000
+"""Bytes of a name, in every usual file system, and of a whole path."""
+
+
+def user_path(path: str | Path, what: str = "the path") -> Path:
+    """A path as a user writes it, with `~` for a home; raises UserError for a name that no file system takes."""
+    found = Path(os.path.expanduser(path))  # Path's own raises for a user that is not there
+    for name, most in (*((part, MOST_BYTES) for part in found.parts), (str(found), LONGEST_PATH)):
+        size = len(name.encode("utf-8", "surrogatepass"))
+        if size > most:
+            raise UserError(
+                f"{what} has a name of {size} bytes, {name[:40]}…, and file systems take {most}; shorten it."
+            )
+    return found
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def main() -> None:
     name = re.sub(r"\W+", "-", str(about["card"])).strip("-").lower()
     folder: Path = options.out or RESULTS / f"{name}-{about['date']}"
     (folder / "parts").mkdir(parents=True, exist_ok=True)
-    about["peak"] = _peak(folder, device, options.again)
+    about["peak"] = _peak(folder, device, min(3.0, options.seconds), options.again)
     for case in cases:
         for way in ways:
             _in_process(case, way, folder, device, options)
@@ -96,13 +96,13 @@ def _about(device: str, seconds: float) -> dict[str, Any]:
     return {**found, "machine": machine, "versions": versions(), "command": command}
 
 
-def _peak(folder: Path, device: str, again: bool) -> dict[str, float]:
+def _peak(folder: Path, device: str, seconds: float, again: bool) -> dict[str, float]:
     import torch
     from gpu_part import Setting, peak
 
     file = folder / "peak.json"
     if again or not file.is_file():
-        at = Setting(torch.device(device), Store(None), 3.0)
+        at = Setting(torch.device(device), Store(None), seconds)
         file.write_text(json.dumps(peak(at), indent=1) + "\n", "utf-8")
     tflops: dict[str, float] = json.loads(file.read_text("utf-8"))["tflops"]
     return tflops

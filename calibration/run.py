@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.calibration.collect import collected
 from overcrank.calibration.sensitivity import QualityTarget, SearchResult, searched, target_of
 from overcrank.engines.store import Store
-from overcrank.errors import RequestError, UserError
+from overcrank.errors import CheckpointError, RequestError, UserError
 from overcrank.export.quantization.linear import layout_in
 from overcrank.export.quantization.recipe import (
     QUANTIZED,
@@ -24,12 +24,12 @@ from overcrank.export.quantization.recipe import (
     Recipe,
     default_recipe,
 )
-from overcrank.files import atomic_write
+from overcrank.files import atomic_write, user_path
 from overcrank.models import components, local_folder, packaged_model, resolve
 from overcrank.models.base import Component, Variant
 from overcrank.models.hub import Watch, unwatched
 from overcrank.options import merged, option
-from overcrank.runtime.pipeline.checkpoint import checkpoint_digest
+from overcrank.runtime.pipeline.checkpoint import broken_weight, checkpoint_digest
 from overcrank.runtime.render.media import media_of
 from overcrank.runtime.render.request import RenderRequest, prompts_of, read_jobs
 
@@ -125,7 +125,7 @@ def calibrate(
     target = target_of(options.quality) if options.quality else None
     model = model or packaged_model()
     form = LayerFormat(options.precision, "static")  # type: ignore[arg-type]
-    out = Path(options.out).expanduser()
+    out = user_path(options.out, option("out"))
     run = _Run(model, options, form, resolve(model), Store(options.store), out, watching or Watching())
     return _calibrated(run, target)
 
@@ -134,6 +134,8 @@ def _calibrated(run: _Run, target: QualityTarget | None) -> Recipe:
     variant, options = run.variant, run.options
     requests = _requests(options, variant, run.store)
     pipe = run.pipeline()
+    if broken := broken_weight(pipe):
+        raise CheckpointError(f"{broken} holds NaN or infinities, so the checkpoint is damaged; download it again.")
     layouts = _layouts(variant, run.form, run.store)
     if not layouts:
         raise UserError(f"{variant.name} has no layer that can be quantized: its networks are convolutions.")

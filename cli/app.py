@@ -30,6 +30,7 @@ from overcrank.cli.options import (
     store_option,
 )
 from overcrank.errors import UserError
+from overcrank.files import user_path
 
 
 def _versions(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -103,7 +104,7 @@ def verify(
     from overcrank.runtime.verify import Weights, verify_bundle
 
     path = Store(store).resolve(bundle)
-    folder = None if checkpoint is None else checkpoint.expanduser()
+    folder = None if checkpoint is None else user_path(str(checkpoint), "--checkpoint")
     if folder is not None and not folder.is_dir():
         raise UserError(f"--checkpoint {checkpoint} is no folder; give a diffusers folder.")
     weights = Weights(folder, options.pop("weights"), options.pop("comfy"))

@@ -6,15 +6,45 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from overcrank.engines.targets import BY_NAME
 from overcrank.errors import safe_text
-from overcrank.export.files.parts import AS_STORED
+from overcrank.export.files.parts import AS_STORED, layer_format
 from overcrank.runtime.inspect import Inspection
 from overcrank.runtime.inspect_lora import LoraFacts
 from overcrank.units import human_bytes
 
 WIDENED = "no engine multiplies it as it is: quantized anew to fp8 or int8, or widened to 16 bit"
+CARDS = {
+    "RTX 20": "sm_75",
+    "RTX 30, A100": "sm_86",
+    "RTX 40, H100": "sm_89",
+    "RTX 50, B200, DGX Spark": "sm_120",
+}
+STORED = {
+    "fp8 e4m3, scaled or not": ("fp8_e4m3", 0),
+    "fp8 e5m2": ("fp8_e5m2", 0),
+    "int8, by tensor or by row": ("int8", 0),
+    "int8 ConvRot": ("int8", 256),
+    "nvfp4": ("nvfp4", 0),
+    "mxfp8": ("mxfp8", 0),
+    "GGUF, Q4_0 to Q8_0 and K": ("Q4_K", 0),
+}
 LONGEST = 100
 """Characters of a value of the metadata that are shown."""
+
+
+def formats_table() -> str:
+    """What multiplies each format on each card, as docs/files.md has it."""
+    lines = [f"| stored as | {' | '.join(CARDS)} |", f"|{'---|' * (len(CARDS) + 1)}"]
+    for words, (stored, rotation) in STORED.items():
+        forms = [layer_format(stored, rotation, BY_NAME[target].precisions) for target in CARDS.values()]
+        cells = ["in 16 bit" if form is None else _as(stored, form.format) for form in forms]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join([*lines, f"| bf16, fp16, fp32 | {' | '.join(['in 16 bit'] * len(CARDS))} |"])
+
+
+def _as(stored: str, form: str) -> str:
+    return "as it is" if AS_STORED.get(stored) == form else f"anew as {form}"
 
 
 def as_data(inspection: Inspection) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from overcrank.cli.options import SOME_FAILED
 from overcrank.engines.store import Store
 from overcrank.engines.types import typed
 from overcrank.errors import RequestError
+from overcrank.files import user_path
 from overcrank.models import packaged_model, prompt_note, resolve
 from overcrank.models.base import Variant
 from overcrank.models.presets import with_preset
@@ -55,7 +56,7 @@ def render_batch(options: dict[str, Any]) -> int:
     options |= _with_paths(options)
     variant, _ = with_preset(resolve(options["model"]), options["preset"])
     jobs = read_jobs(options["jobs"], variant)
-    folder: Path = options["out"].expanduser().absolute()
+    folder: Path = user_path(options["out"], "--out").absolute()
     return _run(options, variant, [(r, folder / r.output) for r in jobs], "own")
 
 
@@ -71,7 +72,7 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
 
 def _output(out: Path, formats: str) -> tuple[Path, tuple[str, ...]]:
     """Results' path without a suffix, and the formats: those asked for, or what the suffix says and a sheet."""
-    stem, suffix = split_suffix(out.expanduser().absolute(), ("mp4", "gif", "png"))
+    stem, suffix = split_suffix(user_path(out, "--out").absolute(), ("mp4", "gif", "png"))
     names = tuple(formats.replace(",", " ").split())
     for name in names:
         if name not in FORMATS:
@@ -138,7 +139,7 @@ def _outcomes(
         from overcrank.runtime.render.renderer import load_renderer
 
         with display.stage(f"loading {variant.name}"):
-            renderer = load_renderer(loading, variant, watcher)
+            renderer = load_renderer(loading, variant, watcher, any(job.request.lora is not None for job in jobs))
         return renderer.run(jobs, resume)
     from overcrank.engines.cluster import connected
     from overcrank.runtime.render.cluster import ClusterRenderer

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from overcrank.engines.refusals import BUILD, OPTION, CannotServe, OfThisCall, Refusal
+from overcrank.engines.refusals import BUILD, OPTION, OfThisCall, Refusal
 from overcrank.export.quantization.lora import rank_for
 from overcrank.export.quantization.recipe import QUANTIZED
 
@@ -116,18 +116,18 @@ class LoraUnfit(Refusal):
         what = f"the engine of {self.component} {takes}, and the pipeline's have rank {self.rank}"
         if self.missing:
             what = f"the engine of {self.component} takes no LoRA beside {self.missing}, which the pipeline has one for"
-        precision = f" --precision {self.precision}" if self.precision else ""
+        precision = f" --precision {self.precision}" if self.precision and " --layout " not in build else ""
         layers = " --lora-layers all" if self.missing or self.precision not in QUANTIZED else ""
         return what, f"{build}{precision} --lora-rank {max(self.needed, self.have)}{layers}"
 
 
-def require_lora_inputs(component: str, needed: Mapping[str, int], taken: Mapping[str, int], precision: str) -> None:
-    """Raise CannotServe unless an engine that takes LoRAs of the ranks in `taken` can have those in `needed`."""
+def lora_unfit(component: str, needed: Mapping[str, int], taken: Mapping[str, int], precision: str) -> LoraUnfit | None:
+    """Why an engine whose layers take LoRAs of the ranks in `taken` cannot have those in `needed`; None if it can."""
     if all(rank <= taken.get(name, 0) for name, rank in needed.items()):
-        return
+        return None
     missing = next((name for name in needed if name not in taken), "") if taken else ""
     rank = max(needed.values())
-    raise CannotServe(LoraUnfit(component, rank, rank_for(rank), max(taken.values(), default=0), missing, precision))
+    return LoraUnfit(component, rank, rank_for(rank), max(taken.values(), default=0), missing, precision)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from overcrank.engines.manifest import MANIFEST, Manifest, read_manifest
 from overcrank.errors import IntegrityError, StoreError
 from overcrank.export.cache import CachedGraph, cached_graph, graph_digest
-from overcrank.files import REMOVING, remove_tree, write_errors
+from overcrank.files import REMOVING, remove_tree, user_path, write_errors
 from overcrank.models.base import Component
 from overcrank.options import option
 from overcrank.owners import is_abandoned, this_process
@@ -27,7 +27,7 @@ def default_root() -> Path:
     """$OVERCRANK_HOME, or overcrank's folder in the user's cache."""
     home = os.environ.get("OVERCRANK_HOME")
     if home:
-        return Path(home).expanduser()
+        return user_path(home)
     from platformdirs import user_cache_path
 
     return Path(user_cache_path("overcrank"))
@@ -40,7 +40,7 @@ class Store:
         """`root`: its folder, or another store for the same one [default: $OVERCRANK_HOME, else the user's cache]."""
         if isinstance(root, Store):
             bundles = bundles or root.bundles
-        folder = root.root if isinstance(root, Store) else Path(root or default_root()).expanduser()
+        folder = root.root if isinstance(root, Store) else user_path(root or default_root(), option("store"))
         self.root: Path = folder.absolute()
         self.bundles: Path = (bundles or self.root / "bundles").absolute()
         self.graphs = self.root / "graphs"
@@ -150,7 +150,7 @@ class Store:
 
     def resolve(self, name: str) -> Path:
         """A bundle by path, by name, or by a part of its name or a pattern (*, ?) that only one bundle fits."""
-        path = Path(name).expanduser()
+        path = user_path(name, option("bundle"))
         if _is_file(path / MANIFEST):
             return path
         if os.sep in name and path.is_dir():

@@ -36,7 +36,7 @@ from overcrank.engines.manifest import (
     read_small,
 )
 from overcrank.errors import IntegrityError, UserError
-from overcrank.files import atomic_write, write_errors
+from overcrank.files import atomic_write, user_path, write_errors
 from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def _check_name(name: str) -> None:
 def _default_folder() -> Path:
     where = os.environ.get("OVERCRANK_CONFIG")
     if where:
-        return Path(where).expanduser()
+        return user_path(where, "OVERCRANK_CONFIG")
     from platformdirs import user_config_path
 
     return Path(user_config_path("overcrank"))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from overcrank.errors import ModelError, ShapeError
+from overcrank.files import user_path
 from overcrank.models._hub_files import INDEX
 from overcrank.models.base import Config, Repository, Variant, VideoShape
 from overcrank.models.hub import hub_folder, hub_json, read_json
@@ -67,7 +68,7 @@ def resolve(model: str) -> Variant:
     variant = variant_named(family(model).default if model in names else model)
     if variant is not None:
         return completed_variant(variant)
-    path = Path(model).expanduser()
+    path = user_path(model, option("model"))
     if path.exists():
         return _from_folder(path)
     if path.is_symlink():
@@ -168,7 +169,7 @@ def local_folder(model: str) -> Path | None:
     variant = variant_named(model)
     if variant is not None and variant.packaged:
         return Path(__file__).parent / variant.packaged
-    path = Path(model).expanduser()
+    path = user_path(model, option("model"))
     return path if path.is_dir() else None
 
 

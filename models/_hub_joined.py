@@ -90,5 +90,5 @@ def _class_of(folder: Path, places: Iterable[tuple[str, str, str]]) -> list[str]
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    content: dict[str, Any] = json.loads(file.read_text("utf-8-sig"))
     return content

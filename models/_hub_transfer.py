@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from overcrank.errors import ModelError
+from overcrank.files import user_path
 
 WORKERS, ATTEMPTS, PAUSE, TIMEOUT = 4, 5, 1.0, 20.0  # seconds; attempts are counted anew when bytes came
 CHUNK = 1 << 20
@@ -51,7 +52,7 @@ class Stopped(Exception):
 def cache() -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    return user_path(constants.HF_HUB_CACHE)
 
 
 def storage(repository: str) -> Path:

@@ -116,7 +116,7 @@ def one_file(source: Repository, file: str) -> Path:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -10,11 +10,13 @@ from typing import Any
 
 from overcrank.errors import ModelError
 from overcrank.models._family import Family
-from overcrank.models.base import Config, Variant
+from overcrank.models.base import Config, Variant, VideoShape
 from overcrank.models.network import as_class_sees, class_fields, completed, network, short, unknown_fields
 from overcrank.models.registry import families, family, published, variant_named
 
 log = logging.getLogger("overcrank")
+MUCH_SMALLER, SMALL = 64, 64
+"""The product of what a network's lengths are smaller by; pixels of a side."""
 _warned: set[tuple[str, str]] = set()
 
 
@@ -81,21 +83,48 @@ def _of_kind(value: Any, default: Any) -> bool:
 
 def _sized(variant: Variant, alike: Iterable[Variant]) -> Variant:
     """With the shapes of the variant whose networks are nearest in size: a small one makes no large videos."""
-    module = family(variant.family)
-
-    def distance(other: Variant) -> float:
-        pairs = [
-            (variant.configs[part].get(field), value)
-            for part in _classes(other)
-            for field, value in as_class_sees(_classes(other)[part], other.configs[part]).items()
-            if part in variant.configs
-        ]
-        return sum(abs(math.log(a / b)) for a, b in pairs if all(type(n) is int and n > 0 for n in (a, b)))
-
-    like = min(alike, key=distance)
-    grid = module.grid(variant)
+    like = min(alike, key=lambda other: sum(map(abs, _smaller(variant, other))))
+    grid = family(variant.family).grid(variant)
     fits = all((getattr(like.native, axis) - offset) % step == 0 for axis, (step, offset) in grid.items())
-    return replace(variant, native=like.native, minimum=like.minimum, maximum=like.maximum) if fits else variant
+    if fits:
+        variant = replace(variant, native=like.native, minimum=like.minimum, maximum=like.maximum)
+    return _small(variant, grid) if sum(_smaller(variant, like)) > math.log(MUCH_SMALLER) else variant
+
+
+def _smaller(variant: Variant, other: Variant) -> list[float]:
+    """By how much each length of its networks is smaller than another's, as a logarithm."""
+    pairs = [
+        pair
+        for part, cls in _classes(other).items()
+        for field, value in as_class_sees(cls, other.configs[part]).items()
+        if part in variant.configs
+        for pair in _pairs(variant.configs[part].get(field), value)
+    ]
+    return [math.log(theirs / own) for own, theirs in pairs if all(type(n) is int and n > 0 for n in (own, theirs))]
+
+
+def _pairs(own: Any, theirs: Any) -> list[tuple[Any, Any]]:
+    both = (own, theirs)
+    return list(zip(*both, strict=False)) if all(isinstance(x, list | tuple) for x in both) else [both]
+
+
+def _small(variant: Variant, grid: Mapping[str, tuple[int, int]]) -> Variant:
+    """With the size that its positions are made for, or a small one: it was made to be tried, on any machine."""
+    config = next((variant.configs[part] for part in ("transformer", "unet") if part in variant.configs), {})
+    stride = family(variant.family).strides(variant)[0]
+
+    def length(axis: str) -> int:
+        own, (step, offset) = config.get(f"sample_{axis}"), grid[axis]
+        made_for = own * (1 if axis == "frames" else stride) if type(own) is int else 0
+        wanted = made_for or min(getattr(variant.native, axis), variant.native.frames if axis == "frames" else SMALL)
+        return max(offset or step, (wanted - offset) // step * step + offset)
+
+    native = VideoShape(length("height"), length("width"), length("frames"))
+    sides = (native.height, native.width, native.frames)
+    shortest = (variant.minimum.height, variant.minimum.width, variant.minimum.frames)
+    minimum = VideoShape(*map(min, sides, shortest))
+    renders = {task: replace(rendering, shape=None) for task, rendering in variant.renders.items()}
+    return replace(variant, native=native, minimum=minimum, renders=renders)
 
 
 def variant_from_manifest(manifest: Any) -> Variant:

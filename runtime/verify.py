@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from overcrank.engines.build import RECIPE
 from overcrank.engines.manifest import ComponentEntry, Manifest
+from overcrank.engines.refusals import CannotServe
 from overcrank.engines.targets import BY_NAME, sixteen_bit
 from overcrank.engines.trust import Keyring
-from overcrank.errors import IntegrityError, OvercrankError
+from overcrank.errors import BackendError, IntegrityError, OvercrankError
 from overcrank.export.quantization.attention import attentions
 from overcrank.export.quantization.linear import linear_layers, quantize
 from overcrank.export.quantization.recipe import ActivationRange, LayerFormat, read_recipe, unmeasured
@@ -154,7 +155,12 @@ def compare(component: Component, session: OrtSession, module: nn.Module, shape:
         torch.manual_seed(1)
         expected = dict(_tensors((module(**call), _written(call))))
         torch.manual_seed(1)
-        outputs = run_each(session, component, component.adapt(module, Call(own)))
+        try:
+            outputs = run_each(session, component, component.adapt(module, Call(own)))
+        except CannotServe as refused:
+            raise BackendError(
+                f"{component.name} at {shape} cannot be compared here: {refused.why.reason}."
+            ) from refused
         results = dict(_tensors((component.returns(outputs, own), _written(own))))
     worst = relative = 0.0
     for name, tensor in results.items():

@@ -1,4 +1,4 @@
-"""Manifests, indexes, signatures and checkpoints of an attacker: each is read, or refused with one of our errors.
+"""What comes from strangers, from manifests to pictures: each is read, or refused with one of our errors.
 
     python -m tests.fuzz [--minutes 10]
 
@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import argparse
 import copy
+import faulthandler
 import json
+import logging
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from importlib.util import find_spec
+from inspect import getmembers, isclass, isfunction
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from overcrank.engines import envelope, manifest, remote, trust
 from overcrank.engines.download import _check_listed
 from overcrank.engines.envelope import INDEX as INDEX_TYPE
 from overcrank.engines.manifest import SIGNATURE, check_files, read_manifest
@@ -35,6 +42,7 @@ from overcrank.errors import CONTROLS, OvercrankError
 from overcrank.models import variant_from_manifest
 
 from tests.fuzz_checkpoints import CheckpointTargets
+from tests.fuzz_inputs import JobTargets, PictureTargets
 
 RESULT = Path(__file__).parent.parent / "bench" / "results" / "fuzz.json"
 FILES = [
@@ -61,8 +69,18 @@ INDEX: dict[str, Any] = {
 }
 
 
+class Fuzzed(Protocol):
+    """Names of what is fuzzed → a function of bytes; documents to begin with; modules whose coverage leads."""
+
+    all: dict[str, Callable[[bytes], None]]
+    valid: dict[str, bytes]
+    followed: tuple[ModuleType, ...]
+
+
 class Targets:
-    """What is fuzzed: name → a function of bytes; `valid`: documents to begin with."""
+    """Of published bundles."""
+
+    followed = (manifest, remote, envelope, trust)
 
     def __init__(self, folder: Path, manifest: bytes) -> None:
         self.taken = self.refused = 0
@@ -146,13 +164,13 @@ def _places(document: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @st.composite
 def edited(draw: st.DrawFn, valid: bytes) -> bytes:
     """The document with one to four values replaced, removed or added, or some of its bytes changed."""
-    if draw(st.booleans()):
+    if not valid.startswith(b"{") or draw(st.booleans()):
         content = bytearray(valid)
         for _ in range(draw(st.integers(1, 8))):
             at = draw(st.integers(0, len(content) - 1))
             content[at : at + draw(st.integers(0, 4))] = draw(st.binary(max_size=6))
         return bytes(content)
-    document = copy.deepcopy(json.loads(valid))
+    document = json.loads(valid)
     for _ in range(draw(st.integers(1, 4))):
         places = [p for p in _places(document) if p]
         if not places:
@@ -175,7 +193,7 @@ def edited(draw: st.DrawFn, valid: bytes) -> bytes:
         sys.set_int_max_str_digits(4300)
 
 
-def by_hypothesis(targets: Targets | CheckpointTargets, name: str, examples: int, seconds: float) -> int:
+def by_hypothesis(targets: Fuzzed, name: str, examples: int, seconds: float) -> int:
     """Runs until either is used up; returns the number of documents tried."""
     end, count = time.monotonic() + seconds, 0
 
@@ -212,13 +230,21 @@ def by_atheris(folder: Path, name: str, seconds: int) -> int:
 def _one(name: str, folder: Path, seconds: int) -> None:
     import atheris
 
-    targets = Targets(Path(tempfile.mkdtemp(dir=folder)), (folder / "manifest.json").read_bytes())
+    kind, _, name = name.partition("/")
+    targets = _targets(kind, folder)
     corpus = Path(tempfile.mkdtemp(dir=folder))
     (corpus / "valid").write_bytes(targets.valid[name])
-    for function in (read_manifest, check_files, read_index, fitting, Keyring.check, Keyring.who_signed):
+    for function in chain.from_iterable(map(_functions, targets.followed)):
         atheris.instrument_func(function)
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=100000"], targets.all[name])
+    limits = [f"-max_total_time={seconds}", "-max_len=100000", "-timeout=60", "-rss_limit_mb=6000"]
+    atheris.Setup([sys.argv[0], str(corpus), *limits, f"-artifact_prefix={folder}/"], targets.all[name])
     atheris.Fuzz()
+
+
+def _functions(module: ModuleType) -> Iterator[Callable[..., Any]]:
+    """Its own, and those of its classes."""
+    for owner in (module, *(c for _, c in getmembers(module, isclass) if c.__module__ == module.__name__)):
+        yield from (f for _, f in getmembers(owner, isfunction) if f.__module__ == module.__name__)
 
 
 def _manifest() -> bytes:
@@ -231,24 +257,31 @@ def _manifest() -> bytes:
         return manifest.read_bytes()
 
 
+KINDS = ("published", "checkpoint", "jobs", "pictures")
+
+
+def _targets(kind: str, folder: Path) -> Fuzzed:
+    own = Path(tempfile.mkdtemp(dir=folder))
+    if kind == "published":
+        return Targets(own, (folder / "manifest.json").read_bytes())
+    return {"checkpoint": CheckpointTargets, "jobs": JobTargets, "pictures": PictureTargets}[kind](own)
+
+
 def main(minutes: float, manifest: bytes) -> dict[str, Any]:
+    """Each kind has the same time; half of it is hypothesis's."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         (folder / "manifest.json").write_bytes(manifest)
         with_atheris = find_spec("atheris") is not None
-        (folder / "checkpoint").mkdir()
-        targets = CheckpointTargets(folder / "checkpoint")
-        for name in targets.all:
-            found[name] = {"hypothesis": by_hypothesis(targets, name, 10**9, minutes * 60 / 8)}
-            print(name, found[name], flush=True)
-        for name in ("manifest", "index", "envelope", "signature"):
-            seconds = minutes * 60 / 8 / (2 if with_atheris else 1)
-            (folder / name).mkdir()
-            found[name] = {"hypothesis": by_hypothesis(Targets(folder / name, manifest), name, 10**9, seconds)}
-            if with_atheris:
-                found[name]["atheris"] = by_atheris(folder, name, round(seconds))
-            print(name, found[name], flush=True)
+        for kind in KINDS:
+            targets = _targets(kind, folder)
+            seconds = minutes * 60 / len(KINDS) / len(targets.all) / (2 if with_atheris else 1)
+            for name in targets.all:
+                found[name] = {"hypothesis": by_hypothesis(targets, name, 10**9, seconds)}
+                if with_atheris:
+                    found[name]["atheris"] = by_atheris(folder, f"{kind}/{name}", round(seconds))
+                print(name, found[name], flush=True)
     return found
 
 
@@ -258,10 +291,15 @@ if __name__ == "__main__":
     for hidden in ("--one", "--folder", "--seconds"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    faulthandler.enable()
+    logging.disable()  # a thousand words on each picture
+    warnings.simplefilter("ignore")
     if asked.one:
         _one(asked.one, Path(asked.folder), int(asked.seconds))
     else:
-        table = main(asked.minutes, _manifest())
+        whole, began = _manifest(), time.monotonic()
+        table = main(asked.minutes, whole)
+        minutes = round((time.monotonic() - began) / 60)
         command = f"python -m tests.fuzz --minutes {asked.minutes:g}"
-        about = {"command": command, "date": date.today().isoformat(), "documents": table}
+        about = {"command": command, "date": date.today().isoformat(), "minutes": minutes, "documents": table}
         RESULT.write_text(json.dumps(about, indent=1) + "\n")

@@ -13,10 +13,13 @@ from typing import Any
 
 import diffusers
 import torch
+from overcrank import models
 from overcrank.errors import CheckpointError, OvercrankError
+from overcrank.export import expected, headers
 from overcrank.export.expected import require_part
 from overcrank.export.headers import read_header
 from overcrank.models import resolve
+from overcrank.runtime.pipeline import checkpoint, lora, lora_parts
 from overcrank.runtime.pipeline.checkpoint import file_variant, require_whole
 from overcrank.runtime.pipeline.lora_parts import lora_of, read_loras
 from safetensors import SafetensorError, safe_open
@@ -35,6 +38,8 @@ RECORD = {"transformer.r": 2, "transformer.lora_alpha": 4, "transformer.use_rslo
 
 class CheckpointTargets:
     """As tests.fuzz.Targets: `valid` documents, and a function of bytes for each kind of them."""
+
+    followed = (headers, expected, models, checkpoint, lora_parts, lora)
 
     def __init__(self, folder: Path) -> None:
         self.folder = pipelines.saved("ltx", folder)
@@ -87,7 +92,7 @@ class CheckpointTargets:
         with suppress(OvercrankError):
             for lora in read_loras([lora_of(str(file))], diffusers.LTXPipeline, parts, {}):
                 for part, parameter in lora.parameters():
-                    added = lora.delta(part, parameter)
+                    added = lora.delta(part, parameter, parts[part].get_parameter(parameter))
                     assert added is not None
                     assert added.numel() == parts[part].get_parameter(parameter).numel()
 

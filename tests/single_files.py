@@ -61,6 +61,20 @@ def int8(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return quantized
 
 
+def nvfp4(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layers of the blocks as nvfp4 files have them, of zeros."""
+    quantized = dict(state)
+    for name, weight in state.items():
+        if "block" in name and weight.dim() == 2 and name.endswith(".weight"):
+            layer, (rows, columns) = name.removesuffix(".weight"), weight.shape
+            blocks = -(-rows // 128) * 128, -(-(columns // 16) // 4) * 4
+            quantized[name] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+            quantized[f"{layer}.weight_scale"] = torch.zeros(blocks).to(torch.float8_e4m3fn)
+            quantized[f"{layer}.weight_scale_2"] = torch.ones(())
+            quantized[f"{layer}.comfy_quant"] = marker({"format": "nvfp4"})
+    return quantized
+
+
 def marker(about: Mapping[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
 

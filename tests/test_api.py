@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ SMALL = {"components": ["denoiser"], "static": True}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> overcrank.Store:
-    return overcrank.Store(tmp_path_factory.mktemp("api"))
+def store(tmp_path_factory: pytest.TempPathFactory, seeded: Callable[[Path], Path]) -> overcrank.Store:
+    return overcrank.Store(seeded(tmp_path_factory.mktemp("api")))
 
 
 @pytest.fixture(scope="module")

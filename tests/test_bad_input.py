@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_unwritable_output(checkpoint: Path, tmp_path: Path, run: Any) -> None:
 
 
 @pytest.mark.heavy
-def test_full_disk(checkpoint: Path, tmp_path: Path, run: Any) -> None:
+def test_full_disk(checkpoint: Path, seeded: Callable[[Path], Path], tmp_path: Path, run: Any) -> None:
     disk = tmp_path / "small disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -172,7 +173,7 @@ def test_full_disk(checkpoint: Path, tmp_path: Path, run: Any) -> None:
     if mounted.returncode:
         pytest.skip("mounting a small disk needs root: " + mounted.stderr.decode().strip())
     try:
-        arguments = ["--model", checkpoint, "--gpu", "sm_89", *SMALL, "--out", disk, "--store", tmp_path / "s"]
+        arguments = ["--model", checkpoint, "--gpu", "sm_89", *SMALL, "--out", disk, "--store", seeded(tmp_path / "s")]
         result = run("build-engine", *arguments, "--components", "denoiser", "--quiet")
         refused(result, "is full; free space or give --store or --out elsewhere")
         assert not files_under(disk)

@@ -167,7 +167,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 def test_twelve_jobs_one_broken_one_cancelled_then_resumed(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_text("no picture")
-    jobs: list[dict[str, Any]] = [{"prompt": f"job {i}", "steps": 40, "formats": ["gif"]} for i in range(12)]
+    jobs: list[dict[str, Any]] = [{"prompt": f"job {i}", "steps": 20, "formats": ["gif"]} for i in range(12)]
     jobs[1]["image"] = "broken.png"
     file, out = write_jobs(tmp_path / "jobs.jsonl", jobs), tmp_path / "out"
     batch = started(file, out)

@@ -47,10 +47,17 @@ def test_the_dry_run_walks_through_the_parts_and_resumes(tmp_path: Path, seeded:
         (["--model", "mochi"], "--model mochi: use one of ltx-demo, ltx-2b-0.9.5"),
     ],
 )
-def test_wrong_words(arguments: list[str], says: str, tmp_path: Path) -> None:
-    done = bench(*arguments, "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert says in done.stderr
+def test_wrong_words(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_gpu
+
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--device", "cpu", *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        bench_gpu.main()
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -126,6 +126,8 @@ def test_the_commands_refuse_it(bundle: Path, run: Any, tmp_path: Path, monkeypa
     rendered = run("overcrank", "render", *words, "--formats", "png")
     assert rendered.exit_code == 0, rendered.output
     assert says in rendered.output
+    advice = f"overcrank engines rm {bundle.name}, then build-engine --model ltx-demo --gpu sm_89."
+    assert advice in " ".join(rendered.output.split())
     about = json.loads((tmp_path / "a.json").read_text())
     assert about["bundles"] == {}
     assert any(says in json.dumps(fallback) for fallback in about["fallbacks"])

@@ -91,10 +91,13 @@ def test_defaults_are_the_publishers_call(name: str, run: Any, tmp_path: Path) -
     assert -10 * math.log10(max(float(error), 1e-20)) >= 50
 
 
-def test_text_to_video_of_the_later_ltx_runs_the_denoiser_with_one_timestep(run: Any, tmp_path: Path) -> None:
+def test_text_to_video_of_the_later_ltx_runs_the_denoiser_with_one_timestep(
+    run: Any, shared_store: Path, tmp_path: Path
+) -> None:
     folder, case = pipelines.saved("ltx", tmp_path), pipelines.CASES["ltx"]
     options = ["--model", folder, "--steps", 2, "--height", case.height, "--width", case.width, "--quiet"]
     options += ["--frames", case.frames, "--formats", "png", "--prompt", "x", "--backend", "onnxruntime"]
+    options += ["--store", shared_store]
     result = run("overcrank", "render", *options, "-o", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
     about = json.loads((tmp_path / "a.json").read_text())

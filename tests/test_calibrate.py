@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_engines_and_renders_take_the_recipe(made: Any, tmp_path: Path, run: Any
     shown = run("overcrank", "render", "--prompt", "a red circle", *arguments, "--store", store, "-o", out)
     assert shown.exit_code == 0, shown.output
     of_bundle = ["--bundle", bundle, "--backend", "onnxruntime", "--steps", STEPS, "--precision", "fp8"]
+    of_bundle += ["--store", store]
     again = run("overcrank", "render", "--prompt", "a red circle", *of_bundle, "-o", tmp_path / "of-bundle.png")
     assert again.exit_code == 0, again.output
     about = json.loads((tmp_path / "of-bundle.json").read_text())
@@ -165,7 +167,7 @@ def test_prompts_that_cannot_be_read(content: bytes, says: str, tmp_path: Path, 
     refused(run("overcrank", "calibrate", "--precision", "fp8", "--prompts", tmp_path / "p.txt"), says)
 
 
-def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
+def test_requests_that_cannot_be_met(seeded: Callable[[Path], Path], tmp_path: Path, run: Any) -> None:
     refused(run("overcrank", "calibrate", "--precision", "fp8", "--samples", 0), "--samples 0 measures nothing")
     recipe = tmp_path / "r.json"
     component = components(resolve("ltx-demo"), ("denoiser",))[0]
@@ -175,14 +177,15 @@ def test_requests_that_cannot_be_met(tmp_path: Path, run: Any) -> None:
         components={"denoiser": default_recipe(component, LayerFormat("fp8", "dynamic"))},
     )
     recipe.write_text(made.model_dump_json())
-    build = ["build-engine", "--gpu", "sm_89", "--store", tmp_path / "s", "--recipe", recipe, "--precision"]
+    store = seeded(tmp_path / "s")
+    build = ["build-engine", "--gpu", "sm_89", "--store", store, "--recipe", recipe, "--precision"]
     refused(run(*build, "fp8", "--model", "ltx"), "of another architecture")
     refused(run(*build, "int8", "--model", "ltx-demo"), "is for fp8, not for --precision int8")
     recipe.write_text("{}")
     refused(run(*build, "fp8", "--model", "ltx-demo"), "r.json: model: Field required")
     nvfp4 = ["--gpu", "sm_120", "--precision", "nvfp4", "--activations", "16bit"]
     refused(run("build-engine", "--model", "ltx-demo", *nvfp4), "nvfp4 multiplies activations in nvfp4 too")
-    fixed = ["--store", tmp_path / "s", "--gpu", "sm_89", "--precision", "fp8", "--embed-weights"]
+    fixed = ["--store", store, "--gpu", "sm_89", "--precision", "fp8", "--embed-weights"]
     fixed += ["--activations", "static", "--components", "denoiser"]
     refused(run("build-engine", "--model", "ltx-demo", *fixed), "needs a range that no recipe gives; calibrate this")
     refused(run("overcrank", "render", "--prompt", "x", "--precision", "fp6"), "--precision fp6: use auto, fp8")
@@ -314,10 +317,12 @@ def test_a_recipe_of_another_checkpoint_is_refused(made: Any, tmp_path: Path, ru
     assert {p.name for p in tmp_path.iterdir()} == {"other.json"}
 
 
-def test_what_is_packed_is_kept_by_what_it_is_made_of(made: Any, tmp_path: Path) -> None:
+def test_what_is_packed_is_kept_by_what_it_is_made_of(
+    made: Any, seeded: Callable[[Path], Path], tmp_path: Path
+) -> None:
     """Two renders share a pack; other ranges, or a LoRA's other weights, make another; a damaged one is made anew."""
     _, recipe = made
-    store = tmp_path / "s"
+    store = seeded(tmp_path / "s")
     shown = ["--prompt", "a red circle", "--backend", "onnxruntime", "--steps", 1, "--formats", "latents", "--quiet"]
 
     def rendered(name: str, *more: object) -> bytes:

@@ -146,3 +146,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_batch(cluster: str, run: Any, tm
     assert result.exit_code == 2
     assert "finds no NVIDIA GPU here" in result.output
     assert "Traceback" not in result.output
+
+
+def test_jobs_bring_their_loras_to_a_cluster(cluster: str, run: Any, tmp_path: Path) -> None:
+    from tests.test_job_loras import lora_file
+
+    for seed, name in enumerate("ab"):
+        lora_file(tmp_path / f"{name}.safetensors", seed)
+    job = {"prompt": "a red ring", "steps": 2, "formats": ["gif"]}
+    sets: dict[str, Any] = {"a1": ["a"], "b1": ["b"], "a2": ["a"], "none": []}
+    jobs = [{**job, "output": n, "lora": [{"file": f"{x}.safetensors"} for x in own]} for n, own in sets.items()]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
+    words = ["batch", tmp_path / "jobs.jsonl", "--json", "--backend", "eager", "-o"]
+    there, here = (run("overcrank", *words, tmp_path / name, *more) for name, more in
+                   (("there", ("--ray", cluster)), ("here", ())))  # fmt: skip
+    assert (there.exit_code, here.exit_code) == (0, 0), there.output + here.output
+    pixels = {n: [json.loads((tmp_path / f / f"{n}.json").read_text())["frames_sha256"] for f in ("there", "here")]
+              for n in sets}  # fmt: skip
+    assert all(one == other for one, other in pixels.values())
+    assert pixels["a1"] == pixels["a2"]
+    assert len({one for one, _ in pixels.values()}) == 3

@@ -109,6 +109,12 @@ def test_the_schemas_are_those_of_the_code() -> None:
     assert {name for row in keys for name in re.findall(r"\w+", row)} == set(EngineKey._fields)
 
 
+def test_the_table_of_formats_is_that_of_the_code() -> None:
+    from overcrank.cli.files import formats_table
+
+    assert formats_table() in text_of("docs/files.md")
+
+
 def every_command(
     command: click.Command = cli.main, path: tuple[str, ...] = ("overcrank",)
 ) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -132,7 +132,7 @@ DEPTHS = ("num_layers", "num_single_layers")
 
 
 @pytest.mark.parametrize(("name", "which"), tiny.specimens(_chained(), ("tiny-ltx-0.9.1", "denoiser")))
-def test_activation_memory_does_not_grow_with_depth(name: str, which: str, tmp_path: Path) -> None:
+def test_activation_memory_does_not_grow_with_depth(name: str, which: str, graphs: Graphs, tmp_path: Path) -> None:
     """A tensor kept alive for each layer would show: the video is large and the network narrow.
 
     Three blocks and more: the first and the last of a chain may hold less than one between them.
@@ -147,7 +147,7 @@ def test_activation_memory_does_not_grow_with_depth(name: str, which: str, tmp_p
         depth = {field: layers for field in DEPTHS if field in component.config}
         configs = {**variant.configs, "transformer": {**component.config, **depth}}
         deep = components(replace(variant, configs=configs), (which,))[0]
-        ir.save(onnx_from_component(deep, "bf16").model, tmp_path / "graph.onnx")
+        ir.save(graphs(deep, "bf16").model, tmp_path / "graph.onnx")
         ranges = Profile(tiny.TINY[name].minimum, shape, shape).ranges(deep)
         ((activation, _),) = compiled(tmp_path / "graph.onnx", ("sm_89",), ranges, [])
         figures.append(activation)

@@ -25,7 +25,9 @@ from overcrank.models import hub_folder, resolve
 from overcrank.cli.display import downloading
 from functools import partial
 try:
-    print(hub_folder(resolve(sys.argv[1]), whole=True, home=Path(sys.argv[2]), watch=partial(downloading, quiet=False)))
+    watch = partial(downloading, quiet=False)
+    given = sys.argv[3].split()
+    print(hub_folder(resolve(sys.argv[1]), whole=True, home=Path(sys.argv[2]), watch=watch, elsewhere=given))
 except OvercrankError as error:
     sys.exit(f"error: {error}")
 """
@@ -89,13 +91,18 @@ def wan(root: Path, name: str = "Wan-AI/Wan2.2-T2V-A14B-Diffusers") -> set[str]:
     return {f"{name}/{n}" for n in needed}
 
 
-def command(hub: hub_server.Hub, tmp_path: Path, model: str, **environment: str) -> tuple[list[str], dict[str, str]]:
+def command(
+    hub: hub_server.Hub, tmp_path: Path, model: str, given: str = "", **environment: str
+) -> tuple[list[str], dict[str, str]]:
     own = os.environ | hub.environment(tmp_path / "hf") | environment
-    return [sys.executable, "-c", FETCH, model, str(tmp_path / "home")], own
+    return [sys.executable, "-c", FETCH, model, str(tmp_path / "home"), given], own
 
 
-def fetch(hub: hub_server.Hub, tmp_path: Path, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    words, own = command(hub, tmp_path, model, **environment)
+def fetch(
+    hub: hub_server.Hub, tmp_path: Path, model: str, given: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`given`: parts whose weights come from elsewhere."""
+    words, own = command(hub, tmp_path, model, given, **environment)
     return subprocess.run(words, env=own, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -127,6 +134,21 @@ def test_first_download_fetches_what_a_render_needs_and_no_more(hub: hub_server.
     assert offline.stdout == done.stdout
     (folder / name).unlink()
     refused(fetch(hub, tmp_path, "wan-2.2-t2v-a14b", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", str(tmp_path))
+
+
+def test_weights_that_come_from_elsewhere_are_not_fetched(hub: hub_server.Hub, tmp_path: Path) -> None:
+    needed = wan(hub.root)
+    given = "transformer transformer_2 text_encoder"
+    done = fetch(hub, tmp_path, "wan-2.2-t2v-a14b", given)
+    assert done.returncode == 0, done.stderr
+    weights = {file for file in needed if file.split("/")[2] in given.split() and not file.endswith("config.json")}
+    assert hub.fetched() == needed - weights
+    offline = fetch(hub, tmp_path, "wan-2.2-t2v-a14b", given, HF_HUB_OFFLINE="1")
+    assert offline.stdout == done.stdout, "what was fetched is whole for the same files"
+    refused(fetch(hub, tmp_path, "wan-2.2-t2v-a14b", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
+    hub.sent.clear()
+    assert fetch(hub, tmp_path, "wan-2.2-t2v-a14b").returncode == 0
+    assert hub.fetched() == weights, "without them the rest is fetched"
 
 
 def test_a_line_that_breaks_is_taken_up_where_it_was(hub: hub_server.Hub, tmp_path: Path) -> None:

@@ -220,12 +220,16 @@ def test_an_engine_takes_loras_of_its_rank_and_others_say_what_to_build(
     accelerate(pipe, backend="tensorrt", store=store)
     without = latents(pipe)
     pipe.overcrank.set_loras([str(first)])
-    with pytest.raises(BackendError, match=r"takes no LoRA beside its weights, .* rank 4; .*int8 --lora-rank 16\."):
+    with pytest.raises(
+        BackendError, match=r"takes no LoRA beside its weights, .* rank 4; .* --layout \S+ --lora-rank 16\."
+    ):
         latents(pipe)
     engines(store, simulated, LoraInputs(16, "quantized"))
     accelerate(pipe, backend="tensorrt", store=store)
     pipe.overcrank.set_loras([str(first)])
-    with pytest.raises(BackendError, match=r"takes no LoRA beside its weights"):
+    with pytest.raises(
+        BackendError, match=r"no LoRA beside transformer_blocks\.0\.\S+, .* --lora-rank 16 --lora-layers all"
+    ):
         latents(pipe)
     ranked = engines(store, simulated, LoraInputs(16, "all"))
     pipe.overcrank.set_loras([])
@@ -246,5 +250,7 @@ def test_an_engine_takes_loras_of_its_rank_and_others_say_what_to_build(
     assert cosine(none, without) > 0.9999  # of another engine
     assert pipe.overcrank.modules[0].slots[0].session is session
     pipe.overcrank.set_loras([str(wide)])
-    with pytest.raises(BackendError, match=r"LoRA.* rank 17; build-engine .* --precision int8 --lora-rank 32"):
+    with pytest.raises(
+        BackendError, match=r"takes LoRAs of rank 16 together, .* rank 17; build-engine .* --lora-rank 32"
+    ):
         latents(pipe)

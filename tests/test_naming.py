@@ -267,3 +267,66 @@ def _llama_names(state: dict[str, Any]) -> dict[str, Any]:
 
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 8)
     return {str(table.get_name(name, try_suffixes=(".weight",))): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.heavy
+def test_a_pack_of_a_single_file_is_that_of_the_folder(
+    folder: Path, shared_store: Path, tmp_path: Path, run: Any
+) -> None:
+    from safetensors.torch import load_file
+
+    for name, words in {"own": (), "file": ("--weights", folder / "a.safetensors")}.items():
+        options = ["--precision", "int8", "--store", shared_store, "-o", tmp_path / name, "--quiet"]
+        result = run("overcrank", "pack", "--model", "ltx-demo", *options, *words)
+        assert result.exit_code == 0, result.output
+    own, given = (load_file(tmp_path / name) for name in ("own", "file"))
+    assert own.keys() == given.keys()
+    assert all(bool((own[name] == given[name]).all()) for name in own)
+
+
+@pytest.mark.heavy
+def test_a_bundle_is_verified_with_a_single_file(folder: Path, demo_bundle: Path, demo_store: Path, run: Any) -> None:
+    verify = ["verify", demo_bundle.name, "--store", demo_store]
+    result = run("overcrank", *verify, "--weights", folder / "b.safetensors")
+    assert result.exit_code == 0, result.output
+    refused(
+        run("overcrank", *verify, "--weights", f"transformer={folder / 'c.safetensors'}"), "it is the vae of ltx-demo"
+    )
+    refused(
+        run("overcrank", *verify, "--checkpoint", folder / "a.safetensors"), "is no folder; give a diffusers folder"
+    )
+    report = ["--report", folder / "report", "--weights", folder / "b.safetensors"]
+    refused(run("overcrank", *verify, *report), "--report renders a whole checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "says"),
+    [
+        (
+            "fp8",
+            "sm_86",
+            "ltx-demo: 60 layers in fp8_e4m3 are quantized anew as int8, since sm_86 does not multiply them",
+        ),
+        (
+            "nvfp4",
+            "sm_89",
+            "ltx-demo: 60 layers in nvfp4 are quantized anew as fp8, since sm_89 does not multiply them",
+        ),
+        ("int8", "sm_86", ""),
+    ],
+)
+def test_what_a_card_does_not_multiply_is_said_before_anything_is_fetched(
+    form: str, target: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from overcrank.engines.cards import Card
+    from overcrank.runtime.pipeline import parts
+    from overcrank.runtime.sessions import stored_report
+
+    make = {"fp8": files.fp8, "int8": files.int8, "nvfp4": files.nvfp4}[form]
+    file = files.saved(tmp_path / "f.safetensors", make(files.original(files.weights("transformer"))))
+    monkeypatch.setattr(parts, "card_of", lambda device: Card(0, "card", target, 0, 0, "580"))
+    monkeypatch.setattr(stored_report, "_told", set())
+    variant = resolve("ltx-demo")
+    for _ in range(2):
+        parts.warn_of_card(parts.require_parts({"transformer": file}, variant), variant, "cuda")
+    assert [says] * bool(says) == [line.partition(" as they are")[0] for line in caplog.messages]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 import pytest
-from overcrank.engines import module_refusals, refusals
+from overcrank.engines import graph_refusals, module_refusals, refusals
 from overcrank.engines.module_refusals import ModuleChange, ModuleChanged, ParameterUnfit, Unfit
 from overcrank.engines.refusals import CannotServe, Refusal
 from overcrank.options import named_as_flags
@@ -17,7 +17,8 @@ from overcrank.runtime.sessions.session import Ledger
 
 pytestmark = pytest.mark.quick
 BUILD = "build-engine --model ltx --gpu sm_89"
-SAMPLES = {str: "{name}", int: 2, float: 1.5, bool: True, tuple[str, ...]: ("{name}", "more"), tuple[int, ...]: (1, 2)}
+WORD = "{the name}"
+SAMPLES = {str: WORD, int: 2, float: 1.5, bool: True, tuple[str, ...]: (WORD, "more"), tuple[int, ...]: (1, 2)}
 BASES = {"OfThisCall", "TensorRTRefusal"}
 
 
@@ -29,7 +30,7 @@ def sample(kind: type[Refusal]) -> Refusal:
 
 
 def kinds() -> Iterator[Refusal]:
-    for module in (refusals, module_refusals):
+    for module in (refusals, module_refusals, graph_refusals):
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, Refusal) and kind.__module__ == module.__name__:
                 if kind is Refusal or name in BASES or name in ("ModuleChanged", "ParameterUnfit"):

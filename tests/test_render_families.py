@@ -74,7 +74,7 @@ def test_engines_graphs_render_what_eager_renders(
     assert decibels >= 50
 
 
-@pytest.mark.parametrize("name", ["wan", "skyreels-forcing", "cosmos"])
+@pytest.mark.parametrize("name", tiny.specimens(("wan", "skyreels-forcing", "cosmos"), "wan", "skyreels-forcing"))
 def test_guidance_ends_before_the_steps_do(name: str, run: Any, tmp_path: Path, store: Path) -> None:
     """A pipeline that makes two calls for each guided step makes one for each that is not."""
     folder, case = pipelines.saved(name, tmp_path), pipelines.CASES[name]

@@ -16,6 +16,7 @@ from overcrank.models.base import Variant, VideoShape
 
 from tests import pipelines, tiny, without_torchvision
 from tests.simulated_tensorrt import Simulated, bundle_of
+from tests.simulated_tensorrt.installed import every_component
 from tests.test_render_families import STEPS, frames_of, media_of
 
 OF_PICTURES = 640  # pixels a side, where the pipeline makes the size of the picture's shape
@@ -56,11 +57,13 @@ def built(name: str, folder: Path, store: Path, simulated: Simulated) -> Path:
     from overcrank.runtime.pipeline.load import load
 
     pipe = load(str(folder), backend="eager", device="cpu")
-    variant = pipe.overcrank.variant
-    return simulated.plans.register(bundle_of(variant, profile_of(variant, pipelines.CASES[name]), Store(store)))
+    variant, case = pipe.overcrank.variant, pipelines.CASES[name]
+    # An encoder's graph takes as long to export as all others, and a video of words alone does not call it.
+    names = [c.name for c in every_component(variant) if case.media or not c.name.startswith("vae_encoder")]
+    return simulated.plans.register(bundle_of(variant, profile_of(variant, case), Store(store), *names))
 
 
-@pytest.mark.parametrize("name", tiny.thinned(pipelines.CASES, every=20))
+@pytest.mark.parametrize("name", tiny.specimens(pipelines.CASES, "ltx-upsampler", "wan", "modelscope"))
 def test_sessions_render_what_eager_renders(
     name: str, run: Any, tmp_path: Path, bundles: Path, simulated: Simulated, record_property: Any
 ) -> None:

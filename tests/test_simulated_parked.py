@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from overcrank.engines.store import Store
 from overcrank.export.quantization.recipe import LayerFormat
 from overcrank.models import resolve
 from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.pipeline.lora import LoraFile
+from overcrank.runtime.pipeline.lora_sets import LoraSets
 from overcrank.runtime.sessions import parked
 
 from tests.simulated_tensorrt import Simulated, bundle_of
+from tests.test_job_loras import lora_file
 from tests.test_simulated_batch import PROFILE
 
 INT8 = LayerFormat("int8", "dynamic")
@@ -23,16 +27,17 @@ CALL = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 9, "n
 
 
 @pytest.fixture
-def pipe(simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def pipe(simulated: Simulated, seeded: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     card = simulated.card
     monkeypatch.setattr(parked, "on_a_card", card.holds)
     monkeypatch.setattr(parked, "to_host", card.sent_away)
     monkeypatch.setattr(parked, "to_device", lambda tensor, device: card.brought(tensor))
-    built = bundle_of(resolve("ltx-demo"), PROFILE, Store(tmp_path), "denoiser", wide=False, layers=INT8)
+    store = Store(seeded(tmp_path / "store"))
+    built = bundle_of(resolve("ltx-demo"), PROFILE, store, "denoiser", wide=False, layers=INT8)
     simulated.plans.register(built)
     made = load("ltx-demo", backend="eager", device="cpu", dtype=torch.bfloat16)
     made.set_progress_bar_config(disable=True)
-    return accelerate(made, backend="tensorrt", store=tmp_path, precision="int8", activations=INT8.activations)
+    return accelerate(made, backend="tensorrt", store=store, precision="int8", activations=INT8.activations)
 
 
 def latents(pipe: Any) -> torch.Tensor:
@@ -63,4 +68,25 @@ def test_weights_are_parked_fetched_for_pytorch_and_parked_again(simulated: Simu
     assert record.backends() == {"denoiser": {"tensorrt_rtx": 2}}
     assert not any(map(card.holds, weights))
     error = (first.float() - eager.float()).pow(2).mean() / eager.float().pow(2).mean()
+    assert 0 < float(error) < 1e-2
+
+
+def test_loras_that_come_and_go_are_packed_where_weights_are_parked(
+    simulated: Simulated, pipe: Any, tmp_path: Path
+) -> None:
+    own = (LoraFile(lora_file(tmp_path / "a.safetensors", 0)),)
+    sets = LoraSets(pipe, pipe.overcrank.variant)
+    with pipe.overcrank.ledger.recording() as record:
+        plain = latents(pipe)
+        with sets.merged(own):
+            merged = latents(pipe)
+        with sets.merged(()):
+            assert torch.equal(latents(pipe), plain)
+        with sets.merged(own):
+            assert torch.equal(latents(pipe), merged)
+    assert not torch.equal(plain, merged)
+    assert record.backends() == {"denoiser": {"tensorrt_rtx": 8}}
+    with sets.merged(own), pipe.overcrank.ledger.eagerly():
+        eager = latents(pipe)
+    error = (merged.float() - eager.float()).pow(2).mean() / eager.float().pow(2).mean()
     assert 0 < float(error) < 1e-2

@@ -130,13 +130,11 @@ def recipe_of_components(recipes: Mapping[str, ComponentRecipe], variant: Varian
 
 def anew_line(recipe: Recipe, where: str) -> str:
     """Which layers of files engines do not multiply as they are stored, for the card `where`; "" for none."""
-    counts = Counter(
-        (rule.reason.removeprefix(STORED), rule.format)
-        for entry in recipe.components.values()
-        for rule in entry.rules
-        if rule.reason.startswith(STORED)
-    )
-    parts = [f"{count} layers in {stored} are quantized anew as {form}" for (stored, form), count in counts.items()]
+    rules = {(r.layers, r.reason, r.format) for entry in recipe.components.values() for r in entry.rules}
+    counts = Counter((reason.removeprefix(STORED), form) for _, reason, form in rules if reason.startswith(STORED))
+    parts = [
+        f"{count} layers in {stored} are quantized anew as {form}" for (stored, form), count in sorted(counts.items())
+    ]
     return f"{recipe.model}: {', '.join(parts)}, since {where} does not multiply them as they are." if parts else ""
 
 
@@ -164,6 +162,12 @@ def parts_of(variant: Variant) -> dict[str, Component]:
     return {part: c for c in every for part in (c.subfolder, *c.also_serves) if part in variant.configs}
 
 
+def engines_of(part: str, variant: Variant) -> list[Component]:
+    """All components that a part's whole module serves, such as with and without a first frame."""
+    every = family(variant.family).components(variant)
+    return [c for c in every if not c.attribute and part in (c.subfolder, *c.also_serves)]
+
+
 def layout(words: Sequence[str], variant: Variant, precisions: Collection[str]) -> Recipe:
     """How engines for a card multiply the layers of files PART=FILE, of which only the headers are read.
 
@@ -173,22 +177,24 @@ def layout(words: Sequence[str], variant: Variant, precisions: Collection[str]) 
     recipes: dict[str, ComponentRecipe] = {}
     known = parts_of(variant)
     for part, file in part_words(words, "layout", known, variant.name).items():
-        component = known[part]
-        recipe = _layout_of(file, component, precisions)
-        if recipe is None:
-            raise CheckpointError(f"{file}: no layer is quantized, so it needs no engine of its own; leave it out.")
-        if recipes.setdefault(component.name, recipe) != recipe:
-            raise UserError(
-                f"{option('layout', f'{part}={file}')}: it quantizes other layers than the file of the part with which "
-                f"it shares an engine; build two bundles."
-            )
+        layers = _layers_of(file, known[part])
+        for component in engines_of(part, variant):
+            recipe = recipe_of_layers(layers, component, precisions)
+            if recipe is None:
+                raise CheckpointError(f"{file}: no layer is quantized, so it needs no engine of its own; leave it out.")
+            if recipes.setdefault(component.name, recipe) != recipe:
+                raise UserError(
+                    f"{option('layout', f'{part}={file}')}: it quantizes other layers than the file of the part with "
+                    f"which it shares an engine; build two bundles."
+                )
     recipe_of_all = recipe_of_components(recipes, variant)
     if recipe_of_all is None:
         raise UserError(f"{option('layout')} is empty; write PART=FILE, such as transformer=model.safetensors.")
     return recipe_of_all
 
 
-def _layout_of(file: str, component: Component, precisions: Collection[str]) -> ComponentRecipe | None:
+def _layers_of(file: str, component: Component) -> dict[str, tuple[str, int]]:
+    """Layer → its format in the file, and its rotation."""
     from accelerate import init_empty_weights
     from overcrank.export.module import construct
 
@@ -196,5 +202,4 @@ def _layout_of(file: str, component: Component, precisions: Collection[str]) -> 
         module = construct(component.cls, component.config, file)
     with local_header(file) as path:
         formats = part_file(path, component, module, holes="://" in file).formats()
-    layers = {name: (own.format, own.rotation) for name, own in formats.items()}
-    return recipe_of_layers(layers, component, precisions)
+    return {name: (own.format, own.rotation) for name, own in formats.items()}

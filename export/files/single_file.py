@@ -8,7 +8,7 @@ nothing of them is repeated, and what is a run of rows in the file stays a view 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from overcrank.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "transformer.", "net.")
@@ -78,6 +79,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 def _renamed(cls: type, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> dict[str, tuple[Rows, ...]]:
     """By diffusers; `names`: as it is called there → as in the file."""
+    import numpy as np
     import torch
 
     firsts, count = {}, 0
@@ -86,17 +88,19 @@ def _renamed(cls: type, shapes: Mapping[str, tuple[int, ...]], names: Mapping[st
         ids[name] = torch.arange(count, count + _rows(shape)).reshape(-1, *(1 for _ in shape[1:]))
         firsts[count] = names[name]
         count += _rows(shape)
-    starts = sorted(firsts)
+    starts = np.array(sorted(firsts))
     return {name: tuple(_runs(tensor, starts, firsts)) for name, tensor in _converted(cls, ids).items()}
 
 
 def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.loaders import single_file_model as own
 
-    name = own._get_single_file_loadable_mapping_class(cls)
+    known = own.SINGLE_FILE_LOADABLE_CLASSES
+    own_names = (c.__name__ for c in cls.__mro__)  # diffusers' own search imports every class it knows
+    name = next((name for name in own_names if name in known), None)
     if name is None:
         return ids
-    convert: Any = own.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    convert: Any = known[name]["checkpoint_mapping_fn"]
     given = {"checkpoint": dict(ids), "config": {}}
     taken = inspect.signature(convert).parameters
     try:
@@ -107,7 +111,7 @@ def _converted(cls: type, ids: dict[str, Tensor]) -> dict[str, Tensor]:
         ) from error
 
 
-def _runs(tensor: Tensor, starts: Sequence[int], firsts: Mapping[int, str]) -> Iterable[Rows]:
+def _runs(tensor: Tensor, starts: np.ndarray, firsts: Mapping[int, str]) -> Iterable[Rows]:
     """Row numbers as runs of rows, each of one tensor."""
     import numpy as np
 
@@ -117,7 +121,7 @@ def _runs(tensor: Tensor, starts: Sequence[int], firsts: Mapping[int, str]) -> I
     homes = np.searchsorted(starts, numbers, "right") - 1
     ends = np.flatnonzero((np.diff(numbers) != 1) | (np.diff(homes) != 0))
     for begin, last in zip([0, *(ends + 1).tolist()], [*ends.tolist(), len(numbers) - 1], strict=True):
-        first = starts[homes[begin]]
+        first = int(starts[homes[begin]])
         yield Rows(firsts[first], int(numbers[begin]) - first, int(numbers[last]) + 1 - first)
 
 

@@ -27,6 +27,7 @@ from overcrank.options import merged, option
 from overcrank.runtime.options import AccelerateOptions
 from overcrank.runtime.pipeline.adapters import adapters_of
 from overcrank.runtime.pipeline.lora_parts import lora_of
+from overcrank.runtime.pipeline.lora_sets import LoraSets
 from overcrank.runtime.sessions.card import card_of, no_card, require_driver
 from overcrank.runtime.sessions.engine_module import EngineModule, Slot
 from overcrank.runtime.sessions.select import build_command, bundles_with_graphs, fitting_bundles, pull_missing
@@ -65,6 +66,7 @@ class Acceleration:
     quantization: Quantization | None = None
     weights: dict[str, dict[str, str]] = field(default_factory=dict)  # part → the file it is from, in place of its own
     loras: list[dict[str, Any]] = field(default_factory=list)  # merged into the weights, or beside them
+    lora_sets: LoraSets | None = None  # those that jobs bring; None where they cannot
     moved: tuple[str, ...] = ()  # parts of the pipeline that are on the card only while they run
     dtypes: dict[str, str] = field(default_factory=dict)  # of the parts, where they were asked for
     workspace: Workspace = field(default_factory=Workspace)
@@ -94,6 +96,8 @@ class Acceleration:
         adapters = adapters_of(pipe, self.variant)
         adapters.set([lora_of(argument) for argument in loras])
         self.loras = adapters.about()
+        if self.lora_sets is not None:
+            self.lora_sets.usual = adapters.files
 
     def save_kernels(self) -> None:
         """Keep on disk what sessions have compiled; a disk that is full costs later renders time, not this one."""
@@ -317,6 +321,8 @@ def _without_card(
     bundles = bundles_with_graphs(candidates, variant)
     if not bundles and (bundle or not any(packaged_graph(c) for c in components(variant))):
         return None
+    if bundles:
+        acceleration.ledger.build = build_command(variant, bundles[0][1].target)
     if no_card():
         log.warning("rendering on the processor, in ONNX Runtime: %s.", error)
     return GraphsHere(None, store, bundles, acceleration.bundles, packaged=not bundle).session

@@ -43,6 +43,7 @@ class Adapters:
         self._pipeline, self._words = type(pipe), words
         self.always: Sequence[LoraFile] = ()  # of a preset, which stay
         self.loras: list[Lora] = []
+        self.files: tuple[LoraFile, ...] = ()  # that were set last
         self._kept: dict[Place, Tensor] = {}  # as it was before anything was merged
         self._for_good: set[Place] = set()  # merged, with nothing kept
         self._read: dict[object, Lora] = {}  # files of the last call
@@ -81,7 +82,16 @@ class Adapters:
         except BaseException:
             self._put([lora for lora in self.loras if lora.scale], keep)
             raise
-        self.loras = loras
+        self.loras, self.files = loras, tuple(files)
+
+    @property
+    def changeable(self) -> bool:
+        """Whether others can be set: nothing was merged for good."""
+        return not self._for_good
+
+    def described(self, files: Sequence[LoraFile]) -> list[dict[str, Any]]:
+        """What a sidecar would say with these set; raises UserError and CheckpointError as `set`."""
+        return [lora.about() for lora in self._loras([*self.always, *files])]
 
     def about(self, merged_alone: bool = False) -> list[dict[str, Any]]:
         """What a sidecar says of them; `merged_alone`: of those that are in some weight."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def check_parts(names: Mapping[str, Any], folder: Path | str) -> None:
     """Raise UserError when a part is named that the checkpoint in `folder` has not."""
     try:
-        index = json.loads((Path(folder) / "model_index.json").read_text("utf-8"))
+        index = json.loads((Path(folder) / "model_index.json").read_text("utf-8-sig"))
     except (OSError, ValueError):
         return  # what is wrong with it is said when it is read
     parts = [k for k, v in index.items() if isinstance(v, list) and v[0] and "tokenizer" not in k]

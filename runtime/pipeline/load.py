@@ -33,6 +33,8 @@ from overcrank.runtime.pipeline.dtypes import check_parts, dtypes_of, of_parts
 from overcrank.runtime.pipeline.imports import pipeline_class
 from overcrank.runtime.pipeline.lora import LoraFile
 from overcrank.runtime.pipeline.lora_parts import lora_of
+from overcrank.runtime.pipeline.lora_sets import LoraSets
+from overcrank.runtime.pipeline.marks import without_marks
 from overcrank.runtime.pipeline.naming import files_of, with_paths
 from overcrank.runtime.pipeline.placement import AUTO, parts_of, place, planned, vram_of, working_bytes
 from overcrank.runtime.render.schedule import scheduler_of
@@ -58,16 +60,26 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     Raises UserError for an unknown option, part or type, ModelError when the checkpoint cannot be found or read,
     StoreError when the disk is too small for it, CheckpointError for a LoRA of another model.
     """
+    return loaded(model, merged(LoadOptions, options, changes), watch)
+
+
+def loaded(model: str, options: LoadOptions, watch: Watch = progress_bar, changing: bool = False) -> Any:
+    """As `load`; `changing`: jobs bring LoRAs of their own, so those of the options are merged when a job has none."""
     import torch
     from overcrank.runtime.pipeline.accelerate import denoisers, with_engines
     from overcrank.runtime.pipeline.adapters import adapters_of
     from overcrank.runtime.pipeline.parts import parts_from_files
 
-    model, options = with_paths(model, merged(LoadOptions, options, changes))
+    model, options = with_paths(model, options)
     given = files_of(options)
     quantization, vram, store = options.quantization(), vram_of(options.vram), Store(options.store)
     variant, preset = with_preset(resolve(model), options.preset)
-    files = [lora_of(argument) for argument in options.loras]
+    asked = [lora_of(argument) for argument in options.loras]
+    if changing and options.pack is not None:
+        raise UserError(
+            f"{option('pack', options.pack)} holds weights with the LoRAs they were packed with, and jobs name their "
+            f"own; leave the pack out, or render those jobs apart."
+        )
     require_files(options, variant)
     folder = checkpoint_folder(model, variant, store, watch, given)
     if quantization is not None:
@@ -81,8 +93,8 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     adapters.always = _of_preset(preset)
     if not options.fuse_loras:
         adapters.leave_unmerged([module for module, _ in denoisers(pipe, variant)])
-    adapters.set(files, keep=not options.fuse_loras)
-    if quantization is not None:
+    adapters.set([] if changing else asked, keep=changing or not options.fuse_loras)
+    if quantization is not None and not changing:  # else what is packed is of one set, and not kept for the next
         merged_ones = adapters.about(merged_alone=True)
         digest = _weights_of(folder, variant, (given, merged_ones), store)
         quantization = _of_weights(quantization, digest, merged_ones, adapters.parts)
@@ -92,6 +104,8 @@ def load(model: str, options: LoadOptions | None = None, *, watch: Watch = progr
     about.moved, about.dtypes = moved, of_parts(pipe) if options.dtype else {}
     about.weights = {part: _about_file(file, store) for part, file in given.items()}
     about.variant = replace(about.variant, renders=variant.renders, preset=variant.preset)
+    if adapters.changeable and options.pack is None:
+        about.lora_sets = LoraSets(adapters, asked)
     return pipe
 
 
@@ -139,9 +153,12 @@ def _read(folder: Path, variant: Variant, dtypes: Mapping[str, torch.dtype], par
     require_whole(folder, pipeline, kind, given=parts.keys())
     try:
         each = {part or "default": dtype for part, dtype in dtypes.items()}
-        pipe = pipeline.from_pretrained(folder, dtype=each, local_files_only=True, variant=kind or None, **parts)
+        with without_marks(folder) as plain:
+            pipe = pipeline.from_pretrained(plain, dtype=each, local_files_only=True, variant=kind or None, **parts)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as {name}: {str(error).rstrip('.')}.") from error
+    if plain != folder:
+        pipe.register_to_config(_name_or_path=str(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -289,7 +289,7 @@ def _named(file: Path, pipeline: type, rest: Mapping[str, Tensor]) -> tuple[Mapp
         return {}, {}
     alphas = {} if "return_alphas" not in inspect.signature(reader).parameters else {"return_alphas": True}
     try:
-        result = reader(dict(rest), **alphas)
+        result = reader({key: tensor.clone() for key, tensor in rest.items()}, **alphas)  # it writes into them
     except Exception as error:  # its converters take the file as they expect it to be
         problem = layout_of(rest) or (
             f"is for another model: diffusers does not understand its names, such as {listed(sorted(rest)[:2])} "

@@ -1,4 +1,4 @@
-"""What a LoRA file that is not merged here is, told by its names: its layout, and what would make it one that is."""
+"""What a LoRA file that is not merged here is, told by its names."""
 
 from __future__ import annotations
 
@@ -15,23 +15,6 @@ _KINDS = (
     (r"\.ia3_|\.on_input$", "IA3 (scales of activations)", TRAINER),
     (r"\.vera_|\.randlora_|\.lora_mid\.|\.lora_embedding_", "another kind than plain LoRA pairs", TRAINER),
 )
-_LAYOUTS = (
-    (
-        r"lora_(unet|te\d?|transformer|prior)_.+",
-        "kohya's layout (lora_unet_…), which diffusers has no names for in this model",
-        "convert it to diffusers' names (transformer.….lora_A.weight)",
-    ),
-    (
-        r"base_model\.model\..+",
-        "PEFT's own layout (base_model.model.…), whose alpha is in another file",
-        "load it with PEFT and write it with the pipeline's save_lora_weights",
-    ),
-    (
-        r"(model\.)?(blocks|transformer_blocks|double_blocks|single_blocks|down_blocks|up_blocks|mid_block)[._].+",
-        "a layout without the part's name (its names begin with the blocks)",
-        "save it again with 'diffusion_model.' or 'transformer.' before each name",
-    ),
-)
 
 
 def layout_of(keys: Collection[str]) -> str:
@@ -39,9 +22,6 @@ def layout_of(keys: Collection[str]) -> str:
     for pattern, name, need in _KINDS:
         if any(re.search(pattern, key) for key in keys):
             return f"is {name}, which is not merged here; {need}"
-    for pattern, name, need in _LAYOUTS:
-        if any(re.fullmatch(pattern, key) for key in keys):
-            return f"is in {name}; {need}"
     return ""
 
 

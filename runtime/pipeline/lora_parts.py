@@ -26,9 +26,9 @@ def lora_of(argument: str) -> LoraFile:
         file, factor = (Path(path), float(scale)) if colon else (Path(rest), 1.0)
     except ValueError:  # a colon of the path, as in C:\
         file, factor = Path(rest), 1.0
-    if not file.expanduser().is_file() and Path(path).expanduser().is_file():
+    if not file.expanduser().is_file() and (words := _behind_a_file(rest)):
         raise UserError(
-            f"{lora_option(argument)}: the strength '{scale}' is no number; give one such as 0.8, which holds for all "
+            f"{lora_option(argument)}: the strength '{words}' is no number; give one such as 0.8, which holds for all "
             f"steps."
         )
     if not file.expanduser().is_file():
@@ -38,6 +38,12 @@ def lora_of(argument: str) -> LoraFile:
             f"{lora_option(argument)}: the scale {factor} is no number to multiply with; give one such as 0.8."
         )
     return LoraFile(file.expanduser(), factor, part)
+
+
+def _behind_a_file(text: str) -> str:
+    """What is written behind a file and a colon; empty for nothing."""
+    places = [i for i, letter in enumerate(text) if letter == ":"]
+    return next((text[i + 1 :] for i in places if Path(text[:i]).expanduser().is_file()), "")
 
 
 def read_loras(files: Sequence[LoraFile], pipeline: type, parts: Parts, words: Mapping[str, str]) -> list[Lora]:
@@ -76,7 +82,7 @@ def _known_alone(one: LoraFile, contents: Contents, unknown: Sequence[str]) -> C
     if unknown:
         whole = len(contents) + len(contents.strange)
         log.warning(
-            "%s: %d of its %d layers are none of this model's, and are left out: %s.",
+            "%s: %d of its %d layers and biases are none of this model's, and are left out: %s.",
             *(lora_option(one.file), len(unknown), whole, listed(unknown)),
         )
     return contents.without(unknown)

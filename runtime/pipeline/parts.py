@@ -10,7 +10,14 @@ from overcrank.engines.targets import BY_NAME
 from overcrank.errors import CheckpointError
 from overcrank.export.files.contents import contents_of
 from overcrank.export.files.kinds import LORA
-from overcrank.export.files.parts import PartFile, part_file, parts_of, recipe_of_components, recipe_of_layers
+from overcrank.export.files.parts import (
+    PartFile,
+    engines_of,
+    part_file,
+    parts_of,
+    recipe_of_components,
+    recipe_of_layers,
+)
 from overcrank.models.base import Component, Variant
 from overcrank.options import option
 from overcrank.runtime.pipeline.encoders import encoder_of
@@ -47,12 +54,13 @@ def warn_of_card(parts: Mapping[str, PartFile], variant: Variant, device: str) -
     if not device.startswith("cuda"):
         return
     target = card_of(torch.device(device)).target
-    own, recipes = parts_of(variant), {}
+    recipes = {}
     for part, file in parts.items():
         layers = {name: (layer.format, layer.rotation) for name, layer in file.formats().items()}
         precisions = BY_NAME[target].precisions if target in BY_NAME else None
-        if (recipe := recipe_of_layers(layers, own[part], precisions)) is not None:
-            recipes[own[part].name] = recipe
+        for component in engines_of(part, variant):
+            if (recipe := recipe_of_layers(layers, component, precisions)) is not None:
+                recipes[component.name] = recipe
     if (whole := recipe_of_components(recipes, variant)) is not None:
         warn_anew(whole, target)
 

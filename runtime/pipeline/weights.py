@@ -20,7 +20,7 @@ from overcrank.export.files.single_file import Rows
 from overcrank.export.module import cast_like_diffusers, construct
 from overcrank.export.quantization.recipe import ComponentRecipe, Recipe
 from overcrank.export.quantization.stored import Quantized, joined, read_layer
-from overcrank.models import components
+from overcrank.models import family
 from overcrank.models.base import Component, Variant
 from overcrank.runtime.sessions.stored_linear import StoredLinear
 from torch import nn
@@ -121,8 +121,8 @@ def stored_layout(pipe: Any, variant: Variant, precisions: Collection[str] | Non
     Raises CheckpointError for experts, which share an engine, of different layouts.
     """
     recipes: dict[str, ComponentRecipe] = {}
-    words: list[str] = []
-    for component in components(variant):
+    words: dict[str, None] = {}
+    for component in family(variant.family).components(variant):
         parts = [] if component.attribute else [component.subfolder, *component.also_serves]
         layers = {p: _stored_layers(module) for p in parts if (module := getattr(pipe, p, None)) is not None}
         own = {p: _recipe_of(stored, component, precisions) for p, stored in layers.items()}
@@ -130,7 +130,7 @@ def stored_layout(pipe: Any, variant: Variant, precisions: Collection[str] | Non
             raise CheckpointError(f"{' and '.join(own)} share an engine, and their files quantize different layers.")
         if (recipe := next(iter(own.values()), None)) is not None:
             recipes[component.name] = recipe
-            words += [f"{part}={next(iter(stored.values())).file}" for part, stored in layers.items()]
+            words |= {f"{part}={next(iter(stored.values())).file}": None for part, stored in layers.items()}
     recipe_of_all = recipe_of_components(recipes, variant)
     return None if recipe_of_all is None else StoredLayout(recipe_of_all, tuple(words))
 

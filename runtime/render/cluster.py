@@ -16,6 +16,7 @@ from overcrank.errors import OvercrankError, RenderError, UserError
 from overcrank.models.base import Variant
 from overcrank.options import use_flags
 from overcrank.runtime.options import RenderOptions
+from overcrank.runtime.render.job_loras import by_loras
 from overcrank.runtime.render.renderer import (
     CANCELLED,
     FAILED,
@@ -42,8 +43,8 @@ class _RemoteRenderer:
         self._renderer: Renderer | None = None
         self._attempts: dict[RenderJob, tuple[int, int]] = {}
 
-    def load(self, options: RenderOptions, variant: Variant, folder: str, events: Any) -> int:
-        """The model, once; how many jobs it takes at a time."""
+    def load(self, options: RenderOptions, variant: Variant, folder: str, events: Any, changing: bool) -> int:
+        """The model, once; how many jobs it takes at a time; `changing` as of `load_renderer`."""
         self._events = events
         with self._loading:
             if self._renderer is None:
@@ -54,7 +55,7 @@ class _RemoteRenderer:
                         f"--ray: {os.uname().nodename} has no {folder}; start the batch in a folder that every "
                         f"machine of the cluster sees."
                     ) from error
-                self._renderer = load_renderer(options, variant, self)
+                self._renderer = load_renderer(options, variant, self, changing)
             return self._renderer.lanes
 
     def render(self, number: int, attempt: int, job: RenderJob, resume: bool) -> Outcome | None:
@@ -108,7 +109,8 @@ class ClusterRenderer:
         """Render every job; one that fails does not stop the rest, and Ctrl-C cancels between steps."""
         self._jobs, self._outcomes = jobs, [Outcome(job) for job in jobs]
         self._resume, self._attempt = resume, [0] * len(jobs)
-        self._waiting = deque(range(len(jobs)))
+        self._waiting = deque(by_loras([job.request for job in jobs]))
+        self._changing = any(job.request.lora is not None for job in jobs)
         self._actors = [self._new() for _ in range(min(self._room, len(jobs)))]
         self._free: list[Any] = []
         self._running: dict[Any, tuple[int, Any]] = {}  # result → number of the job, actor
@@ -123,7 +125,7 @@ class ClusterRenderer:
         return self._outcomes
 
     def _asked(self, actor: Any) -> Any:
-        return actor.load.options(max_task_retries=RETRIES).remote(*self._setup)
+        return actor.load.options(max_task_retries=RETRIES).remote(*self._setup, self._changing)
 
     def _go(self) -> None:
         while self._waiting or self._running:

@@ -8,11 +8,11 @@ import unicodedata
 from pathlib import Path
 
 from overcrank.errors import RequestError
+from overcrank.files import MOST_BYTES
 from overcrank.runtime.render.results import BESIDE_NAME
 
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
 FORBIDDEN = '<>:"/\\|?*'
-MOST_BYTES = 255
 MEDIA = (".mkv", ".webm", ".avi", ".mov", ".m4v", ".wmv", ".flv", ".webp", ".avif", ".json")
 
 

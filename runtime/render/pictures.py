@@ -52,7 +52,11 @@ def picture_of(path: Path) -> Image.Image:
     except RequestError:
         raise
     except Exception as error:  # whatever Pillow's parsers make of damage
-        reason = "it is none of " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
+        reason = str(error).rstrip(".") or f"it is damaged ({type(error).__name__})"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is none of " + ", ".join(FORMATS)
+        if isinstance(error, MemoryError):
+            reason = "there is too little memory for its pixels; give a smaller one"
         raise RequestError(f"image {path} cannot be read as a picture: {reason}.") from error
 
 

@@ -14,22 +14,25 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from overcrank.engines.refusals import NonFiniteResult, free_memory
-from overcrank.errors import OvercrankError, RenderCancelled, RenderError
+from overcrank.errors import OvercrankError, RenderCancelled, RenderError, RequestError
 from overcrank.models import family
 from overcrank.models.base import Media, Variant
 from overcrank.models.hub import unwatched
 from overcrank.options import merged, option
 from overcrank.runtime.options import RenderOptions
 from overcrank.runtime.pipeline.accelerate import device_of
+from overcrank.runtime.pipeline.adapters import adapters_of
 from overcrank.runtime.pipeline.checkpoint import broken_weight
 from overcrank.runtime.pipeline.imports import pipeline_class, uncollected
-from overcrank.runtime.pipeline.load import load, pipeline_for
+from overcrank.runtime.pipeline.load import loaded, pipeline_for
+from overcrank.runtime.pipeline.lora_sets import LoraSets
+from overcrank.runtime.render.job_loras import by_loras, lora_files
 from overcrank.runtime.render.media import cropped, media_of
 from overcrank.runtime.render.output import Video, Writing, write_results
 from overcrank.runtime.render.request import RenderRequest, require_memory
@@ -113,6 +116,9 @@ class Renderer:
         self.preview, self.metadata = options.preview, options.metadata
         self.acceleration: Acceleration = pipe.overcrank
         variant = self.acceleration.variant
+        adapters = adapters_of(pipe, variant)
+        if self.acceleration.lora_sets is None and adapters.changeable and options.pack is None:
+            self.acceleration.lora_sets = LoraSets(adapters, adapters.files)
         self.cache = StepCache(threshold_of(options.cache, variant), variant, self.acceleration.ledger)
         self.lanes = 1 if self.acceleration.moved else options.lanes or _lanes(device_of(pipe))
         self._stages = {name: threading.Lock() for name in ("encoding", "denoising", "decoding")}
@@ -127,7 +133,7 @@ class Renderer:
         """
         outcomes, at_once = [Outcome(job) for job in jobs], False
         pool = ThreadPoolExecutor(self.lanes, "render")
-        running = [pool.submit(self._guarded, outcome, resume) for outcome in outcomes]
+        running = [pool.submit(self._guarded, outcomes[i], resume) for i in by_loras([job.request for job in jobs])]
         try:
             self._wait(running)
         except KeyboardInterrupt as stop:
@@ -160,11 +166,13 @@ class Renderer:
         try:
             if self._cancelled.is_set():
                 return
-            if resume and is_complete(job.stem, job.request.digest(self.model, self._settings())):
+            if resume and is_complete(job.stem, job.request.digest(self.model, self._settings(job.request))):
                 outcome.status = SKIPPED
                 return
-            self.watcher.started(job)
-            self._render(outcome)
+            with self._with_loras(job.request):
+                self.check_cancelled()
+                self.watcher.started(job)
+                self._render(outcome)
             outcome.status = DONE
         except RenderCancelled:
             outcome.status = CANCELLED
@@ -217,16 +225,31 @@ class Renderer:
                         raise RenderError(f"engines and eager PyTorch both gave {again}; try another seed.") from again
             self.acceleration.save_kernels()
             self.watcher.stage(job, "writing")
-            about = about_render(self.acceleration, self._settings(), self.model, pipe, job.request, outcome)
+            about = about_render(self.acceleration, self._settings(job.request), self.model, pipe, job.request, outcome)
             writing = Writing(job.request.formats, about, job.request.audio, self.metadata, job.replace)
             outcome.files = write_results(video, job.stem, writing)
 
-    def _settings(self) -> dict[str, Any]:
-        return self.acceleration.settings() | self.cache.settings()
+    def _settings(self, request: RenderRequest) -> dict[str, Any]:
+        settings = self.acceleration.settings() | self.cache.settings()
+        sets = self._lora_sets(request)
+        settings.pop("loras", None)
+        loras = sets.about(sets.of(lora_files(request))) if sets else self.acceleration.loras
+        return settings | ({"loras": loras} if loras else {})
+
+    def _lora_sets(self, request: RenderRequest) -> LoraSets | None:
+        """None where weights stay as they are; raises RequestError for a request that needs others."""
+        sets = self.acceleration.lora_sets
+        if sets is None and request.lora is not None:
+            raise RequestError("lora: this pipeline has LoRAs or packed weights for good; load it without them.")
+        return sets
+
+    def _with_loras(self, request: RenderRequest) -> AbstractContextManager[None]:
+        sets = self._lora_sets(request)
+        return sets.merged(sets.of(lora_files(request))) if sets else nullcontext()
 
     def video(self, request: RenderRequest) -> Video:
         """A completed request's video, not written anywhere."""
-        with self.acceleration.ledger.recording():
+        with self.acceleration.ledger.recording(), self._with_loras(request):
             return self.made(Outcome(RenderJob(request, Path("video"))))[0]
 
     def made(self, outcome: Outcome) -> tuple[Video, Any]:
@@ -360,13 +383,16 @@ def _own_stream(device: Any) -> Iterator[None]:
         yield
 
 
-def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher) -> Renderer:
-    """The pipeline of `options.model`, loaded and accelerated in this process, which is for rendering alone."""
+def load_renderer(options: RenderOptions, variant: Variant, watcher: Watcher, changing: bool = False) -> Renderer:
+    """The pipeline of `options.model`, loaded and accelerated in this process, which is for rendering alone.
+
+    `changing`: some of its jobs bring their own LoRAs.
+    """
     with uncollected(forever=True), suppress(Exception):  # what cannot be imported, `load` tells
         pipeline_class(next(iter(variant.tasks.values())))
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
     threshold_of(options.cache, variant)  # a wrong word is told before anything is loaded
-    pipe = load(options.model, options, watch=unwatched)  # a bar would be drawn over that of the jobs
+    pipe = loaded(options.model, options, unwatched, changing)  # a bar would be drawn over that of the jobs
     return Renderer(pipe, variant.name, watcher, options)

@@ -13,10 +13,12 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from overcrank.errors import RequestError, ShapeError, UserError, present
+from overcrank.files import user_path
 from overcrank.models import check_shape, family, local_folder
 from overcrank.models._schedulers import RESCALING
 from overcrank.models.base import Rendering, Variant, VideoShape
 from overcrank.options import option
+from overcrank.runtime.render.job_loras import JobLora
 from overcrank.runtime.render.media import length_of, rate_of, require_sound, size_of_picture
 from overcrank.runtime.render.names import check_name, same_name
 from overcrank.runtime.render.schedule import scheduled
@@ -26,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Format = Literal["mp4", "gif", "png", "sheet", "latents"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "png", "sheet", "latents")
 log = logging.getLogger("overcrank")
-PROMPTS = Path(__file__).parents[1] / "calibration" / "data" / "prompts.txt"
+PROMPTS = Path(__file__).parents[2] / "calibration" / "data" / "prompts.txt"
 FILES = ("image", "last_image", "video", "audio")
 LONGEST_SIDE, MOST_FRAMES = 16_384, 100_000
 SLOWEST, FASTEST = 0.1, 240.0  # frames a second
@@ -42,7 +44,8 @@ class RenderRequest(BaseModel):
     low-noise expert of a model with two. `sigmas` (falling, from at most 1) or `timesteps` (of 1000) list the steps:
     they are final, no shift is laid over them. A `negative_prompt` of "" is none. `seconds` stands in place
     of `frames`. With `fit` a size that the model cannot make is rounded up, and `crop` (height, width, frames) is what
-    is kept: the middle of the picture, the first of the frames.
+    is kept: the middle of the picture, the first of the frames. `lora`: files in the place of those that the pipeline
+    was loaded with; an empty list is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +75,7 @@ class RenderRequest(BaseModel):
     video: Path | None = None
     strength: float = Field(default=0.8, ge=0, le=1, allow_inf_nan=False)
     audio: Path | None = None
+    lora: tuple[JobLora, ...] | None = None
     formats: tuple[Format, ...] = Field(default=("mp4", "sheet"), min_length=1)
 
     @field_validator("prompt", "negative_prompt")
@@ -110,6 +114,9 @@ class RenderRequest(BaseModel):
             )
         paths = self._paths(folder)
         values = self._guided(variant, rendering) | scheduled(self, variant, rendering) | paths
+        if self.lora is not None:
+            files = [_file_in(folder, lora.file, "lora") for lora in self.lora]
+            values["lora"] = tuple(x.model_copy(update={"file": f}) for x, f in zip(self.lora, files, strict=True))
         if self.fps is None:
             values["fps"] = self._rate(variant, rendering, paths)
         timed = self.model_copy(update={"fps": values.get("fps", self.fps)})
@@ -122,11 +129,7 @@ class RenderRequest(BaseModel):
         for field in FILES:
             path: Path | None = getattr(self, field)
             if path is not None:
-                paths[field] = ((folder or Path()) / path.expanduser()).absolute()
-                if not paths[field].exists():
-                    raise RequestError(f"{field} {path} does not exist.")
-                if not paths[field].is_file():
-                    raise RequestError(f"{field} {path} is no file.")
+                paths[field] = _file_in(folder, path, field)
         if "audio" in paths:
             require_sound(paths["audio"])
         return paths
@@ -223,9 +226,9 @@ class RenderRequest(BaseModel):
     def digest(self, model: str, settings: Mapping[str, object] | None = None) -> str:
         """SHA-256 of what decides the frames and files of a completed request, the content of its files included.
 
-        `settings`: what is not usual about the pipeline, such as LoRAs.
+        `settings`: what is not usual about the pipeline, such as LoRAs, those of the request among them.
         """
-        later = {"seconds", "fit", *(["crop"] if self.crop is None else [])}  # so that older results are known
+        later = {"seconds", "fit", "lora", *(["crop"] if self.crop is None else [])}  # so that older results are known
         described = self.model_dump(mode="json", exclude={"output", *later}) | {"model": model} | dict(settings or {})
         for field in FILES:
             path: Path | None = getattr(self, field)
@@ -233,6 +236,16 @@ class RenderRequest(BaseModel):
                 with path.open("rb") as stream:
                     described[field] = hashlib.file_digest(stream, "sha256").hexdigest()
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _file_in(folder: Path | None, path: Path, field: str) -> Path:
+    """The absolute path of a file that a request names, of `folder` if it is relative."""
+    file = ((folder or Path()) / user_path(path, field)).absolute()
+    if not file.exists():
+        raise RequestError(f"{field} {path} does not exist.")
+    if not file.is_file():
+        raise RequestError(f"{field} {path} is no file.")
+    return file
 
 
 def require_memory(request: RenderRequest) -> None:
@@ -344,7 +357,8 @@ def _reason(error: Mapping[str, Any]) -> str:
     """One pydantic error as "field: what is wrong"."""
     field = ".".join(map(str, error["loc"])) or "job"
     if error["type"] == "extra_forbidden":
-        return f"{field}: no such field; there are {', '.join(RenderRequest.model_fields)}"
+        owner = JobLora if len(error["loc"]) > 1 else RenderRequest
+        return f"{field}: no such field; there are {', '.join(owner.model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     value = "" if error["type"] in ("missing", "value_error") else f" (got {shorten(repr(error['input']), 80)})"
     return f"{field}: {message[0].lower()}{message[1:]}{value}"

@@ -62,7 +62,7 @@ def preview_path(stem: Path) -> Path:
 def is_complete(stem: Path, digest: str) -> bool:
     """Whether a result of this request lies there whole, by its sidecar and its files' sizes."""
     about = _read(sidecar_path(stem))
-    if about is None or about.get("request_sha256") != digest:
+    if about is None or about.get("request_sha256") != digest or not about["files"]:
         return False
     return all(_is_there(stem.with_name(entry["name"]), entry) for entry in about["files"])
 
@@ -129,7 +129,7 @@ def _listed(stem: Path) -> list[dict[str, Any]]:
 def _is_there(path: Path, entry: dict[str, Any]) -> bool:
     try:
         if "count" in entry:
-            return all((path / FRAME.format(i)).is_file() for i in range(entry["count"]))
+            return path.is_dir() and all((path / FRAME.format(i)).is_file() for i in range(entry["count"]))
         return bool(path.stat().st_size == entry["bytes"])
     except (OSError, KeyError, TypeError):
         return False

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from overcrank.engines.graph_refusals import SessionRefused
 from overcrank.engines.refusals import (
     AnotherComponentsCall,
     CallFailed,
@@ -57,7 +58,7 @@ class Slot:
                     self.refuse(error.why)
                     raise
                 except Exception as error:
-                    self.refused = SessionFailed(self.component.name, _first_line(error))
+                    self.refused = _why(self.component.name, error)
                     raise CannotServe(self.refused) from error
             return self.session
 
@@ -235,6 +236,14 @@ def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str
         raise CannotServe(WrongCall(str(error))) from error
     more = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     return arguments | {k: v for name in more for k, v in arguments.pop(name, {}).items()}
+
+
+def _why(component: str, error: Exception) -> Refusal:
+    """A session could not be made; what our own errors advise stands behind their semicolon."""
+    problem, _, advice = _first_line(error).rpartition("; ")
+    if problem and isinstance(error, OvercrankError):
+        return SessionRefused(component, problem, advice)
+    return SessionFailed(component, _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

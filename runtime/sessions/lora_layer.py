@@ -8,7 +8,8 @@ from math import prod
 from typing import Protocol, cast
 
 import torch
-from overcrank.engines.module_refusals import require_lora_inputs
+from overcrank.engines.module_refusals import lora_unfit
+from overcrank.engines.refusals import CannotServe
 from overcrank.export.quantization.lora import LORA_A, LORA_B
 from torch import nn
 
@@ -104,7 +105,8 @@ class BoundLoras:
         Those of zeros share their memory. Raises CannotServe for LoRAs that the graph cannot take.
         """
         taken = {entry.layer: entry.shape[1] for entry in self.inputs if entry.role == LORA_A}
-        require_lora_inputs(self.component, held_ranks(self.module), taken, self.precision)
+        if unfit := lora_unfit(self.component, held_ranks(self.module), taken, self.precision):
+            raise CannotServe(unfit)
         if not self.inputs:
             return {}
         layers, device = lora_layers(self.module), next(self.module.parameters()).device

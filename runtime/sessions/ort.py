@@ -10,6 +10,7 @@ import numpy as np
 from overcrank.errors import OvercrankError
 from overcrank.export.quantization.packing import unpacked_fp4
 from overcrank.runtime.sessions.ort_fp4 import lower_nvfp4
+from overcrank.runtime.sessions.ort_memory import Scores
 from overcrank.runtime.sessions.session import WithLoras
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ class OrtSession(WithLoras):
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # it makes integer products of fp8
         graph = ir.load(model) if isinstance(model, Path) else model
-        content = ir.to_proto(lower_nvfp4(widen_to_fp32(graph))).SerializeToString()
+        wide = lower_nvfp4(widen_to_fp32(graph))
+        self._scores = Scores(wide) if device == "cpu" else None
+        content = ir.to_proto(wide).SerializeToString()
         providers = [p for p in PROVIDERS[device] if p in ort.get_available_providers()]
         try:
             self._session: Any = ort.InferenceSession(content, options, providers=providers)
@@ -106,9 +109,14 @@ class OrtSession(WithLoras):
         self._bound = {k: _value(v) for k, v in _unpacked(parameters).items() if k in self._wanted}
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Named tensors in, named tensors out on the device of the inputs; 16-bit inputs are widened."""
+        """Named tensors in, named tensors out on the device of the inputs; 16-bit inputs are widened.
+
+        Raises CannotServe for a call that needs more memory on a processor than there is.
+        """
         import torch
 
+        if self._scores is not None:
+            self._scores.require_room(inputs)
         feeds = self._bound | {k: _value(v) for k, v in inputs.items() if k in self._wanted}
         results = self._session.run_with_ort_values(self.outputs, feeds)
         device = next(iter(inputs.values())).device

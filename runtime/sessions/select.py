@@ -17,7 +17,7 @@ from overcrank.engines.manifest import (
     check_files,
     read_manifest,
 )
-from overcrank.engines.module_refusals import require_lora_inputs
+from overcrank.engines.module_refusals import LoraUnfit, lora_unfit
 from overcrank.engines.refusals import (
     BUILD,
     CannotServe,
@@ -137,16 +137,17 @@ def engine_of(
     """The first engine of this very network whose bundle is whole and signed as it must be.
 
     `compute`: the type that the module's weights have; None for a session to which it does not matter. `loras`: layer →
-    the rank of LoRAs beside its weight; the engine that takes the lowest rank that is enough is the fastest. Raises
-    CannotServe with what is wrong with the first that is of this network.
+    the rank of LoRAs beside its weight. Raises CannotServe with what is wrong with the first that is of this network;
+    where it is LoRAs, with the one that takes most of them.
     """
     misses: list[Refusal] = []
+    without: list[LoraUnfit] = []
     own = [(path, manifest, entry) for path, manifest in bundles if (entry := _entry(component, manifest)) is not None]
-    for path, manifest, entry in sorted(own, key=lambda bundle: bundle[2].lora_rank):
+    for path, manifest, entry in own:
         if compute is not None and entry.compute != compute:
             misses.append(OtherType(component.name, component.subfolder, entry.compute, compute))
         elif unfit := _unfit_for(loras, entry, manifest):
-            misses.append(unfit)
+            without.append(unfit)
         elif wrong := check_files(path, manifest):
             misses.append(Damaged(path.name, wrong[0]))
         else:
@@ -155,18 +156,26 @@ def engine_of(
                 return BundledEngine(path, manifest, entry)
             except IntegrityError as error:
                 misses.append(Untrusted(str(error).rstrip(".")))
+    if without:
+        raise CannotServe(max(without, key=lambda why: why.have))
     if misses:
         raise CannotServe(misses[0])
     near = _nearest_miss([component], [m for _, m in bundles])
     raise CannotServe(NoComponent(component.name, near))
 
 
-def _unfit_for(loras: Mapping[str, int], entry: ComponentEntry, manifest: Manifest) -> Refusal | None:
-    try:
-        require_lora_inputs(entry.name, loras, entry.lora_layers, manifest.precision)
-    except CannotServe as error:
-        return error.why
-    return None
+def cheapest_first(component: Component, bundles: Sequence[Bundle]) -> list[Bundle]:
+    """By the rank of LoRAs that the component's engine multiplies at every call, be there any or not."""
+
+    def rank(bundle: Bundle) -> int:
+        entry = _entry(component, bundle[1])
+        return entry.lora_rank if entry is not None else 0
+
+    return sorted(bundles, key=rank)
+
+
+def _unfit_for(loras: Mapping[str, int], entry: ComponentEntry, manifest: Manifest) -> LoraUnfit | None:
+    return lora_unfit(entry.name, loras, entry.lora_layers, manifest.precision)
 
 
 def compute_type(module: nn.Module) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from overcrank.engines.build import RECIPE
 from overcrank.engines.cards import Card
+from overcrank.engines.graph_refusals import GraphRefused
 from overcrank.engines.manifest import BundledEngine, read_manifest
 from overcrank.engines.measurements import require_not_slower
 from overcrank.engines.refusals import CannotServe, OtherOnProcessor
 from overcrank.engines.store import Store
-from overcrank.errors import UserError
+from overcrank.errors import IntegrityError, UserError
 from overcrank.export.module import DTYPES
 from overcrank.export.packaged import PRECISION, packaged_graph
 from overcrank.export.quantization.lora import rank_for
@@ -43,7 +44,7 @@ from overcrank.runtime.sessions.parameters import (
     parameters_of,
     require_packed,
 )
-from overcrank.runtime.sessions.select import Bundle, compute_type, engine_of, require_same_network
+from overcrank.runtime.sessions.select import Bundle, cheapest_first, compute_type, engine_of, require_same_network
 from overcrank.runtime.sessions.session import Session
 from overcrank.runtime.sessions.stored_report import report_stored
 from overcrank.runtime.sessions.workspace import Workspace
@@ -79,14 +80,15 @@ class OfBundles:
 
     def ranked(self, component: Component) -> Sequence[Bundle]:
         """Those first whose engine multiplies the component's layers as the pipeline's files have them."""
+        fitting = cheapest_first(component, self.fitting)
         if self.quantization is None or not self.quantization.layout:
-            return self.fitting
+            return fitting
         own = recipe_of(self.quantization.recipe, component, IN_16_BIT).digest()
 
         def differs(bundle: Bundle) -> bool:
             return all(e.key.recipe != own for e in bundle[1].components if e.name == component.name)
 
-        return sorted(self.fitting, key=differs)
+        return sorted(fitting, key=differs)
 
     def packs(self, bundled: BundledEngine, component: Component, part: str, module: nn.Module) -> Mapping[str, Tensor]:
         """Tensors of its quantized layers, of the module's weights, with the bundle's ranges if none were given."""
@@ -136,7 +138,11 @@ class BundledGraphs(OfBundles):
         views = bound_parameters(module, component, parameters_of(bundled.entry))
         packs, loras = self.packs(bundled, component, part, module), _loras(bundled, module)
         device = next(module.parameters()).device.type
-        graph = bundled_graph(bundled.folder, bundled.entry.graph)
+        try:
+            graph = bundled_graph(bundled.folder, bundled.entry.graph)
+        except IntegrityError as error:
+            problem = str(error).rstrip(".").partition("; ")[0]
+            raise CannotServe(GraphRefused(bundled.folder.name, problem)) from error
         session = OrtSession(graph, {**views, **packs, **loras()}, device)
         session.loras = loras
         self.bundles[component.name] = bundled.folder.name

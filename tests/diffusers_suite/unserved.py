@@ -6,6 +6,8 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,7 +21,7 @@ def video_classes() -> Iterator[type]:
     """Pipeline classes of the installed diffusers whose text speaks of video."""
     seen: set[str] = set()
     for module in pkgutil.walk_packages(diffusers.pipelines.__path__, "diffusers.pipelines."):
-        if not module.name.rpartition(".")[2].startswith("pipeline_"):
+        if not module.name.rpartition(".")[2].startswith("pipeline_") or not _file_speaks(module.name):
             continue
         try:
             found = vars(import_module(module.name))
@@ -27,13 +29,24 @@ def video_classes() -> Iterator[type]:
             continue
         for name, value in found.items():
             own = inspect.isclass(value) and value.__module__ == module.name
-            if own and issubclass(value, diffusers.DiffusionPipeline) and name not in seen and _speaks(value):
+            if (
+                own
+                and issubclass(value, diffusers.DiffusionPipeline)
+                and name not in seen
+                and _speaks(inspect.getsource(value))
+            ):
                 seen.add(name)
                 yield value
 
 
-def _speaks(cls: type) -> bool:
-    return any(word in inspect.getsource(cls) for word in WORDS)
+def _file_speaks(module: str) -> bool:
+    """Read before it is imported: most are of pictures, and importing them all takes long."""
+    spec = find_spec(module)
+    return spec is not None and _speaks(Path(str(spec.origin)).read_text("utf-8"))
+
+
+def _speaks(text: str) -> bool:
+    return any(word in text for word in WORDS)
 
 
 _KANDINSKY, _EASY = "Kandinsky5Transformer3DModel", "EasyAnimateTransformer3DModel"
