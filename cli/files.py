@@ -8,6 +8,7 @@ from typing import Any
 
 from overcrank.engines.targets import BY_NAME
 from overcrank.errors import safe_text
+from overcrank.export.files.kinds import CHECKPOINT, LORA, encoder_part
 from overcrank.export.files.parts import AS_STORED, layer_format
 from overcrank.runtime.inspect import Inspection
 from overcrank.runtime.inspect_lora import LoraFacts
@@ -86,6 +87,8 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "metadata", f"{name}: {value if len(value) <= LONGEST else value[:LONGEST] + '…'}"
     for command in inspection.commands():
         yield "next", command
+    if inspection.kind not in (CHECKPOINT, LORA) and not inspection.networks:
+        yield "next", f"give it beside --model as --weights {encoder_part(inspection.kind)}={inspection.file}"
 
 
 def _lora(lora: LoraFacts) -> Iterator[tuple[str, str]]:

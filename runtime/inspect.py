@@ -11,7 +11,7 @@ from math import prod
 from overcrank.errors import present
 from overcrank.export.files.contents import Contents, read_contents
 from overcrank.export.files.identify import Identified
-from overcrank.export.files.kinds import CHECKPOINT, LORA
+from overcrank.export.files.kinds import LORA
 from overcrank.export.files.nearest import unlike
 from overcrank.export.files.parts import AS_STORED, parts_of
 from overcrank.export.files.remote import local_header
@@ -85,8 +85,6 @@ class Inspection:
             yield f"overcrank build --model {model}{layout} --gpu auto"
             names = [next(iter(_experts(model, network)), part) for part, network in own.items()]
             yield f'overcrank render "a prompt" --model {model} {" ".join(f"--weights {n}={file}" for n in names)}'
-        if self.kind not in (LORA, CHECKPOINT) and not self.networks:
-            yield f'overcrank render "a prompt" --model MODEL --weights {_encoder_part(self.kind)}={file}'
 
 
 def inspect_file(where: str) -> Inspection:
@@ -165,10 +163,6 @@ def _experts(model: str, network: Identified) -> list[str]:
     parts = [part for part, c in parts_of(variant).items() if c.cls.rpartition(".")[2] == network.cls]
     words = [word for word, part in family(variant.family).part_words.items() if part in parts]
     return words if len(parts) > 1 else []
-
-
-def _encoder_part(kind: str) -> str:
-    return "image_encoder" if "image" in kind else "text_encoder"
 
 
 def _download(url: str) -> str:

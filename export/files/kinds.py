@@ -19,6 +19,11 @@ _ENCODERS = {
 """A tensor that gives away what is no part of a pipeline that has engines."""
 
 
+def encoder_part(kind: str) -> str:
+    """The part of a pipeline that an encoder of this kind is."""
+    return "image_encoder" if "image" in kind else "text_encoder"
+
+
 def kind_of(names: Iterable[str]) -> str:
     """CHECKPOINT, LORA, or which encoder it is, in words."""
     names = list(names)

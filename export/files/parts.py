@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from overcrank.errors import CheckpointError, UserError
 from overcrank.export.files.contents import Contents, read_contents
-from overcrank.export.files.kinds import LORA, kind_of
+from overcrank.export.files.kinds import LORA, encoder_part, kind_of
 from overcrank.export.files.remote import local_header
 from overcrank.export.files.single_file import Origins, difference, origins
 from overcrank.export.files.stored_layers import StoredLayer, stored_layers, weight_shapes
@@ -87,7 +87,7 @@ def _whose(contents: Contents, component: Component) -> str:
             return f"is that of {names}; give {option('model', owner.variants[0])}, or another file"
         return f"is the {owner.part} of {names}; give {option('weights', [f'{owner.part}={path}'])}"
     if contents.encoder and not contents.networks:
-        return f"is a {contents.kind}; give {option('weights', [f'text_encoder={path}'])}"
+        return f"is a {contents.kind}; give {option('weights', [f'{encoder_part(contents.kind)}={path}'])}"
     return ""
 
 

@@ -12,7 +12,7 @@ from overcrank.errors import CheckpointError, ModelError, UserError
 from overcrank.export.files.comfy import ComfyTree, comfy_tree, kinds_of_part
 from overcrank.export.files.contents import Contents, contents_of
 from overcrank.export.files.identify import Identified
-from overcrank.export.files.kinds import LORA, kind_of
+from overcrank.export.files.kinds import LORA, encoder_part, kind_of
 from overcrank.export.files.nearest import unlike
 from overcrank.export.files.parts import parts_of
 from overcrank.export.files.single_file import VAE_PREFIXES
@@ -167,7 +167,8 @@ def _no_model(contents: Contents) -> str:
         of = f" of {', '.join(vae.variants[:3])}" if vae.variants else ""
         return f"holds a {vae.cls}{of} alone: give a model, and {option('weights', [f'{vae.part}={file}'])}"
     if contents.encoder:
-        return f"is a {contents.kind}: give a model, and {option('weights', [f'text_encoder={file}'])}"
+        own = option("weights", [f"{encoder_part(contents.kind)}={file}"])
+        return f"is a {contents.kind}: give a model, and {own}"
     names = ", ".join(sorted(contents.shapes)[:3])
     return f"is of no model that overcrank has, by its tensors ({names} …); it has {', '.join(families())}"
 
@@ -207,8 +208,8 @@ def _parts_of(file: Path, variant: Variant) -> list[str]:
                 f"{' or '.join(option('weights', [f'{word}={file}']) for word in words)}."
             )
         parts += own
-    if not parts and contents.encoder and "text" in contents.kind:
-        return ["text_encoder"]
+    if not parts and contents.encoder:
+        return [encoder_part(contents.kind)]
     if not parts:
         raise UserError(f"{option('weights', [file])}: it {_foreign(contents, variant)}.")
     return parts
@@ -248,7 +249,9 @@ def _require_lora(file: Path) -> None:
         contents = contents_of(file)
     except CheckpointError:
         return  # who merges it says what is wrong
-    what = next((network.part for network in contents.networks), "text_encoder" if contents.encoder else "")
+    what = next(
+        (network.part for network in contents.networks), encoder_part(contents.kind) if contents.encoder else ""
+    )
     if what:
         kind = f"a model's {what}" if contents.networks else f"a {contents.kind}"
         raise UserError(
