@@ -77,14 +77,15 @@ class Inspection:
     def _commands(self, file: str) -> Iterator[str]:
         if self.lora is not None:
             for model in _some(self.lora.fits):
-                yield f'overcrank render "a prompt" --model {model} --lora {file}'
+                yield f'overcrank render "a prompt" --model {model} --lora {file}{_media(model)}'
         for model in _some(self.variants):
             own = {n.part: n for n in self.networks if model in n.variants}
             layered = next((part for part in own if part not in VAE_PREFIXES), "") if self.layers else ""
             layout = f" --layout {layered}={file}" if layered else ""
             yield f"overcrank build --model {model}{layout} --gpu auto"
             names = [next(iter(_experts(model, network)), part) for part, network in own.items()]
-            yield f'overcrank render "a prompt" --model {model} {" ".join(f"--weights {n}={file}" for n in names)}'
+            words = " ".join(f"--weights {name}={file}" for name in names)
+            yield f'overcrank render "a prompt" --model {model} {words}{_media(model)}'
 
 
 def inspect_file(where: str) -> Inspection:
@@ -163,6 +164,13 @@ def _experts(model: str, network: Identified) -> list[str]:
     parts = [part for part, c in parts_of(variant).items() if c.cls.rpartition(".")[2] == network.cls]
     words = [word for word, part in family(variant.family).part_words.items() if part in parts]
     return words if len(parts) > 1 else []
+
+
+def _media(model: str) -> str:
+    """What a render of a model needs beside its prompt."""
+    tasks = present(variant_named(model), model).renders
+    media = {"text-to-video": "", "image-to-video": " --image first.png", "video-to-video": " --video video.mp4"}
+    return next((words for task, words in media.items() if task in tasks), " --image first.png --last-image last.png")
 
 
 def _download(url: str) -> str:

@@ -73,6 +73,11 @@ def test_an_all_in_one_file_has_several_networks(plain: State, tmp_path: Path) -
     assert "--weights vae=" in inspection.commands()[-1]
 
 
+def test_a_command_names_the_picture_that_its_model_needs(tmp_path: Path) -> None:
+    commands = inspect_file(str(files.header(tmp_path / "i2v.safetensors", shapes_of("wan-2.2-i2v-a14b")))).commands()
+    assert commands[-1].endswith(f"--weights high={tmp_path / 'i2v.safetensors'} --image first.png")
+
+
 @pytest.mark.heavy
 def test_large_files_are_told_by_their_headers(tmp_path: Path) -> None:
     table = json.loads(TABLE.read_text("utf-8"))
