@@ -3,9 +3,11 @@
     python bench/file_formats.py [FORMAT …]
 
 Quantized by comfy-kitchen (GGUF by gguf) and written as such files are published (tests/comfy_files.py). Each is
-rendered twice: by eager PyTorch, which widens the file's weights, and by ONNX Runtime on the graph that engines are
-made of, which multiplies as a card does that has the format. Both stand beside the 16-bit checkpoint in eager fp32,
-with the same seeds. Results are written to bench/results/file-formats.json, with a table and a contact sheet beside it.
+rendered by eager PyTorch, which widens the file's weights, and by ONNX Runtime on the graphs that engines for a card
+are made of, which multiply the file's layers as they are or quantize them anew, as the card has the format or not
+(docs/files.md). All stand beside the 16-bit checkpoint in eager fp32, with the same seeds: cosine of the latents at the
+worst step, mean of the prompts, and PSNR of the frames. Results are written to bench/results/file-formats.json, with a
+table and a contact sheet beside it.
 """
 
 from __future__ import annotations
@@ -14,20 +16,29 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from overcrank.cli.files import CARDS
+from overcrank.engines.targets import BY_NAME
+from overcrank.errors import present
+from overcrank.export.files.parts import recipe_of_components, recipe_of_layers
+from overcrank.export.quantization.recipe import Recipe
+from overcrank.models import components, resolve
 from overcrank.models.demo import clips
 from overcrank.models.demo.evaluate import prompts
 from overcrank.runtime.pipeline.load import load
+from overcrank.runtime.pipeline.weights import module_of
+from overcrank.runtime.sessions.stored_linear import StoredLinear
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "file-formats.json"
-MODEL, STEPS, PROMPTS, COLUMNS = "ltx-demo", 12, 4, 4
+MODEL, STEPS, PROMPTS, COLUMNS = "ltx-demo", 12, 3, 4
 FORMATS = (
     "fp8", "fp8-rows", "fp8-e5m2", "fp8-unscaled", "int8", "int8-rows", "convrot-64", "nvfp4", "mxfp8",
     "Q4_0", "Q5_0", "Q8_0", "mixed",
@@ -47,9 +58,11 @@ def file_of(form: str, folder: Path) -> Path:
     return write(path, module, original, form).path
 
 
-def rendered(backend: str, store: Path, file: Path | None = None) -> Rendered:
-    weights = [f"transformer={file}"] if file else ()
-    pipe = load(MODEL, backend=backend, device="cpu", store=store, weights=weights)
+def rendered(store: Path, file: Path | None = None, recipe: Recipe | None = None) -> Rendered:
+    """By eager PyTorch; with a recipe, by ONNX Runtime."""
+    how: dict[str, Any] = {"backend": "onnxruntime", "recipe": recipe, "precision": recipe.precision} if recipe else {}
+    weights = {"transformer": file} if file else {}
+    pipe = load(MODEL, device="cpu", store=store, weights=weights, **{"backend": "eager", **how})
     chosen = [prompt for prompt, _ in prompts()[:: len(prompts()) // PROMPTS]][:PROMPTS]
     latents: list[torch.Tensor] = []
 
@@ -63,6 +76,19 @@ def rendered(backend: str, store: Path, file: Path | None = None) -> Rendered:
         generator=[torch.Generator().manual_seed(i) for i in range(PROMPTS)],
     ).frames  # fmt: skip
     return torch.stack(latents).numpy(), np.asarray(frames)
+
+
+def recipes(file: Path) -> dict[str, Recipe]:
+    """Card → how its engines multiply the file's layers."""
+    variant = resolve(MODEL)
+    (component,) = components(variant, ("denoiser",))
+    stored = module_of(file, component, torch.float32).named_modules()
+    layers = {name: (own.format, own.rotation) for name, own in stored if isinstance(own, StoredLinear)}
+    of_cards = {}
+    for card, target in CARDS.items():
+        own = recipe_of_layers(layers, component, BY_NAME[target].precisions)
+        of_cards[card] = present(recipe_of_components({component.name: present(own, "rules")}, variant), "a recipe")
+    return of_cards
 
 
 def compared(found: Rendered, expected: Rendered) -> dict[str, float]:
@@ -92,24 +118,32 @@ def sheet(rows: dict[str, np.ndarray]) -> Image.Image:
     return image
 
 
-def row(form: str, store: Path, expected: Rendered, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+def row(form: str, store: Path, expected: Rendered, frames: dict[str, np.ndarray]) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="overcrank-bench-") as folder:
         file = file_of(form, Path(folder))
-        size = file.stat().st_size
-        eager, engine = (rendered(backend, store, file) for backend in ("eager", "onnxruntime"))
-    rows[f"{form}, eager"], rows[form] = eager[1], engine[1]
-    found = {"weights": compared(eager, expected), "multiplied": compared(engine, expected)}
+        size, eager = file.stat().st_size, rendered(store, file)
+        cards: dict[str, dict[str, Any]] = {}
+        known: dict[str, dict[str, Any]] = {}
+        for card, recipe in recipes(file).items():
+            key = repr([(r.layers, r.format, r.rotation) for r in recipe.components["denoiser"].rules])
+            if key not in known:
+                made = rendered(store, file, recipe)
+                frames[f"{form}, {card}"] = made[1]
+                counts = Counter(rule.format for rule in recipe.components["denoiser"].rules)
+                known[key] = {"layers": dict(counts), **compared(made, expected)}
+            cards[card] = known[key]
+    found = {"weights": compared(eager, expected), "cards": cards}
     return {"format": form, "file_mb": round(size / 1e6, 2), **found, "seconds": round(time.monotonic() - start)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["# ltx-demo from files of each format", "", *(__doc__ or "").strip().splitlines()[2:], ""]
-    lines += ["| | file | weights alone: cosine, worst step | PSNR | as a card multiplies it: cosine | PSNR |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [f"| | weights alone | {' | '.join(CARDS)} |", f"|{'---|' * (len(CARDS) + 2)}"]
     for r in rows:
-        cells = [f"{r[k]['worst_step']} | {r[k]['psnr_db']} dB" for k in ("weights", "multiplied")]
-        lines.append(f"| {r['format']} | {r['file_mb']} MB | {' | '.join(cells)} |")
+        ways = [r["weights"], *(r["cards"][card] for card in CARDS)]
+        cells = [f"{' and '.join(w.get('layers', {}))} {w['worst_step']:.4f}, {w['psnr_db']} dB".strip() for w in ways]
+        lines.append(f"| {r['format']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -120,7 +154,7 @@ def main() -> None:
     sheets: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory(prefix="overcrank-bench-") as folder:
         store = Path(folder)
-        expected = rendered("eager", store)
+        expected = rendered(store)
         sheets["16 bit"] = expected[1]
         for form in sys.argv[1:] or FORMATS:
             done[form] = row(form, store, expected, sheets)
@@ -129,7 +163,7 @@ def main() -> None:
             about = {"command": "python bench/file_formats.py", "date": datetime.now(UTC).date().isoformat()}
             RESULTS.write_text(json.dumps({**about, "rows": ordered}, indent=1) + "\n", "utf-8")
             RESULTS.with_suffix(".md").write_text(table(ordered), "utf-8")
-            sheet(sheets).save(RESULTS.with_suffix(".png"))
+            sheet(sheets).save(RESULTS.with_suffix(".jpg"), quality=85)
 
 
 if __name__ == "__main__":
