@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from overcrank.errors import CheckpointError
 from overcrank.export.files.single_file import origins
-from overcrank.runtime.sessions.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,6 +132,8 @@ def shape_in(parts: Mapping[str, nn.Module], part: str, name: str) -> tuple[int,
     parameter = _parameter(parts[part], name) if part in parts else None
     if parameter is None:
         return None
+    from overcrank.runtime.sessions.stored_linear import StoredLinear
+
     owner = parts[part].get_submodule(name.rpartition(".")[0])
     if isinstance(owner, StoredLinear) and name.endswith(".weight"):
         return owner.out_features, owner.in_features
