@@ -308,3 +308,16 @@ def test_pefts_own_layout_needs_its_config(pipes: Mapping[str, Any], tmp_path: P
                 {"transformer": pipes["ltx"].transformer},
                 {},
             )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "name", ["lora_unet_{", "lora_unet_blocks_0_{}_q", "lora_unet_#_0_q", "lora_unet_a_#", "lora_unet_{0}"]
+)
+def test_odd_names_are_of_no_layer(name: str) -> None:
+    """Braces and hashes, found by fuzzing."""
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        module = WanTransformer3DModel(num_layers=1, num_attention_heads=1, attention_head_dim=16, ffn_dim=16)
+    assert LayerNames(module).find(name, 4) == {}

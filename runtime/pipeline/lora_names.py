@@ -71,15 +71,16 @@ class LayerNames:
 
     def _unflattened(self, name: str, rows: int) -> dict[str, Runs]:
         """Of a name with underscores for dots."""
-        if "." in name:
+        if "." in name or "#" in name:
             return {}
         numbers = re.findall(r"(?<=_)\d+(?=_|$)", name)
         flat = re.sub(r"(?<=_)\d+(?=_|$)", "#", name)
         known = self._dotted.get(flat)
         for form in [known] if known is not None else _dotted(flat):
-            if found := self._renamed(form.replace("#", "{}").format(*numbers), rows):
+            whole = "".join(a + b for a, b in zip(form.split("#"), (*numbers, ""), strict=True))
+            if layers := self._renamed(whole, rows):
                 self._dotted[flat] = form
-                return found
+                return layers
         return {}
 
 
