@@ -102,7 +102,7 @@ def measured(form: str) -> dict[str, Any]:
         "open_s": round(opening, 2),
         "open_gb": round(opened / 1e9, 3),
         "bound_gb": round(bound / 1e9, 3),
-        "said": said.splitlines()[:4],
+        "said": said.splitlines()[1:4],
     }
 
 

@@ -83,13 +83,14 @@ def read_layer(file: WeightFile, layer: StoredLayer) -> Quantized:
     raw = file.read(f"{layer.name}.weight").view(torch.uint8).reshape(outputs, -1)
     read = {role: file.read(name) for role, name in layer.scales.items() if role != "input_scale"}
     if layer.format == "nvfp4":
-        raw = (raw >> 4) | (raw << 4)  # which ComfyUI has the other way round
+        raw = _halves_swapped(raw)  # which ComfyUI has the other way round
     blocks, whole = None, read.get("scale")
     if layer.format in BLOCKS:
         blocks = unblocked(read["scale"].view(torch.uint8), outputs, inner // BLOCKS[layer.format]).contiguous()
         whole = read.get("scale_2")
-        numbers = blocks.view(torch.float8_e4m3fn if layer.format == "nvfp4" else torch.float8_e8m0fnu).float()
-        if not bool((torch.isfinite(numbers) & (numbers >= 0)).all()):  # a block of zeros has the scale 0
+        # NaN of e8m0; NaN of e4m3 and what is below 0: a block of zeros has the scale 0, or -0
+        wrong = blocks == 255 if layer.format == "mxfp8" else (blocks > 126) & (blocks != 128)
+        if bool(wrong.any()):
             raise CheckpointError(
                 f"{file.path}: '{layer.scales['scale']}' has values that are no scale (NaN or below 0)."
             )
@@ -100,6 +101,16 @@ def read_layer(file: WeightFile, layer: StoredLayer) -> Quantized:
     return Quantized(
         layer.format, raw, scale, inner, blocks, layer.rotation, None if factor is None else factor.float()
     )
+
+
+def _halves_swapped(raw: Tensor) -> Tensor:
+    """Of each byte; a few rows at a time, as large temporaries would leave holes in memory between what is kept."""
+    import torch
+
+    swapped = torch.empty_like(raw)
+    for rows, out in zip(raw.split(256), swapped.split(256), strict=True):
+        torch.bitwise_or(rows >> 4, rows << 4, out=out)
+    return swapped
 
 
 def joined(pieces: Sequence[Quantized]) -> Quantized:
