@@ -73,7 +73,6 @@ USUAL = (
     ("ltx", "convrot-256"),
     ("ltx", "mixed"),
     ("wan", "fp8-old"),
-    ("wan", "Q4_K"),
     ("hunyuan_video", "fp8-rows"),
     ("ltx2", "convrot-64"),
 )
@@ -194,7 +193,7 @@ def test_a_file_is_multiplied_as_comfy_kitchen_does(
     record_property("cosines", cosines)
 
 
-@pytest.mark.parametrize(("name", "kind"), tiny.specimens(CASES, *USUAL[2:6]))
+@pytest.mark.parametrize(("name", "kind"), tiny.specimens(CASES, *USUAL[2:4], ("wan", "Q4_K"), USUAL[5]))
 def test_eager_pytorch_computes_with_the_values_of_the_file(name: str, kind: str, tmp_path: Path) -> None:
     component, file, module = written(name, kind, tmp_path)
     own = module_of(file.path, component, torch.float32)
@@ -207,7 +206,7 @@ def test_eager_pytorch_computes_with_the_values_of_the_file(name: str, kind: str
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["mixed", "convrot-256"])
+@pytest.mark.parametrize("kind", tiny.specimens(("mixed", "convrot-256"), "mixed"))
 def test_what_the_header_says_of_layers_is_what_tensors_beside_them_say(kind: str, tmp_path: Path) -> None:
     component, beside, _ = written("wan", kind, tmp_path)
     (tmp_path / "header").mkdir()
@@ -291,7 +290,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(-10 * torch.log10(((a - b) ** 2).mean().clamp_min(1e-10)))
 
 
-@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("form", tiny.specimens(("fp8", "int8"), "int8"))
 def test_a_file_is_opened_without_its_values_in_memory(form: str, tmp_path: Path) -> None:
     """bench/open_file.py measures one of 14 B parameters."""
     variant = tiny.variant("tiny-wan-2.1")
